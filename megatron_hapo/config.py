@@ -1,0 +1,274 @@
+"""All settings of a run: typed, frozen, checked together before anything starts. Imports no torch.
+
+A config is a YAML file; `base:` names the file (or files) that it builds on, and `key=value` arguments come last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face model folder: config.json, safetensors, tokenizer."""
+    spec: Literal["auto", "te", "local"] = "auto"
+    """Layer implementation: Transformer Engine, or torch SDPA (`local`). `auto` takes Transformer Engine where a
+    GPU and the package are present."""
+
+
+class ParallelConfig(Section):
+    """Sizes of the trainer's process grid; the number of trainer ranks is their product."""
+
+    tp: PositiveInt = 1
+    """Tensor parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline parallel size."""
+    dp: PositiveInt = 1
+    """Data parallel size."""
+    sequence_parallel: bool = True
+    """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class TrainerConfig(Section):
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation dtype; with bfloat16 the optimizer keeps float32 master weights."""
+    max_tokens_per_microbatch: PositiveInt = 16384
+    """Token budget of one packed micro-batch on one data parallel rank."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over the dp ranks (ZeRO-1)."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation of whole layers."""
+    timeout_seconds: PositiveFloat = 1800
+    """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of Adam."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps (not mini-batches) over which the rate rises linearly; the first step already has lr/warmup_steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat = 1.0
+    """Largest global L2 norm of the gradient."""
+
+
+class BatchConfig(Section):
+    prompts_per_step: PositiveInt = 512
+    """Prompts sampled in one step."""
+    samples_per_prompt: PositiveInt = 16
+    """Responses to one prompt (the group size n of the paper)."""
+    prompts_per_minibatch: PositiveInt = 32
+    """Prompts in one optimizer update; prompts_per_step / prompts_per_minibatch updates a step."""
+
+
+class RolloutConfig(Section):
+    engines: PositiveInt = 1
+    """Number of SGLang engines."""
+    tp: PositiveInt = 1
+    """Tensor parallel size of one engine."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out, counted and reported."""
+    max_response_tokens: PositiveInt = 10240
+    temperature: PositiveFloat = 1.0
+    """Base temperature T of training rollouts; also the temperature at which the trainer takes log-probs."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the end-of-sequence tokens of the model's generation config."""
+    max_running_requests: PositiveInt = 256
+    """Requests that one engine decodes together."""
+    memory_fraction: Fraction = 0.8
+    """Share of a GPU's memory for weights and KV cache."""
+    kv_cache_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens; required on a CPU, on a GPU `None` lets the memory fraction decide."""
+    timeout_seconds: PositiveFloat = 3600
+    """A generation call that takes longer fails the run with the name of the engine."""
+
+
+class AdaptiveTemperatureConfig(Section):
+    """Adaptive temperature sampling: T_t = T (1 + tau h_t)."""
+
+    enabled: bool = True
+    tau: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class AdaptiveClipConfig(Section):
+    """Asymmetric adaptive clipping: wider to the left at low entropy, to the right at high entropy."""
+
+    enabled: bool = True
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+
+
+class RedistributionConfig(Section):
+    """Differential advantage redistribution."""
+
+    enabled: bool = True
+    beta: Annotated[float, Field(ge=0)] = 1.0
+
+
+class EntropyConfig(Section):
+    pivot: Fraction = 0.8
+    """Quantile of log entropy that separates high from low (rho)."""
+    sign: Literal["signed", "reference"] = "signed"
+    """`signed`: h in [-1, 1], as the method is described. `reference`: low entropy comes out positive, as in the
+    authors' released code."""
+    floor: PositiveFloat = 1e-6
+    """Entropies are raised to this many nats before the logarithm, in trainer and sampler alike."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["token_level_group_average", "group_mean"] = "token_level_group_average"
+    """`token_level_group_average` (HAPO) or `group_mean` (GRPO)."""
+    norm_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    advantage_fallback: PositiveFloat = 5.0
+    """A group with a normalised |advantage| of at least this much takes the GRPO advantage."""
+    clip_low: Fraction = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] = 10.0
+    """Bound c on the loss of tokens with negative advantage."""
+    entropy: EntropyConfig = EntropyConfig()
+    adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()
+    adaptive_clip: AdaptiveClipConfig = AdaptiveClipConfig()
+    redistribution: RedistributionConfig = RedistributionConfig()
+
+
+class DynamicSamplingConfig(Section):
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by further generation."""
+
+    enabled: bool = False
+    max_generation_batches: PositiveInt = 10
+    """The run stops with an error when this many batches do not give enough groups."""
+
+
+class FileData(Section):
+    type: Literal["file"]
+    path: Path
+    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth, data_source."""
+    limit: PositiveInt | None = None
+    """Only the first rows."""
+
+
+class TaskData(Section):
+    type: Literal["reasoning_gym"]
+    name: str
+    """A dataset of reasoning-gym, e.g. chain_sum."""
+    size: PositiveInt
+    seed: int = 0
+    options: dict[str, int | float | str | bool | list] = {}
+    """Passed on to the dataset, e.g. {min_terms: 2, max_terms: 4}."""
+
+
+class ArithmeticData(Section):
+    type: Literal["arithmetic"]
+    size: PositiveInt
+    seed: int = 0
+    min_terms: Annotated[int, Field(ge=2)] = 3
+    max_terms: Annotated[int, Field(ge=2)] = 5
+    max_number: PositiveInt = 9
+
+
+DataSource = Annotated[FileData | TaskData | ArithmeticData, Field(discriminator="type")]
+
+
+class DataConfig(Section):
+    train: DataSource
+    eval: DataSource | None = None
+    chat_template: bool = True
+    """Render prompts with the tokenizer's chat template; without it the messages' contents are joined as they are."""
+    shuffle: bool = True
+
+
+class OverlongConfig(Section):
+    """DAPO's soft overlong penalty (arXiv:2503.14476, equation 13)."""
+
+    buffer_tokens: NonNegativeInt = 0
+    """Length of the zone before max_response_tokens in which the penalty rises linearly to `factor`; 0 is off."""
+    factor: PositiveFloat = 1.0
+
+
+class RewardConfig(Section):
+    scorer: Literal["auto", "math", "exact", "reasoning_gym"] = "auto"
+    """`math`: math-verify; `exact`: the text after the last 'answer'; `auto`: by the data source."""
+    correct: float = 1.0
+    wrong: float = -1.0
+    workers: PositiveInt = 2
+    """Reward processes."""
+    timeout_seconds: PositiveFloat = 10.0
+    """A reward call that takes longer scores as wrong; its process is replaced."""
+    memory_bytes: PositiveInt = 2 << 30
+    """Address space limit of a reward process."""
+    overlong: OverlongConfig = OverlongConfig()
+
+
+class EvalConfig(Section):
+    every: NonNegativeInt = 5
+    """Evaluate every so many steps, and before the first and after the last; 0: never."""
+    samples: PositiveInt = 1
+    """Responses for each evaluation prompt; the accuracy is their mean."""
+    temperature: Annotated[float, Field(ge=0)] = 0.5
+    """0 is greedy. Evaluation never uses the adaptive temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 50
+    """Steps between resumable checkpoints; 0: only at the end and when interrupted."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Continue from the newest checkpoint in the run folder, if there is one."""
+    hf_at_end: bool = True
+    """Write the final model as a Hugging Face folder."""
+
+
+class WeightSyncConfig(Section):
+    bucket_bytes: PositiveInt = 512 << 20
+    """Weights travel in buckets of at most this size (one larger parameter is a bucket of its own)."""
+    verify_every: PositiveInt = 10
+    """Compare a checksum of the engine's weights with the trainer's on the first and every so many syncs."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Run folder is `output_dir/name`."""
+    output_dir: Path = Path("runs")
+    seed: int = 0
+    steps: PositiveInt
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda where a GPU is visible, else cpu."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name

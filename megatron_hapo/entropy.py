@@ -1,0 +1,109 @@
+"""Entropy statistics, the modulation h and the adaptive temperature: pure functions of tensors.
+
+Source: HAPO, arXiv:2509.16591, "adaptive temperature sampling" and its entropy normalisation; where the released code
+and the text disagree, `sign` chooses. Entropies are in nats. `N` tokens, `R` rows of a sampling batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sign = Literal["signed", "reference"]
+
+
+@dataclass(frozen=True)
+class EntropyStats:
+    """Order statistics of log entropy over all response tokens of a step."""
+
+    pivot: float
+    """Pivot quantile of log entropy."""
+    log_max: float
+    log_min: float
+    rms: float
+    """Root mean square of log entropy about the pivot; not used by the modulation, exported for the z-score of the
+    paper's temperature formula."""
+    num_tokens: int
+
+
+def entropy_stats(entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6) -> EntropyStats:
+    """Statistics of log entropy over these tokens.
+
+    The pivot is the k-th smallest log entropy, k = round_half_even(pivot (N - 1)), without interpolation, so that the
+    result is bit-identical for every order and partition of the tokens.
+
+    Args:
+        entropy_N: [N], nats, all valid response tokens of the step (global, not one rank's).
+    Raises:
+        ValueError: no tokens, a non-finite entropy, or a pivot outside (0, 1).
+    """
+    if not 0 < pivot < 1:
+        raise ValueError(f"pivot must lie in (0, 1), got {pivot}")
+    log_N = _log_entropy(entropy_N, floor)
+    if log_N.numel() == 0:
+        raise ValueError("entropy statistics need at least one token, got none")
+    if not bool(torch.isfinite(log_N).all()):
+        bad = int((~torch.isfinite(log_N)).nonzero()[0])
+        raise ValueError(f"entropy of token {bad} is {float(entropy_N.flatten()[bad])}; it must be finite")
+    num_tokens = log_N.numel()
+    k = round(pivot * (num_tokens - 1))  # Python rounds half to even, as the reference does
+    quantile = log_N.kthvalue(k + 1).values
+    rms = (log_N.double() - quantile.double()).square().mean().sqrt()
+    return EntropyStats(float(quantile), float(log_N.max()), float(log_N.min()), float(rms), num_tokens)
+
+
+def entropy_modulation(entropy_N: Tensor, stats: EntropyStats, *, sign: Sign = "signed", floor: float = 1e-6) -> Tensor:
+    """Where each token's log entropy lies between the pivot (0) and the extremes, in [-1, 1].
+
+    Above the pivot h = (log H - q) / (max - q); below, `signed` gives -(q - log H) / (q - min), `reference` (the
+    authors' released code) the same without the minus. Tokens outside the statistics' range are clamped.
+
+    Returns:
+        [N] float32, no gradient.
+    """
+    if sign not in ("signed", "reference"):
+        raise ValueError(f"sign must be 'signed' or 'reference', got {sign!r}")
+    with torch.no_grad():
+        distance_N = _log_entropy(entropy_N, floor) - stats.pivot
+        # Guards as in the reference: a side without any spread gives 0, never 0 / 0.
+        above_N = distance_N / max(stats.log_max - stats.pivot, 1e-12)
+        below_N = distance_N / max(stats.pivot - stats.log_min, 1e-12)
+        h_N = torch.where(distance_N > 0, above_N, below_N).clamp(-1, 1)
+        return torch.where(h_N < 0, -h_N, h_N) if sign == "reference" else h_N
+
+
+def adaptive_temperature(
+    entropy_R: Tensor,
+    base_R: Tensor | float,
+    stats: EntropyStats,
+    *,
+    tau: float,
+    sign: Sign = "signed",
+    floor: float = 1e-6,
+) -> Tensor:
+    """T_t = T (1 + tau h), the temperature at which each row is sampled.
+
+    Args:
+        entropy_R: [R], nats, of the row's logits divided by its base temperature.
+        base_R: [R] or a number, base temperature.
+        tau: in [0, 1); 0 gives the base temperature.
+    """
+    if not 0 <= tau < 1:
+        raise ValueError(f"tau must lie in [0, 1), got {tau}")
+    return base_R * (1 + tau * entropy_modulation(entropy_R, stats, sign=sign, floor=floor))
+
+
+def entropy_from_logits(logits_RV: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, float32, clamped at 0: the unsharded reference. [R]"""
+    log_probs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
+    # exp(-inf) * -inf is NaN; a forbidden token adds nothing.
+    terms_RV = torch.where(log_probs_RV.isneginf(), 0.0, log_probs_RV.exp() * log_probs_RV)
+    return (-terms_RV.sum(-1)).clamp_min(0)
+
+
+def _log_entropy(entropy: Tensor, floor: float) -> Tensor:
+    # clamp keeps NaN, so that the statistics can refuse it
+    return entropy.detach().float().flatten().clamp_min(floor).log()

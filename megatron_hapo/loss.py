@@ -1,0 +1,95 @@
+"""The HAPO objective on one rank's tokens: pure, no collectives; sums over tokens divided by a global count.
+
+`N` response tokens of one micro-batch. Source: HAPO, arXiv:2509.16591, "differential advantage redistribution" and
+"asymmetric adaptive clipping"; dual clip from arXiv:1912.09729.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""exp of a larger log-ratio overflows into NaN gradients; beyond this bound the gradient is zero anyway."""
+
+
+def adaptive_clip_range(h_N: Tensor, *, clip_low: float, clip_high: float, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Per-token clip ranges (low, high): the ratio is kept in [1 - low, 1 + high].
+
+    Low widens to clip_low (1 - alpha h) where h <= 0, high to clip_high (1 + alpha h) where h > 0. [N] each.
+    """
+    low_N = torch.where(h_N <= 0, clip_low * (1 - alpha * h_N), clip_low)
+    high_N = torch.where(h_N > 0, clip_high * (1 + alpha * h_N), clip_high)
+    return low_N, high_N
+
+
+def redistribute_advantage(
+    advantages_N: Tensor, h_N: Tensor, ratio_N: Tensor, low_N: Tensor, high_N: Tensor, *, beta: float = 1.0
+) -> Tensor:
+    """Advantages amplified where an uncertain token moves, damped where a certain one stands still. [N]
+
+    The neutral zone is the open interval (1 - low/2, 1 + high/2) of the adapted ranges. h > 0: A (1 + beta h) outside
+    the zone; h <= 0: A (1 + beta h) inside it; else A.
+    """
+    neutral_N = (ratio_N > 1 - low_N / 2) & (ratio_N < 1 + high_N / 2)
+    acts_N = torch.where(h_N > 0, ~neutral_N, neutral_N)
+    return torch.where(acts_N, advantages_N * (1 + beta * h_N), advantages_N)
+
+
+def hapo_loss(
+    log_probs_N: Tensor,
+    old_log_probs_N: Tensor,
+    advantages_N: Tensor,
+    h_N: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_alpha: float = 1.0,
+    adv_beta: float = 1.0,
+    dual_clip: float = 10.0,
+    num_tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy loss of these tokens, sum / num_tokens, and sums for the metrics.
+
+    Only the ratio carries gradient: h, the ranges, the redistributed advantages are constants. clip_alpha 0 switches
+    the adaptive clipping off, adv_beta 0 the redistribution; h = 0 gives plain dual-clip PPO.
+
+    Args:
+        log_probs_N: [N], current policy, differentiable.
+        old_log_probs_N: [N], policy before the step's first update.
+        advantages_N: [N].
+        h_N: [N], entropy modulation in [-1, 1].
+        num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
+    Returns:
+        The loss, and sums over N (not means): `clipped_low`, `clipped_high`, `dual_clipped`, `log_ratio`, `ratio`.
+    Raises:
+        ValueError: shapes differ, or num_tokens is not positive.
+    """
+    shapes = [tuple(x.shape) for x in (log_probs_N, old_log_probs_N, advantages_N, h_N)]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"log_probs, old_log_probs, advantages and h must have one shape, got {shapes}")
+    if num_tokens <= 0:
+        raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
+
+    log_ratio_N = log_probs_N - old_log_probs_N
+    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    with torch.no_grad():
+        low_N, high_N = adaptive_clip_range(h_N, clip_low=clip_low, clip_high=clip_high, alpha=clip_alpha)
+        advantages_N = redistribute_advantage(advantages_N, h_N, ratio_N, low_N, high_N, beta=adv_beta)
+
+    unclipped_N = -advantages_N * ratio_N
+    clipped_N = -advantages_N * torch.minimum(torch.maximum(ratio_N, 1 - low_N), 1 + high_N)
+    pessimistic_N = torch.maximum(unclipped_N, clipped_N)
+    bounded_N = torch.minimum(-advantages_N * dual_clip, pessimistic_N)
+    loss = torch.where(advantages_N < 0, bounded_N, pessimistic_N).sum() / num_tokens
+
+    with torch.no_grad():
+        clips_N = clipped_N > unclipped_N
+        sums = {
+            "clipped_low": (clips_N & (ratio_N < 1)).sum(),
+            "clipped_high": (clips_N & (ratio_N > 1)).sum(),
+            "dual_clipped": ((pessimistic_N > -advantages_N * dual_clip) & (advantages_N < 0)).sum(),
+            "log_ratio": log_ratio_N.sum(),
+            "ratio": ratio_N.sum(),
+        }
+    return loss, sums

@@ -1,0 +1,158 @@
+"""What the stages hand to each other: frozen data on numpy arrays, no torch, no behaviour beyond slicing.
+
+Shape letters: `B` responses, `T` tokens of prompts and responses, `N` response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from megatron_hapo.entropy import EntropyStats
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem, ready for an engine."""
+
+    uid: str
+    """Unique in its data source; stable between runs."""
+    token_ids: np.ndarray
+    """[P] int32, rendered with the chat template."""
+    ground_truth: str
+    data_source: str
+    """Name that chooses the scorer, as in the DAPO-Math layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveTemperature:
+    """The sampler's T_t = T (1 + tau h_t), h_t from the token's entropy and the statistics of the previous step."""
+
+    stats: EntropyStats
+    tau: float
+    sign: Literal["signed", "reference"] = "signed"
+    floor: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample; the same for all prompts of a call."""
+
+    samples: int
+    """Responses to each prompt."""
+    temperature: float
+    """Base temperature; 0 is greedy."""
+    max_response_tokens: int
+    seed: int
+    """Every response gets a seed of its own from this one, the prompt's uid and the sample's index."""
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    adaptive: AdaptiveTemperature | None = None
+    """None samples every token at the base temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response."""
+
+    prompt: Prompt
+    response_ids: np.ndarray
+    """[R] int32, with the stop token if one was sampled."""
+    rollout_log_probs: np.ndarray
+    """[R] float32, log-prob of each sampled token under the engine's distribution at `temperatures`."""
+    temperatures: np.ndarray
+    """[R] float32, T_t at which each token was sampled."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Version of the weights that sampled it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What the trainer's forward pass says about a batch, in batch order."""
+
+    log_probs: np.ndarray
+    """[N] float32, at the base temperature."""
+    rollout_temperature_log_probs: np.ndarray
+    """[N] float32, at each token's own sampling temperature: comparable with rollout_log_probs."""
+    entropies: np.ndarray
+    """[N] float32, nats, at the base temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBucket:
+    """Some of the policy's tensors under their Hugging Face names, whole, laid end to end."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    """torch dtype names, e.g. bfloat16."""
+    data: np.ndarray
+    """[bytes] uint8, the tensors in this order, each starting at a multiple of 16 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Responses laid end to end; the arrays over N follow the responses' order."""
+
+    token_ids: np.ndarray
+    """[T] int32, prompt and response of each sequence in turn."""
+    sequence_lengths: np.ndarray
+    """[B] int64, prompt plus response tokens."""
+    response_lengths: np.ndarray
+    """[B] int64."""
+    temperatures: np.ndarray
+    """[N] float32, T_t of the rollout."""
+    rollout_log_probs: np.ndarray
+    """[N] float32."""
+    advantages: np.ndarray
+    """[B] float32."""
+    old_log_probs: np.ndarray | None = None
+    """[N] float32, the trainer's before the step's first update."""
+    modulation: np.ndarray | None = None
+    """[N] float32, h_t in [-1, 1]; zero where the method does not use it."""
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_lengths.sum())
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> TrainBatch:
+        """The batch of these responses, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        tokens = _ragged_index(self.sequence_lengths, rows)
+        response_tokens = _ragged_index(self.response_lengths, rows)
+        axis = {"token_ids": tokens, "sequence_lengths": rows, "response_lengths": rows, "advantages": rows}
+        chosen = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = None if value is None else value[axis.get(field.name, response_tokens)]
+        return TrainBatch(**chosen)
+
+
+def _ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Positions, in a concatenation of pieces with these lengths, of the pieces `rows`."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    if len(rows) == 0:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+
+
+def pack_rollouts(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainBatch:
+    """The training batch of these rollouts, before the trainer scored it."""
+    return TrainBatch(
+        token_ids=np.concatenate([part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]),
+        sequence_lengths=np.array([len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts], dtype=np.int64),
+        response_lengths=np.array([len(r.response_ids) for r in rollouts], dtype=np.int64),
+        temperatures=np.concatenate([r.temperatures for r in rollouts]),
+        rollout_log_probs=np.concatenate([r.rollout_log_probs for r in rollouts]),
+        advantages=advantages.astype(np.float32),
+    )
