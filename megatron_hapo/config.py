@@ -5,10 +5,17 @@ A config is a YAML file; `base:` names the file (or files) that it builds on, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from megatron_hapo.config_faults import Fault, schema_faults
+from megatron_hapo.config_sources import COMMAND_LINE, read_sources
+from megatron_hapo.errors import ConfigError
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -171,7 +178,7 @@ class TaskData(Section):
     """A dataset of reasoning-gym, e.g. chain_sum."""
     size: PositiveInt
     seed: int = 0
-    options: dict[str, int | float | str | bool | list] = {}
+    options: dict[str, Any] = {}
     """Passed on to the dataset, e.g. {min_terms: 2, max_terms: 4}."""
 
 
@@ -272,3 +279,201 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a config file and its overrides say, before anyone relies on it."""
+
+    path: Path
+    config: Config | None
+    """The settings, with defaults in the place of faulty ones; None where that is impossible."""
+    faults: list[Fault]
+    origins: Mapping[str, str] = field(repr=False)
+    """Dotted key to the file that set it last, or COMMAND_LINE."""
+
+    def with_checks(self, found: Sequence[Fault]) -> Draft:
+        """The draft with these faults too, except those that may only echo a setting already rejected."""
+        rejected = [fault.key for fault in self.faults]
+
+        def is_echo(fault: Fault) -> bool:
+            return any(_overlap(key, bad) for key in (fault.key, *fault.involves) for bad in rejected)
+
+        news = [fault for fault in found if not is_echo(fault)]
+        return Draft(self.path, self.config, self.faults + news, self.origins)
+
+    def accept(self) -> Config:
+        """The config, if it has no fault.
+
+        Raises:
+            ConfigError: one line a fault, each opening with the file that set the value, or with COMMAND_LINE.
+        """
+        if self.faults or self.config is None:
+            raise ConfigError([f"{self._origin(fault.key)}: {fault}" for fault in self.faults])
+        return self.config
+
+    def _origin(self, key: str) -> str:
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return str(self.path)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a YAML file with `key=value` overrides.
+
+    Raises:
+        ConfigError: with all faults at once, one line each.
+    """
+    return read_config(path, overrides).accept()
+
+
+def dump_config(config: Config, path: Path | str) -> None:
+    """Write every setting as YAML; load_config reads it back to an equal config."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
+    """The settings and their faults, so that a caller can add what it finds wrong before it reports.
+
+    Raises:
+        ConfigError: a file or an override that cannot be read at all.
+    """
+    path = Path(path)
+    raw, origins = read_sources(path, overrides)
+    draft = _validate(path, raw, origins)
+    if draft.config is None:
+        return draft
+    from_command_line = [key for key, origin in origins.items() if origin == COMMAND_LINE]
+    return draft.with_checks(
+        [*_contradictions(draft.config), *_settings_without_effect(draft.config, from_command_line)]
+    )
+
+
+def _overlap(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def _validate(path: Path, raw: dict[str, Any], origins: Mapping[str, str]) -> Draft:
+    try:
+        return Draft(path, Config.model_validate(raw), [], origins)
+    except ValidationError as invalid:
+        faults = schema_faults(invalid, Config)
+    for fault in faults:
+        _remove(raw, fault.key.split("."))
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError:  # a required setting is missing or faulty: nothing to check the others against
+        config = None
+    return Draft(path, config, faults, origins)
+
+
+def _remove(raw: dict[str, Any], keys: list[str]) -> None:
+    for key in keys[:-1]:
+        if not isinstance(raw.get(key), dict):
+            raw.pop(key, None)  # an entry of a list: the whole list goes
+            return
+        raw = raw[key]
+    raw.pop(keys[-1], None)
+
+
+def _contradictions(config: Config) -> Iterator[Fault]:
+    """Settings that are sound alone and cannot work together."""
+    batch, rollout, reward = config.batch, config.rollout, config.reward
+    if batch.prompts_per_step % batch.prompts_per_minibatch:
+        yield Fault(
+            "batch.prompts_per_minibatch",
+            f"must divide batch.prompts_per_step={batch.prompts_per_step}, got {batch.prompts_per_minibatch}",
+            ("batch.prompts_per_step",),
+        )
+    if batch.samples_per_prompt == 1:
+        yield Fault(
+            "batch.samples_per_prompt",
+            f"must be at least 2, got 1: algorithm.advantage={config.algorithm.advantage} compares the responses to "
+            "one prompt with each other",
+            ("algorithm.advantage",),
+        )
+    if reward.overlong.buffer_tokens >= rollout.max_response_tokens:
+        yield Fault(
+            "reward.overlong.buffer_tokens",
+            f"must be less than rollout.max_response_tokens={rollout.max_response_tokens}, "
+            f"got {reward.overlong.buffer_tokens}",
+            ("rollout.max_response_tokens",),
+        )
+    if reward.correct <= reward.wrong:
+        yield Fault(
+            "reward.correct",
+            f"must be greater than reward.wrong={reward.wrong}, got {reward.correct}",
+            ("reward.wrong",),
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if rollout.kv_cache_tokens is None and config.device == "cpu":
+        yield Fault("rollout.kv_cache_tokens", "is required with device=cpu", ("device",))
+    if rollout.kv_cache_tokens is not None and rollout.kv_cache_tokens < longest:
+        yield Fault(
+            "rollout.kv_cache_tokens",
+            f"must hold one prompt and response of max_prompt_tokens + max_response_tokens = {longest}, "
+            f"got {rollout.kv_cache_tokens}",
+            ("rollout.max_prompt_tokens", "rollout.max_response_tokens"),
+        )
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        yield Fault(
+            "eval.samples",
+            f"must be 1 with eval.temperature=0, got {config.eval.samples}: greedy responses are all the same",
+            ("eval.temperature",),
+        )
+    for name, source in (("train", config.data.train), ("eval", config.data.eval)):
+        if isinstance(source, ArithmeticData) and source.min_terms > source.max_terms:
+            yield Fault(
+                f"data.{name}.min_terms",
+                f"must be at most data.{name}.max_terms={source.max_terms}, got {source.min_terms}",
+                (f"data.{name}.max_terms",),
+            )
+        if source is not None and reward.scorer == "reasoning_gym" and not isinstance(source, TaskData):
+            yield Fault(
+                "reward.scorer",
+                f"reasoning_gym cannot score data.{name}.type={source.type}; auto chooses by the data source",
+                (f"data.{name}.type",),
+            )
+
+
+def _settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fault]:
+    """Among `keys`, which the user asked for in so many words, those that this run would ignore."""
+    algorithm = config.algorithm
+    uses_entropy = (
+        algorithm.adaptive_temperature.enabled or algorithm.adaptive_clip.enabled or algorithm.redistribution.enabled
+    )
+    ignored = {
+        "parallel.sequence_parallel": (
+            config.parallel.tp > 1 or not config.parallel.sequence_parallel,
+            "parallel.tp is 1",
+        ),
+        "algorithm.advantage_fallback": (
+            algorithm.advantage == "token_level_group_average",
+            f"algorithm.advantage is {algorithm.advantage}",
+        ),
+        "algorithm.entropy": (uses_entropy, "no part of the algorithm that uses the entropy is enabled"),
+        "algorithm.adaptive_temperature.tau": (
+            algorithm.adaptive_temperature.enabled,
+            "algorithm.adaptive_temperature.enabled is false",
+        ),
+        "algorithm.adaptive_clip.alpha": (
+            algorithm.adaptive_clip.enabled,
+            "algorithm.adaptive_clip.enabled is false",
+        ),
+        "algorithm.redistribution.beta": (
+            algorithm.redistribution.enabled,
+            "algorithm.redistribution.enabled is false",
+        ),
+        "dynamic_sampling.max_generation_batches": (
+            config.dynamic_sampling.enabled,
+            "dynamic_sampling.enabled is false",
+        ),
+        "reward.overlong.factor": (config.reward.overlong.buffer_tokens > 0, "reward.overlong.buffer_tokens is 0"),
+        "eval": (config.data.eval is not None, "data.eval names no data"),
+    }
+    for key in keys:
+        has_effect, reason = ignored.get(key, (True, ""))
+        if not has_effect:
+            yield Fault(key, f"has no effect: {reason}")

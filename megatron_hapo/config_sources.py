@@ -1,0 +1,117 @@
+"""YAML files with their bases, and `key=value` arguments, merged into one mapping that remembers who said what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_hapo.errors import ConfigError
+
+COMMAND_LINE = "command line"
+"""The origin of a value that came from a `key=value` argument."""
+
+
+def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The merged settings, unchecked, and for each dotted key the file that set it last, or COMMAND_LINE.
+
+    The bases come first, then the file, then the overrides; interpolations such as `${seed}` are resolved.
+
+    Raises:
+        ConfigError: files or overrides that cannot be read, all of them at once.
+    """
+    faults: list[str] = []
+    layers = [*_file_layers(path, faults, including=()), (COMMAND_LINE, _parse_overrides(overrides, faults))]
+    if faults:
+        raise ConfigError(faults)
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        merged = _merge(merged, layer)
+        origins |= dict.fromkeys(_dotted_keys(layer), origin)
+    return _resolve(merged, path), origins
+
+
+def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The contents of the file's bases, then of the file itself, each with its name."""
+    if path.resolve() in including:
+        faults.append(f"{path}: base: the file builds on itself")
+        return []
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        faults.append(f"{path}: no such config file")
+        return []
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        faults.append(f"{path}: cannot be read: {_one_line(error)}")
+        return []
+    if not isinstance(loaded, DictConfig):
+        faults.append(f"{path}: must be a mapping of settings, got a list")
+        return []
+    layer = _to_dict(loaded)
+    base = layer.pop("base", [])
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        faults.append(f"{path}: base: must be a file name or a list of file names, got {base!r}")
+        return []
+    layers = []
+    for name in bases:
+        layers += _file_layers(path.parent / name, faults, including=(*including, path.resolve()))
+    return [*layers, (str(path), layer)]
+
+
+def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(part.isidentifier() for part in key.split(".")):
+            faults.append(f"{COMMAND_LINE}: {override}: must have the form key=value, e.g. optimizer.lr=1e-6")
+            continue
+        try:
+            merged = _merge(merged, _to_dict(OmegaConf.from_dotlist([override])))
+        except (YAMLError, OmegaConfBaseException) as error:
+            faults.append(f"{COMMAND_LINE}: {override}: cannot be read: {_one_line(error)}")
+    return merged
+
+
+def _resolve(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {_one_line(error)}"]) from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _to_dict(config: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`. A section that changes its `type` starts afresh: the old variant's keys mean nothing."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type"):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _dotted_keys(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of sections and of values."""
+    for key, value in layer.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
