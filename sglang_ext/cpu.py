@@ -1,0 +1,41 @@
+"""What an SGLang engine process needs in its environment on a machine without a GPU. Never used on a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+def environment(tp: int) -> dict[str, str]:
+    """Variables for the process that will start an engine of this tensor parallel size.
+
+    They act when Python starts and when SGLang is imported, in the engine's process and in those that it spawns: put
+    them in the environment before the process starts (Ray: `runtime_env={"env_vars": ...}`).
+    """
+    python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    variables = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(STAND_INS), *(p for p in python_path if p and p != str(STAND_INS))]),
+        "CUDA_VISIBLE_DEVICES": "",
+        # SGLang compiles the seeded sampler with torch.compile, which takes a C++ compiler and a minute on a CPU.
+        "TORCH_COMPILE_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Without AMX kernels SGLang binds no threads, and each rank would take every core.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // tp)),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    if tp > 1:  # without it SGLang wants a NUMA node for each rank
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(_cores_of_ranks(tp))
+    return variables
+
+
+def _cores_of_ranks(tp: int) -> list[str]:
+    """Cores of each rank, e.g. ["0,1", "2,3"]; ranks share cores where there are fewer cores than ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // tp
+    if share == 0:
+        return [str(cores[rank % len(cores)]) for rank in range(tp)]
+    return [",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(tp)]

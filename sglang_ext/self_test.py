@@ -1,0 +1,156 @@
+"""Proves at start, on the real model, that an engine's temperatures and log-probs are what the formula says.
+
+Requests with and without the adaptive temperature run in one batch. Their statistics are made up around the entropy
+that the model shows, so that h comes out at about +0.5 and -0.5 and a hook that does nothing, or the wrong thing, is
+seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_hapo.entropy import EntropyStats, Sign, adaptive_temperature, entropy_from_logits
+from megatron_hapo.errors import RolloutError
+from megatron_hapo.types import AdaptiveTemperature
+from sglang_ext import temperature
+from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
+
+logger = logging.getLogger(__name__)
+
+_TAU = 0.5
+_BASE = 1.3  # not 1, so that a forgotten base temperature shows
+_TOKENS = 2  # one from the prefill, one from a decoding step
+_TEMPERATURE_TOLERANCE = 2e-3  # relative; the reference entropy comes from log-probs rounded to float32
+# Between two batches, which may take different matrix kernels; in bfloat16 a logit of 30 has steps of 0.1.
+_LOG_PROB_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3}
+_NO_HOOK = (
+    "SGLang did not load the plugin megatron_hapo: is the package installed in this environment, "
+    "does SGLANG_PLUGINS exclude it?"
+)
+_OTHER_FORMULA = "another plugin may change the logits, or this SGLang version calls its sampler differently"
+
+
+class Answer(Protocol):
+    """Calls the engine: prompts, sampling parameters, and per-request options as keyword lists."""
+
+    def __call__(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]: ...
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    adaptive: AdaptiveTemperature | None
+
+
+def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
+    """Raises RolloutError at the first difference: what was expected, what came, and the likely cause."""
+    start = time.perf_counter()
+    prompt, plain_V = _entropic_prompt(answers, vocab_size)
+    entropy = entropy_from_logits(plain_V)
+    cases = _cases(float(entropy.log()))
+    parameters = [_parameters(case.adaptive) for case in cases]
+    # One batch for all: a request that disturbed another would show in it.
+    replies = answers([prompt] * len(cases), parameters, top_logprobs_num=[vocab_size] * len(cases))
+    for case, reply in zip(cases, replies, strict=True):
+        _check_temperatures(case, reply, vocab_size)
+        _check_log_probs(case, reply, plain_V, _LOG_PROB_TOLERANCE[dtype])
+    logger.info("self-test of the sampling passed in %.1f s", time.perf_counter() - start)
+
+
+def _entropic_prompt(answers: Answer, vocab_size: int) -> tuple[list[int], Tensor]:
+    """The prompt, of a few, with the highest next-token entropy, and its log-probs at the base temperature. [V]
+
+    These requests are none of ours: what SGLang itself says at temperature 1 is what everything is compared with.
+    """
+    prompts = [[(17 + 31 * i + 7 * j) * 997 % vocab_size for j in range(1 + 2 * i)] for i in range(4)]
+    replies = answers(
+        prompts,
+        [{"temperature": 1.0, "max_new_tokens": 1, "ignore_eos": True}] * len(prompts),
+        top_logprobs_num=[vocab_size] * len(prompts),
+    )
+    log_probs = [torch.log_softmax(_full_log_probs(reply, 0, vocab_size) / _BASE, -1) for reply in replies]
+    entropies = [float(entropy_from_logits(lp)) for lp in log_probs]
+    best = max(range(len(prompts)), key=entropies.__getitem__)
+    if not entropies[best] > 1e-3:
+        raise RolloutError(
+            f"self-test of the sampling: the model's next-token entropies are {entropies} nats on all test prompts; "
+            "are its weights those of a language model?"
+        )
+    return prompts[best], log_probs[best]
+
+
+def _cases(log_entropy: float) -> list[_Case]:
+    above = EntropyStats(log_entropy - 1, log_entropy + 1, log_entropy - 3, 1.0, 1)  # h = +0.5
+    below = EntropyStats(log_entropy + 1, log_entropy + 3, log_entropy - 1, 1.0, 1)  # h = -0.5, or +0.5 as `reference`
+    signs: tuple[Sign, Sign] = ("signed", "reference")
+    adaptive = [
+        _Case(
+            f"adaptive temperature, sign={sign}, entropy {side} the pivot",
+            AdaptiveTemperature(stats=stats, tau=_TAU, sign=sign),
+        )
+        for sign in signs
+        for side, stats in (("above", above), ("below", below))
+    ]
+    plain = _Case("base temperature", None)
+    return [plain, *adaptive, plain]
+
+
+def _parameters(adaptive: AdaptiveTemperature | None) -> dict[str, Any]:
+    return {
+        "temperature": _BASE,
+        "max_new_tokens": _TOKENS,
+        "ignore_eos": True,
+        "sampling_seed": 0,
+        "custom_params": {REQUEST_KEY: [] if adaptive is None else temperature.row_parameters(adaptive)},
+    }
+
+
+def _check_temperatures(case: _Case, reply: dict, vocab_size: int) -> None:
+    """The recorded temperatures are those of the formula, given that the log-probs are of logits / T_t.
+
+    If they were of anything else, the logits recovered from them would have another entropy, and call for another T_t.
+    """
+    a = case.adaptive
+    if a is None:
+        return
+    recorded = reply["meta_info"].get(TEMPERATURE_KEY)
+    if recorded is None or len(recorded) != _TOKENS:
+        _fail(case, f"the temperatures of {_TOKENS} tokens", recorded, _NO_HOOK)
+    for step, got in enumerate(recorded):
+        base_V = _full_log_probs(reply, step, vocab_size) * (got / _BASE)
+        entropy_1 = entropy_from_logits(base_V)[None]
+        expected = float(adaptive_temperature(entropy_1, _BASE, a.stats, tau=a.tau, sign=a.sign, floor=a.floor))
+        if not math.isclose(got, expected, rel_tol=_TEMPERATURE_TOLERANCE):
+            _fail(case, f"temperature {expected:.6g} at token {step}", f"{got:.6g}", _OTHER_FORMULA)
+
+
+def _check_log_probs(case: _Case, reply: dict, plain_V: Tensor, tolerance: float) -> None:
+    """The first token's log-probs are SGLang's own at the base temperature, brought to T_t."""
+    temperature_ratio = 1.0 if case.adaptive is None else reply["meta_info"][TEMPERATURE_KEY][0] / _BASE
+    expected_V = torch.log_softmax(plain_V / temperature_ratio, -1)
+    got_V = _full_log_probs(reply, 0, len(plain_V))
+    # What is less likely than e^-20 has lost its digits in float32 probabilities.
+    error_V = torch.where(expected_V > -20, (got_V - expected_V).abs(), 0.0)
+    token = int(error_V.argmax())
+    if not float(error_V[token]) <= tolerance:
+        cause = _NO_HOOK if case.adaptive is not None else _OTHER_FORMULA
+        _fail(case, f"log-prob {float(expected_V[token]):.5g} of token {token}", f"{float(got_V[token]):.5g}", cause)
+
+
+def _full_log_probs(reply: dict, step: int, vocab_size: int) -> Tensor:
+    """[V] float64, of output token `step`."""
+    values, token_ids, _ = zip(*reply["meta_info"]["output_top_logprobs"][step], strict=True)
+    log_probs_V = torch.full((vocab_size,), -math.inf, dtype=torch.float64)
+    log_probs_V[torch.tensor(token_ids)] = torch.tensor(values, dtype=torch.float64)
+    return log_probs_V
+
+
+def _fail(case: _Case, expected: str, got: Any, cause: str) -> NoReturn:
+    raise RolloutError(f"self-test of the sampling, {case.name}: expected {expected}, got {got}. {cause}")
