@@ -1,0 +1,135 @@
+"""A Megatron-Core GPTModel from a Hugging Face config, for one rank of a process grid."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_hapo.errors import HapoError
+from megatron_hapo.model.families import Shape, padded_vocab_size
+from megatron_hapo.model.layers import PackedAttention, RMSNorm
+from megatron_hapo.parallel import ParallelLayout
+
+logger = logging.getLogger(__name__)
+
+
+def transformer_config(
+    shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: bool, te: bool
+) -> TransformerConfig:
+    """Megatron's config of this model on this layout."""
+    options: dict[str, Any] = {}
+    if recompute:
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        sequence_parallel=sequence_parallel and layout.tp_size > 1,
+        # Packed micro-batches differ in length; Megatron accepts that for dense models only with this dispatcher.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The loss is already divided by the mini-batch's global token count: Megatron must not average again.
+        calculate_per_token_loss=True,
+        # Weights are loaded from a checkpoint; initialising them would only cost time.
+        perform_initialization=False,
+        use_cpu_initialization=layout.device.type == "cpu",
+        attention_softmax_in_fp32=True,
+        persist_layer_norm=te,
+        bias_activation_fusion=te,
+        bias_dropout_fusion=te,
+        apply_rope_fusion=te,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **options,
+    )
+
+
+def build_model(
+    shape: Shape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool = True,
+    recompute: bool = False,
+    spec: Literal["auto", "te", "local"] = "auto",
+) -> GPTModel:
+    """This rank's part of the model, with uninitialised weights, on the layout's device."""
+    te = _use_transformer_engine(spec, layout.device)
+    config = transformer_config(
+        shape, layout, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute, te=te
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, te),
+        vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
+        max_sequence_length=shape.max_positions,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_base,  # type: ignore[arg-type]  # annotated int, used as a number
+    )
+    return model.to(layout.device)
+
+
+def first_layer(model: GPTModel) -> int:
+    """Global index of the first layer that this rank holds."""
+    return get_transformer_layer_offset(model.config)
+
+
+def _use_transformer_engine(spec: str, device: torch.device) -> bool:
+    try:
+        import transformer_engine  # noqa: F401
+
+        present = device.type == "cuda"
+    except ImportError:
+        present = False
+    if spec == "te" and not present:
+        raise HapoError("model.spec: te needs a GPU and the package transformer-engine (extra [te]); use local or auto")
+    te = present and spec != "local"
+    logger.info("layer spec: %s", "Transformer Engine" if te else "local (torch SDPA)")
+    return te
+
+
+def _block_spec(config: TransformerConfig, te: bool) -> TransformerBlockSubmodules | ModuleSpec:
+    num_layers = get_num_layers_to_build(config)
+    if te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,131 @@
+"""Lets Megatron-Core 0.19 run on a CPU over gloo. Call `install()` before megatron.core is imported.
+
+Only for CPU trainer processes: it replaces torch functions process-wide. Nothing here changes logic; each entry answers
+a call that Megatron makes without asking whether CUDA is there. A GPU process never imports this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Patch torch.cuda for a process without a GPU; a second call does nothing."""
+    if torch.cuda.is_available():
+        raise AssertionError("the CPU compatibility module must not be used where CUDA is available")
+    if getattr(torch, "_megatron_hapo_cpu", False):
+        return
+    torch._megatron_hapo_cpu = True  # type: ignore[attr-defined]
+    # Megatron's jit_fuser is torch.compile, which would need a C++ compiler and minutes.
+    torch._dynamo.config.disable = True
+    _device_queries()
+    _random_state()
+    _streams()
+    _device_arguments()
+    _optimizer_type_names()
+    _megatron_generators()
+
+
+def _returns(value: Any = None) -> Callable[..., Any]:
+    # a new function each time: torch refuses one object under two names
+    return lambda *args, **kwargs: value
+
+
+def _device_queries() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = _returns(_CPU)
+    for name in ("synchronize", "empty_cache", "set_device", "ipc_collect", "reset_peak_memory_stats"):
+        setattr(cuda, name, _returns())
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, _returns(0))
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _returns(), _returns()
+
+
+def _random_state() -> None:
+    """The CUDA generator is the CPU generator."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    for name in ("manual_seed", "manual_seed_all"):
+        setattr(cuda, name, lambda seed: torch.default_generator.manual_seed(seed) and None)
+
+
+def _streams() -> None:
+    class Stream:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        wait_stream = wait_event = synchronize = _returns()
+
+        def record_event(self, *args: Any) -> Event:
+            return Event()
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Stream)
+
+        def __hash__(self) -> int:
+            return 0
+
+    class Event(Stream):
+        record = wait = _returns()
+        query = _returns(True)
+        elapsed_time = _returns(0.0)
+
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream, cuda.default_stream = _returns(Stream()), _returns(Stream())
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.record_stream = _returns()  # type: ignore[method-assign]
+
+
+def _device_arguments() -> None:
+    """device="cuda", device=0, pin_memory=True and .cuda() mean the CPU."""
+
+    def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            device = kwargs.get("device")
+            if isinstance(device, int) or str(device).startswith("cuda"):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    makers = "tensor as_tensor zeros ones empty full arange rand randn zeros_like ones_like empty_like full_like"
+    for name in makers.split():
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+def _optimizer_type_names() -> None:
+    """Megatron's optimizers ask whether param.type() is 'torch.cuda.FloatTensor'."""
+    original = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _megatron_generators() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    random_module: Any = megatron_random
+    random_module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random_module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # The dispatcher copies split sizes to the host and expects numpy only when it moved them.
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )

@@ -1,0 +1,80 @@
+"""The one reader of Megatron's process groups: every other module takes what it needs from a ParallelLayout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core import tensor_parallel as megatron_tp
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes, this rank's coordinates and the groups of the trainer's process grid."""
+
+    device: torch.device
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    pp_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def initialize(*, tp: int, pp: int, device: torch.device, seed: int, timeout_seconds: float) -> ParallelLayout:
+    """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once."""
+    parallel_state.initialize_model_parallel(
+        tp, pp, distributed_timeout_minutes=max(1, round(timeout_seconds / 60)), create_gloo_process_groups=False
+    )
+    megatron_tp.model_parallel_cuda_manual_seed(seed)
+    return ParallelLayout(
+        device=device,
+        tp_size=tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_size=pp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def init_distributed(
+    *, rank: int, world_size: int, init_method: str, device: torch.device, timeout_seconds: float
+) -> None:
+    """Join the trainer's world: NCCL on GPUs, gloo on CPUs."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,303 @@
+"""One trainer rank: Megatron model and optimizer, the forward pass, the update, its weights. Knows no launcher.
+
+All ranks call the same methods in the same order. Shape letters: `N` response tokens of a micro-batch, `V` vocabulary
+columns of a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_hapo.batching import MicroBatch, pack, plan_microbatches
+from megatron_hapo.checkpoint.hf import hf_tensors, load_hf_weights
+from megatron_hapo.config import Config
+from megatron_hapo.errors import TrainingError
+from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
+from megatron_hapo.loss import hapo_loss
+from megatron_hapo.model.build import build_model
+from megatron_hapo.model.families import read_shape
+from megatron_hapo.model.layers import packed_params
+from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.types import TokenScores, TrainBatch
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerRank:
+    """The policy's shard on this rank.
+
+    Args:
+        config: of the run.
+        layout: this rank's place; process groups must exist.
+    """
+
+    def __init__(self, config: Config, layout: ParallelLayout):
+        self.config, self.layout = config, layout
+        self.shape = read_shape(config.model.path)
+        dtype = getattr(torch, config.trainer.dtype)
+        self.model: GPTModel = build_model(
+            self.shape,
+            layout,
+            dtype=dtype,
+            sequence_parallel=config.parallel.sequence_parallel,
+            recompute=config.trainer.recompute == "full",
+            spec=config.model.spec,
+        )
+        load_hf_weights(self.model, self.shape, layout, config.model.path)
+        self._wrap_for_training(dtype)
+
+    def _wrap_for_training(self, dtype: torch.dtype) -> None:
+        config, bf16 = self.config, dtype == torch.bfloat16
+        megatron_config = self.model.config
+        module = Float16Module(megatron_config, self.model) if bf16 else self.model
+        self._ddp = DistributedDataParallel(
+            megatron_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=config.trainer.distributed_optimizer
+            ),
+            module,
+        )
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.optimizer.lr,
+                weight_decay=config.optimizer.weight_decay,
+                adam_beta1=config.optimizer.beta1,
+                adam_beta2=config.optimizer.beta2,
+                adam_eps=config.optimizer.eps,
+                clip_grad=config.optimizer.clip_grad,
+                bf16=bf16,
+                params_dtype=dtype,
+                use_distributed_optimizer=config.trainer.distributed_optimizer,
+            ),
+            [self._ddp],
+            use_gloo_process_groups=False,
+        )
+        megatron_config.grad_scale_func = self._optimizer.scale_loss
+        # Our loss is divided by the mini-batch's token count already, so Megatron gets no count to divide by.
+        megatron_config.finalize_model_grads_func = lambda model, num_tokens=None, **rest: finalize_model_grads(
+            model, None, **rest
+        )
+
+    # ----- forward pass
+
+    def log_probs(self, batch: TrainBatch) -> tuple[list[int], TokenScores] | None:
+        """Score the responses of this rank's data-parallel slice with the current weights.
+
+        Returns:
+            On ranks that report (last stage, tp rank 0): rows of the batch, and their scores in that order. Else None.
+        """
+        microbatches = self._microbatches(batch)
+        collected = self._run(microbatches, self._score, forward_only=True)
+        if not self.layout.reports:
+            return None
+        rows = [row for microbatch in microbatches for row in microbatch.rows]
+        columns = [torch.cat(parts).cpu().numpy() for parts in zip(*collected, strict=True)]
+        return rows, TokenScores(log_probs=columns[0], rollout_temperature_log_probs=columns[1], entropies=columns[2])
+
+    def _score(self, logits_NV: Tensor, microbatch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        base = self.config.rollout.temperature
+        log_probs_N, entropies_N = self._log_probs_and_entropy(logits_NV, microbatch, base)
+        if bool((microbatch.temperatures == base).all()):
+            return log_probs_N, log_probs_N, entropies_N
+        rollout_N, _ = self._log_probs_and_entropy(logits_NV, microbatch, microbatch.temperatures)
+        return log_probs_N, rollout_N, entropies_N
+
+    def _log_probs_and_entropy(
+        self, logits_NV: Tensor, microbatch: MicroBatch, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return vocab_parallel_log_probs_and_entropy(
+            logits_NV,
+            microbatch.targets,
+            tp_group=self.layout.tp_group if self.layout.tp_size > 1 else None,
+            vocab_size=self.shape.vocab_size,
+            temperature=temperature,
+        )
+
+    # ----- update
+
+    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float] | None:
+        """One optimizer step on a mini-batch that carries old_log_probs, advantages and modulation.
+
+        Returns:
+            On reporting ranks the mini-batch's metrics, equal on all of them. Else None.
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the weights are unchanged.
+        """
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens)
+        collected = self._run(self._microbatches(batch), loss_of, forward_only=False)
+        learning_rate = self._set_learning_rate(step)
+        # step() would clip by and then apply a NaN norm, so the norm is looked at before it.
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {step}: gradient norm is {grad_norm} on rank {dist.get_rank()}; the weights were not changed. "
+                "Look at loss/* and rollout/logprob_abs_diff of the last steps; a lower optimizer.lr often helps."
+            )
+        self._optimizer.step()
+        if not self.layout.is_last_stage:
+            return None
+        sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in collected[0]}
+        totals = torch.stack(list(sums.values()))
+        dist.all_reduce(totals, group=self.layout.dp_group)
+        means = dict(zip(sums, (totals / batch.num_response_tokens).tolist(), strict=True))
+        return {
+            "loss/policy": means["loss"] * batch.num_response_tokens,
+            "loss/clip_fraction_low": means["clipped_low"],
+            "loss/clip_fraction_high": means["clipped_high"],
+            "loss/dual_clip_fraction": means["dual_clipped"],
+            "loss/approx_kl": -means["log_ratio"],
+            "loss/importance_ratio": means["ratio"],
+            "grad_norm": grad_norm,
+            "lr": learning_rate,
+        }
+
+    def _loss(self, logits_NV: Tensor, microbatch: MicroBatch, *, num_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+        algorithm = self.config.algorithm
+        log_probs_N, _ = self._log_probs_and_entropy(logits_NV, microbatch, self.config.rollout.temperature)
+        assert microbatch.old_log_probs is not None, "update needs a scored batch"
+        assert microbatch.modulation is not None, "update needs the modulation"
+        loss, sums = hapo_loss(
+            log_probs_N,
+            microbatch.old_log_probs,
+            microbatch.advantages,
+            microbatch.modulation,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            clip_alpha=algorithm.adaptive_clip.alpha if algorithm.adaptive_clip.enabled else 0.0,
+            adv_beta=algorithm.redistribution.beta if algorithm.redistribution.enabled else 0.0,
+            dual_clip=algorithm.dual_clip,
+            num_tokens=num_tokens,
+        )
+        return loss, {"loss": loss.detach(), **sums}
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Linear warm-up over steps; step counts from 1, so the first step already moves the weights."""
+        optimizer = self.config.optimizer
+        rate = optimizer.lr * min(1.0, step / max(1, optimizer.warmup_steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+        return rate
+
+    # ----- weights
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole HF tensors of this pipeline stage; the ranks of a tp group iterate in lockstep."""
+        return hf_tensors(self.model, self.shape, self.layout)
+
+    # ----- the pipeline schedule
+
+    def _microbatches(self, batch: TrainBatch) -> list[MicroBatch]:
+        plan = plan_microbatches(
+            batch.sequence_lengths,
+            dp_size=self.layout.dp_size,
+            max_tokens=self.config.trainer.max_tokens_per_microbatch,
+        )
+        multiple = self.layout.tp_size if self.model.config.sequence_parallel else 1
+        return [pack(batch, rows, device=self.layout.device, multiple=multiple) for rows in plan[self.layout.dp_rank]]
+
+    def _run(
+        self, microbatches: list[MicroBatch], on_logits: Callable[[Tensor, MicroBatch], Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Run the schedule; `on_logits` sees each micro-batch's logits on the last stage; results come back in order.
+
+        For a backward pass `on_logits` returns the loss and what is to be collected.
+        """
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
+            microbatch = next(iterator)
+            output = model(
+                microbatch.input_ids,
+                microbatch.position_ids,
+                None,
+                packed_seq_params=packed_params(microbatch.sequence_lengths, self.layout.device),
+                output_processor=_response_logits,
+                output_processor_context=microbatch.predicting_positions,
+                # The vocabulary-parallel function makes float32 copies of a chunk at a time; a whole one is the
+                # classic way to run out of memory.
+                **({"fp32_output": False} if self.model.config.bf16 else {}),
+            )
+
+            def on_output(logits_NV: Tensor, non_loss_data: bool = False) -> Any:
+                result = on_logits(logits_NV, microbatch)
+                if non_loss_data:
+                    return result
+                loss, collected = result
+                return loss, torch.tensor(0, dtype=torch.int, device=self.layout.device), collected
+
+            return output, on_output
+
+        longest = max(sum(microbatch.sequence_lengths) for microbatch in microbatches)
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(microbatches),
+                model=self._ddp,
+                num_microbatches=len(microbatches),
+                seq_length=longest,
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+
+def _response_logits(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Tensor, **_: Any
+) -> Tensor:
+    """GPTModel's output processor: logits only at the positions that predict a response token. [N, V]
+
+    Under sequence parallelism the hidden states are gathered before the rows are chosen; the gather's backward
+    reduce-scatters the partial gradients of the vocabulary shards, so no further all-reduce is needed there.
+    """
+    sequence_parallel = output_layer.sequence_parallel
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
+    logits = linear_with_grad_accumulation_and_async_allreduce(
+        input=hidden_states[context],
+        weight=output_layer.weight if output_weight is None else output_weight,
+        bias=None,
+        gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion,
+        allreduce_dgrad=not sequence_parallel and output_layer.tp_group.size() > 1,
+        sequence_parallel=False,
+        tp_group=output_layer.tp_group,
+    )
+    return logits[:, 0]
+
+
+def merge_scores(parts: list[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
+    """Scores in batch order, from the ranks' parts; every row must come exactly once."""
+    present = [part for part in parts if part is not None]
+    rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
+    assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"
+    starts = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    target = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+
+    def in_order(name: str) -> np.ndarray:
+        merged = np.empty(batch.num_response_tokens, dtype=np.float32)
+        merged[target] = np.concatenate([getattr(scores, name) for _, scores in present])
+        return merged
+
+    return TokenScores(
+        log_probs=in_order("log_probs"),
+        rollout_temperature_log_probs=in_order("rollout_temperature_log_probs"),
+        entropies=in_order("entropies"),
+    )

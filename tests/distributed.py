@@ -1,0 +1,57 @@
+"""Real gloo ranks for tests: every rank is a process that may use Megatron."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    """Run `fn(rank, *args)` on `world_size` ranks of one gloo world; returns their results, raises their errors.
+
+    `fn` is at module level and may build a ParallelLayout. The rendezvous is a file, so no port can clash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            futures = [
+                executor.submit(_rank_main, rank, world_size, rendezvous, timeout_seconds, fn, args)
+                for rank in range(world_size)
+            ]
+            done, pending = wait(futures, timeout_seconds, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            assert not pending, f"ranks {[futures.index(f) for f in pending]} did not end in {timeout_seconds} s"
+            return [future.result() for future in futures]
+        finally:
+            for process in list((executor._processes or {}).values()):
+                process.kill()
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _rank_main(
+    rank: int, world_size: int, rendezvous: str, timeout_seconds: float, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_hapo.model import cpu
+
+    cpu.install()
+    from megatron_hapo import parallel
+
+    device = torch.device("cpu")
+    parallel.init_distributed(
+        rank=rank, world_size=world_size, init_method=rendezvous, device=device, timeout_seconds=timeout_seconds
+    )
+    try:
+        return fn(rank, *args)
+    finally:
+        parallel.shutdown()
