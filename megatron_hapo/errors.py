@@ -24,6 +24,10 @@ class RolloutError(HapoError, RuntimeError):
     """The rollout engine failed, or does not sample as the formula says."""
 
 
+class RewardError(HapoError, RuntimeError):
+    """The reward workers cannot work at all; one response that fails is no error, it scores as wrong."""
+
+
 class TrainingError(HapoError, RuntimeError):
     """The update cannot go on: a non-finite loss or gradient, a rank that failed."""
 

@@ -1,0 +1,69 @@
+"""The command line. Everything heavy is imported by the command that needs it, after its config has been checked."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hapo.errors import HapoError
+
+EXIT_FAULT = 2
+"""The run cannot work as it was asked for: a fault of the config, the data or a part of the run, told in one line."""
+EXIT_INTERRUPTED = 130
+"""As a shell reports a process that Ctrl-C ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Errors that nobody foresaw keep their traceback."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron_hapo").setLevel(logging.INFO)
+    try:
+        arguments.run(arguments)
+    except HapoError as error:
+        for line in str(error).splitlines():
+            print(line, file=sys.stderr)
+        return EXIT_FAULT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-hapo", description="HAPO reinforcement learning at Megatron scale")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model", description="Check a config, then train.")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, e.g. optimizer.lr=1e-6"
+    )
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="curves of a run", description="Draw the curves of a run.")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.preflight import load_checked_config
+
+    config = load_checked_config(arguments.config, arguments.overrides)
+
+    from megatron_hapo.launch.run import run_training
+
+    run_training(config)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    if not (arguments.run_dir / "metrics.jsonl").is_file():
+        raise HapoError(f"{arguments.run_dir}: no metrics.jsonl; it must be the folder of a run")
+
+    from megatron_hapo.report import write_report
+
+    write_report(arguments.run_dir)

@@ -1,0 +1,96 @@
+"""What is wrong with a run before it starts, as far as its files tell. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
+from megatron_hapo.config_faults import Fault
+from megatron_hapo.data import file_faults
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.families import Shape, read_shape
+
+
+def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run whose files are there and fit it.
+
+    Raises:
+        ConfigError: with all faults at once, those of the config and those of the files.
+    """
+    draft = read_config(path, overrides)
+    if draft.config is not None:
+        draft = draft.with_checks(check_run(draft.config))
+    return draft.accept()
+
+
+def check_run(config: Config) -> list[Fault]:
+    """Why the model folder and the data do not fit the config; empty where they do."""
+    faults = [*_model_faults(config)]
+    for name, source in (("train", config.data.train), ("eval", config.data.eval)):
+        if source is not None:
+            faults += _data_faults(f"data.{name}", source)
+    return faults
+
+
+def _model_faults(config: Config) -> Iterator[Fault]:
+    folder = config.model.path
+    if not folder.is_dir():
+        yield Fault("model.path", f"no such folder: {folder}")
+        return
+    if not any(folder.glob("*.safetensors")):
+        yield Fault("model.path", f"{folder} has no safetensors file")
+    if not (folder / "tokenizer_config.json").is_file():
+        yield Fault("model.path", f"{folder} has no tokenizer (tokenizer_config.json)")
+    try:
+        shape = read_shape(folder)
+    except ConfigError as error:
+        for line in error.faults:
+            yield Fault("model.path", line.removeprefix("model.path: "))
+        return
+    except json.JSONDecodeError as error:
+        yield Fault("model.path", f"{folder / 'config.json'} is not JSON: {error}")
+        return
+    except KeyError as error:
+        yield Fault("model.path", f"{folder / 'config.json'} has no {error.args[0]}")
+        return
+    yield from _layout_faults(config, shape)
+
+
+def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
+    sizes = {
+        "attention heads": shape.num_heads,
+        "key-value heads": shape.num_kv_heads,
+        "feed-forward units": shape.ffn_size,
+    }
+    for key, tp in (("parallel.tp", config.parallel.tp), ("rollout.tp", config.rollout.tp)):
+        for what, size in sizes.items():
+            if size % tp:
+                yield Fault(key, f"{size} {what} do not split over tp={tp}", ("model.path",))
+    if shape.num_layers % config.parallel.pp:
+        yield Fault(
+            "parallel.pp", f"{shape.num_layers} layers do not split over pp={config.parallel.pp}", ("model.path",)
+        )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        yield Fault(
+            "rollout.max_response_tokens",
+            f"max_prompt_tokens + max_response_tokens = {longest} is more than the model's {shape.max_positions} "
+            "positions (max_position_embeddings in its config.json)",
+            ("model.path", "rollout.max_prompt_tokens"),
+        )
+
+
+def _data_faults(key: str, source: DataSource) -> Iterator[Fault]:
+    if isinstance(source, FileData):
+        for message in file_faults(source.path):
+            yield Fault(f"{key}.path", message)
+    elif isinstance(source, TaskData):
+        from reasoning_gym.factory import DATASETS  # takes seconds, so only where it is used
+
+        if source.name not in DATASETS:
+            near = difflib.get_close_matches(source.name, DATASETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield Fault(f"{key}.name", f"reasoning-gym has no dataset {source.name!r}{hint}")
