@@ -66,4 +66,4 @@ def _report(arguments: argparse.Namespace) -> None:
 
     from megatron_hapo.report import write_report
 
-    write_report(arguments.run_dir)
+    print(write_report(arguments.run_dir))

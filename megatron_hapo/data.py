@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from megatron_hapo.config import ArithmeticData, DataSource, FileData, TaskData
 from megatron_hapo.errors import DataError
-from megatron_hapo.reward import REASONING_GYM_PREFIX, encode_task
+from megatron_hapo.reward import REASONING_GYM_PREFIX, encode_task, import_reasoning_gym
 from megatron_hapo.types import Prompt
 
 if TYPE_CHECKING:
@@ -269,10 +269,10 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _task_problems(source: TaskData) -> Iterator[_Problem]:
-    from reasoning_gym import create_dataset
-
     try:
-        dataset = create_dataset(source.name, size=source.size, seed=source.seed, **source.options)
+        dataset = import_reasoning_gym().create_dataset(
+            source.name, size=source.size, seed=source.seed, **source.options
+        )
     except (ValueError, TypeError, AssertionError) as error:  # its configs validate by assert
         raise DataError(f"{_name(source)}: {error}") from None
     for index in range(source.size):

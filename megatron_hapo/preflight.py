@@ -12,6 +12,7 @@ from megatron_hapo.config_faults import Fault
 from megatron_hapo.data import file_faults
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, read_shape
+from megatron_hapo.reward import import_reasoning_gym
 
 
 def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -88,9 +89,8 @@ def _data_faults(key: str, source: DataSource) -> Iterator[Fault]:
         for message in file_faults(source.path):
             yield Fault(f"{key}.path", message)
     elif isinstance(source, TaskData):
-        from reasoning_gym.factory import DATASETS  # takes seconds, so only where it is used
-
-        if source.name not in DATASETS:
-            near = difflib.get_close_matches(source.name, DATASETS, n=1)
+        names = import_reasoning_gym().factory.DATASETS
+        if source.name not in names:
+            near = difflib.get_close_matches(source.name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             yield Fault(f"{key}.name", f"reasoning-gym has no dataset {source.name!r}{hint}")

@@ -6,6 +6,8 @@ import functools
 import importlib
 import json
 import re
+import warnings
+from types import ModuleType
 from typing import Any, Literal
 
 Scorer = Literal["auto", "math", "exact", "reasoning_gym"]
@@ -48,8 +50,17 @@ def resolve_scorer(scorer: Scorer, data_source: str) -> Scorer:
 
 def preload(scorer: Scorer) -> None:
     """Import what a scorer needs, so that its first response is not charged for it."""
-    for module in {"math": ("math_verify",), "reasoning_gym": ("reasoning_gym",)}.get(scorer, ()):
-        importlib.import_module(module)
+    if scorer == "math":
+        importlib.import_module("math_verify")
+    elif scorer == "reasoning_gym":
+        import_reasoning_gym()
+
+
+def import_reasoning_gym() -> ModuleType:
+    """The package reasoning_gym, without what Python says when it first compiles one of its dependencies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # cellpylib 2.4 compares with literals by `is`
+        return importlib.import_module("reasoning_gym")
 
 
 def overlong_penalty(num_tokens: int, *, max_response_tokens: int, buffer_tokens: int, factor: float = 1.0) -> float:
@@ -105,12 +116,10 @@ def encode_task(*, answer: str, index: int, size: int, seed: int, options: dict[
 
 def score_task(response: str, ground_truth: str, data_source: str) -> float:
     """What the task's own scorer gives the answer: in <answer> tags, reasoning-gym's convention, else as stated."""
-    from reasoning_gym.utils import extract_answer
-
     task = json.loads(ground_truth)
     name = data_source.removeprefix(REASONING_GYM_PREFIX)
     dataset = _task_dataset(name, task["size"], task["seed"], json.dumps(task["options"]))
-    answer = extract_answer(response)
+    answer = import_reasoning_gym().utils.extract_answer(response)
     if answer is None:
         answer = stated_answer(response)
     return float(dataset.score_answer(answer, dataset[task["index"]]))
@@ -118,9 +127,7 @@ def score_task(response: str, ground_truth: str, data_source: str) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _task_dataset(name: str, size: int, seed: int, options: str) -> Any:
-    from reasoning_gym import create_dataset
-
-    return create_dataset(name, size=size, seed=seed, **json.loads(options))
+    return import_reasoning_gym().create_dataset(name, size=size, seed=seed, **json.loads(options))
 
 
 def _math_conclusion(text: str) -> str | None:

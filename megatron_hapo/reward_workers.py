@@ -214,6 +214,10 @@ class _Worker:
         self._dead = False
         self.renew_deadline(START_SECONDS)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def renew_deadline(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
 
