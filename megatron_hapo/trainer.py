@@ -10,9 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -25,7 +25,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_hapo.batching import MicroBatch, pack, plan_microbatches
-from megatron_hapo.checkpoint.hf import hf_tensors, load_hf_weights
+from megatron_hapo.checkpoint import distributed as checkpoint
+from megatron_hapo.checkpoint.hf import hf_tensors, load_hf_weights, write_stage
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
@@ -34,7 +35,8 @@ from megatron_hapo.model.build import build_model
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.parallel import ParallelLayout
-from megatron_hapo.types import TokenScores, TrainBatch
+from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.weight_buckets import BucketBuilder, EngineCut
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class TrainerRank:
             spec=config.model.spec,
         )
         load_hf_weights(self.model, self.shape, layout, config.model.path)
+        checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
@@ -200,9 +203,34 @@ class TrainerRank:
 
     # ----- weights
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole HF tensors of this pipeline stage; the ranks of a tp group iterate in lockstep."""
-        return hf_tensors(self.model, self.shape, self.layout)
+    def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
+        """Whole HF tensors in the engines' dtype, in buckets, for data-parallel rank 0 to send.
+
+        The tp ranks of dp rank 0 iterate in lockstep, stage by stage independently; only tp rank 0 yields anything.
+        """
+        if self.layout.dp_rank:
+            return
+        config = self.config
+        dtype = getattr(torch, config.rollout.dtype)
+        bucket = BucketBuilder(
+            max_bytes=config.weight_sync.bucket_bytes,
+            checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
+        )
+        for name, tensor in hf_tensors(self.model, self.shape, self.layout):
+            if self.layout.tp_rank == 0:
+                yield from bucket.add(name, tensor.to(dtype))
+        if self.layout.tp_rank == 0:
+            yield from bucket.rest()
+
+    def export_hf(self, folder: Path) -> dict[str, str] | None:
+        """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""
+        return write_stage(self.model, self.shape, self.layout, folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        checkpoint.save(self.model, self._optimizer, self.layout, folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        checkpoint.load(self.model, self._optimizer, self.layout, folder)
 
     # ----- the pipeline schedule
 
@@ -281,23 +309,3 @@ def _response_logits(
         tp_group=output_layer.tp_group,
     )
     return logits[:, 0]
-
-
-def merge_scores(parts: list[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
-    """Scores in batch order, from the ranks' parts; every row must come exactly once."""
-    present = [part for part in parts if part is not None]
-    rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
-    assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"
-    starts = np.concatenate([[0], np.cumsum(batch.response_lengths)])
-    target = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
-
-    def in_order(name: str) -> np.ndarray:
-        merged = np.empty(batch.num_response_tokens, dtype=np.float32)
-        merged[target] = np.concatenate([getattr(scores, name) for _, scores in present])
-        return merged
-
-    return TokenScores(
-        log_probs=in_order("log_probs"),
-        rollout_temperature_log_probs=in_order("rollout_temperature_log_probs"),
-        entropies=in_order("entropies"),
-    )

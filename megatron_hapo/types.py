@@ -95,6 +95,8 @@ class WeightBucket:
     """torch dtype names, e.g. bfloat16."""
     data: np.ndarray
     """[bytes] uint8, the tensors in this order, each starting at a multiple of 16 bytes."""
+    checksums: dict[str, list[int]] | None = None
+    """For each name, `tensor_checksum` of every engine rank's slice; None where this update is not verified."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,4 +157,24 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainB
         temperatures=np.concatenate([r.temperatures for r in rollouts]),
         rollout_log_probs=np.concatenate([r.rollout_log_probs for r in rollouts]),
         advantages=advantages.astype(np.float32),
+    )
+
+
+def merge_scores(parts: Sequence[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
+    """Scores in batch order, from the ranks' parts; every row must come exactly once."""
+    present = [part for part in parts if part is not None]
+    rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
+    assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"
+    starts = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    target = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+
+    def in_order(name: str) -> np.ndarray:
+        merged = np.empty(batch.num_response_tokens, dtype=np.float32)
+        merged[target] = np.concatenate([getattr(scores, name) for _, scores in present])
+        return merged
+
+    return TokenScores(
+        log_probs=in_order("log_probs"),
+        rollout_temperature_log_probs=in_order("rollout_temperature_log_probs"),
+        entropies=in_order("entropies"),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hapo.checkpoint.folder import INDEX
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.build import first_layer
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, placement
 from megatron_hapo.parallel import ParallelLayout
 
 SHARD_BYTES = 4 << 30
-INDEX = "model.safetensors.index.json"
-# What makes the folder usable by others: tokenizer, chat template, generation settings.
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json")
-_COMPANIONS += ("merges.txt", "chat_template*", "added_tokens.json")
 
 
 class HfReader:
@@ -146,15 +142,3 @@ def write_stage(model: GPTModel, shape: Shape, layout: ParallelLayout, folder: P
     if pending:
         flush()
     return weight_map if layout.tp_rank == 0 else None
-
-
-def finish_folder(folder: Path, source: Path, weight_map: dict[str, str], dtype: str) -> None:
-    """Index, config and tokenizer beside the weight files: after this the folder loads in transformers."""
-    total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            shutil.copy2(path, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))

@@ -1,0 +1,59 @@
+"""Resumable checkpoints of a rank's model and optimizer in Megatron's torch_dist format; loads at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_hapo.parallel import ParallelLayout
+
+
+def save(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+    """Every rank writes its part; returns when all have."""
+    dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
+
+
+def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+    """Fill model and optimizer of this rank from a checkpoint of any layout."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part._init_optimizer_states_with_dummy_values()
+    state = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def _state(
+    model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": layout.dp_group,
+    }
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def keep_torch_adam_steps() -> None:
+    """Let Megatron's distributed optimizer load into torch's AdamW, which it takes without apex and Transformer Engine.
+
+    It replaces a parameter's state by the loaded tensors and so loses torch's `step`, which FusedAdam does not keep.
+    """
+    if getattr(DistributedOptimizer, "_megatron_hapo_keeps_steps", False):
+        return
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        current = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        original(self, model_param, {**current, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states  # type: ignore[method-assign]
+    DistributedOptimizer._megatron_hapo_keeps_steps = True  # type: ignore[attr-defined]

@@ -1,0 +1,128 @@
+"""The loop: generate, score, advantages, update, sync weights, log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
+from megatron_hapo.config import Config
+from megatron_hapo.data import PromptSampler
+from megatron_hapo.entropy import EntropyStats
+from megatron_hapo.metrics import MetricsLogger, StepClock
+from megatron_hapo.prepare import (
+    entropy_metrics,
+    minibatch_rows,
+    mismatch_metrics,
+    with_advantages,
+    with_modulation,
+)
+from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.reward_workers import RewardPool
+from megatron_hapo.rollout import collect_groups, generate_scored
+from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
+
+EVAL_SEED = 1 << 40  # apart from every training step's
+
+
+@dataclass(kw_only=True)
+class Driver:
+    """Runs a training job over its parts; holds what a resumed run must know again."""
+
+    config: Config
+    trainer: Trainer
+    pool: RolloutPool
+    weight_sync: WeightSync
+    rewards: RewardPool
+    prompts: PromptSampler
+    eval_prompts: list[Prompt]
+    logger: MetricsLogger
+    checkpoints: Checkpoints
+    stats: EntropyStats | None = None
+    """Of the previous step, for the sampler; None before the first, which samples at the base temperature."""
+    stop_requested: bool = False
+    """Set from a signal handler: the loop ends after the step under way."""
+    _saved_step: int = field(default=0, init=False)
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
+        config, step = self.config, self._resume()
+        self.weight_sync.sync(policy_version=step)
+        if step == 0 and self._evaluates(0):
+            self.logger.log(0, self.evaluate())
+        while step < config.steps and not self.stop_requested:
+            step += 1
+            clock = StepClock()
+            metrics = self.train_step(step, clock)
+            if self._evaluates(step):
+                with clock("eval"):
+                    metrics |= self.evaluate()
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                with clock("checkpoint"):
+                    self._save(step)
+            tokens_per_second = metrics["num_response_tokens"] / clock.training_seconds()
+            self.logger.log(step, metrics | clock.metrics() | {"tokens_per_second": tokens_per_second})
+        if self._saved_step != step:
+            self._save(step)
+
+    def train_step(self, step: int, clock: StepClock) -> dict[str, float]:
+        """One step of the paper's loop; step counts from 1."""
+        config = self.config
+        groups, metrics = collect_groups(
+            self.pool, self.rewards, self.prompts.next, self._sampling(step), clock,
+            num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling,
+        )  # fmt: skip
+        batch = with_advantages(groups, config.algorithm)
+        with clock("log_probs"):
+            scores = self.trainer.log_probs(batch)
+        batch, self.stats = with_modulation(batch, scores, config.algorithm.entropy)
+        with clock("update"):
+            minibatches = minibatch_rows(config.batch, seed=config.seed, step=step)
+            updates = [self.trainer.update(batch.select(rows), step=step) for rows in minibatches]
+        with clock("weight_sync"):
+            self.weight_sync.sync(policy_version=step)
+        means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        return {**metrics, **entropy_metrics(scores, self.stats), **mismatch_metrics(batch, scores), **means}
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on the evaluation prompts: base temperature, no overlong penalty, the same seeds every time."""
+        config = self.config
+        sampling = replace(
+            self._sampling(0), samples=config.eval.samples, temperature=config.eval.temperature,
+            top_p=config.eval.top_p, seed=config.seed + EVAL_SEED, adaptive=None,
+        )  # fmt: skip
+        groups = generate_scored(self.pool, self.rewards, self.eval_prompts, sampling, StepClock())
+        correct = [score.correct for group in groups for score in group.scores]
+        lengths = [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
+        return {"eval/accuracy": float(np.mean(correct)), "eval/response_length": float(np.mean(lengths))}
+
+    def _sampling(self, step: int) -> Sampling:
+        rollout, algorithm = self.config.rollout, self.config.algorithm
+        adaptive = None
+        if algorithm.adaptive_temperature.enabled and self.stats is not None:
+            adaptive = AdaptiveTemperature(
+                stats=self.stats, tau=algorithm.adaptive_temperature.tau,
+                sign=algorithm.entropy.sign, floor=algorithm.entropy.floor,
+            )  # fmt: skip
+        return Sampling(
+            samples=self.config.batch.samples_per_prompt, temperature=rollout.temperature,
+            max_response_tokens=rollout.max_response_tokens, stop_token_ids=rollout.stop_token_ids,
+            seed=(self.config.seed << 50) + (step << 10), adaptive=adaptive,
+        )  # fmt: skip
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(RunState(step=step, prompts=self.prompts.state(), stats=self.stats), self.trainer)
+        self._saved_step = step
+
+    def _resume(self) -> int:
+        state = self.checkpoints.newest(self.trainer)
+        if state is None:
+            return 0
+        self.prompts.restore(state.prompts)
+        self.stats, self._saved_step = state.stats, state.step
+        return state.step

@@ -1,0 +1,113 @@
+"""The rollout engines as Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.launch.remote import gather
+from megatron_hapo.types import Prompt, Rollout, Sampling, WeightBucket
+
+
+class EngineActor:
+    """Holds an sglang_ext Engine and forwards."""
+
+    def __init__(self, config: Config, device: str, index: int):
+        from sglang_ext.engine import Engine, EngineConfig
+
+        rollout = config.rollout
+        self._engine = Engine(
+            EngineConfig(
+                model_path=config.model.path.absolute(),
+                device=device,  # type: ignore[arg-type]  # "cpu" or "cuda"
+                dtype=rollout.dtype,
+                tp=rollout.tp,
+                max_running_requests=rollout.max_running_requests,
+                memory_fraction=rollout.memory_fraction,
+                kv_cache_tokens=rollout.kv_cache_tokens,
+                context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
+                seed=config.seed + index,
+            )
+        )
+        self._checksums: dict[str, list[int]] = {}
+
+    def ready(self) -> None:
+        """Answers once the engine has started and proved its hook."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        return self._engine.generate(prompts, sampling)
+
+    def begin_weight_update(self) -> None:
+        self._checksums = {}
+        self._engine.begin_weight_update()
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        self._engine.load_bucket(bucket)
+        self._checksums |= bucket.checksums or {}
+
+    def end_weight_update(self, policy_version: int) -> None:
+        if self._checksums:
+            self._engine.verify(self._checksums)
+        self._engine.end_weight_update(policy_version)
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+class RayRolloutPool:
+    """protocols.RolloutPool over Ray actors, one an engine."""
+
+    def __init__(self, config: Config, *, device: str):
+        rollout = config.rollout
+        self._timeout_seconds = rollout.timeout_seconds
+        environment = {}
+        if device == "cpu":
+            from sglang_ext import cpu
+
+            environment = cpu.environment(rollout.tp)
+        actor = ray.remote(EngineActor).options(
+            num_cpus=0,
+            num_gpus=rollout.tp if device == "cuda" else 0,
+            runtime_env={"env_vars": environment},
+        )
+        self._engines = [actor.remote(config, device, index) for index in range(rollout.engines)]
+
+    def wait_until_ready(self) -> None:
+        """Returns when every engine has started and proved its temperature hook."""
+        self._all(lambda engine: engine.ready.remote(), "starting", RolloutError)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        shares = [list(range(index, len(prompts), len(self._engines))) for index in range(len(self._engines))]
+        calls = {
+            f"engine {index}": engine.generate.remote([prompts[row] for row in share], sampling)
+            for index, (engine, share) in enumerate(zip(self._engines, shares, strict=True))
+            if share
+        }
+        answers = gather(calls, timeout_seconds=self._timeout_seconds, what="generating", error=RolloutError)
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        for share, answer in zip((s for s in shares if s), answers, strict=True):
+            for row, group in zip(share, answer, strict=True):
+                groups[row] = group
+        return groups
+
+    def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
+        self._all(lambda engine: engine.begin_weight_update.remote(), "beginning the weight update", WeightSyncError)
+        for bucket in buckets:
+            self._all(lambda engine, b=bucket: engine.load_bucket.remote(b), "loading weights", WeightSyncError)
+        self._all(
+            lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
+        )
+
+    def close(self) -> None:
+        for engine in self._engines:
+            # shutdown first: it ends SGLang's own processes
+            ray.wait([engine.shutdown.remote()], timeout=30)
+            ray.kill(engine)
+
+    def _all(self, call: Callable[[Any], ray.ObjectRef], what: str, error: type) -> list[Any]:
+        calls = {f"engine {index}": call(engine) for index, engine in enumerate(self._engines)}
+        return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=error)

@@ -1,0 +1,66 @@
+"""A process becomes a trainer rank, whoever started it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hapo.config import Config
+
+if TYPE_CHECKING:
+    from megatron_hapo.trainer import TrainerRank
+
+
+def environment(device: str, *, loopback: bool) -> dict[str, str]:
+    """Variables that a rank's process needs before it starts."""
+    variables = {
+        # Megatron's tensor-parallel overlap relies on the order of kernels.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if loopback:
+        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return variables
+
+
+def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str) -> TrainerRank:
+    """Join the trainer's world and build this rank's shard. All ranks call it together."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        from megatron_hapo.model import cpu
+
+        cpu.install()
+        torch_device = torch.device("cpu")
+    else:
+        # Ray shows an actor its own GPU only; under torchrun every rank sees all of its node.
+        torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(torch_device)
+
+    from megatron_hapo import parallel
+    from megatron_hapo.trainer import TrainerRank
+
+    parallel.init_distributed(
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        device=torch_device,
+        timeout_seconds=config.trainer.timeout_seconds,
+    )
+    layout = parallel.initialize(
+        tp=config.parallel.tp,
+        pp=config.parallel.pp,
+        device=torch_device,
+        seed=config.seed,
+        timeout_seconds=config.trainer.timeout_seconds,
+    )
+    return TrainerRank(config, layout)
+
+
+def rendezvous_file(folder: Path) -> str:
+    """Where ranks of one node meet without opening a port."""
+    return f"file://{folder / 'rendezvous'}"

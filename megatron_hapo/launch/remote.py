@@ -1,0 +1,48 @@
+"""Waiting for remote calls: the first error wins, and whoever is late is named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from megatron_hapo.errors import HapoError
+
+
+def gather(
+    calls: Mapping[str, ray.ObjectRef], *, timeout_seconds: float, what: str, error: type[HapoError]
+) -> list[Any]:
+    """Results of these calls, in their order; `calls` maps who was asked to the reference.
+
+    A failed rank makes the others hang in their collectives, so errors are raised as they come, not in order.
+
+    Raises:
+        error: a process died, or some did not answer in time. An exception of the call itself comes as it was.
+    """
+    who = {reference: name for name, reference in calls.items()}
+    waiting = list(who)
+    deadline = time.monotonic() + timeout_seconds
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            late = ", ".join(who[reference] for reference in waiting)
+            raise error(f"{what}: no answer within {timeout_seconds:g} s from {late}")
+        for reference in done:
+            _raise_failure(reference, f"{what}: {who[reference]}", error)
+    return [ray.get(reference) for reference in calls.values()]
+
+
+def _raise_failure(reference: ray.ObjectRef, who: str, error: type[HapoError]) -> None:
+    try:
+        ray.get(reference)
+    except RayTaskError as failure:
+        # The project's own errors go to the user as they are; anything else keeps the remote traceback.
+        if isinstance(failure.cause, HapoError):
+            raise failure.cause from None
+        raise
+    except RayActorError as failure:
+        reason = " ".join(str(failure).split())
+        raise error(f"{who}: the process died: {reason}") from None

@@ -1,0 +1,124 @@
+"""A whole training run: Ray, the trainer ranks, the engines, the data, the driver, and what is left for the user."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import torch
+
+from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.config import Config, dump_config
+from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.driver import Driver
+from megatron_hapo.launch.engines import RayRolloutPool
+from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.report import write_report
+from megatron_hapo.reward_workers import RewardPool
+from megatron_hapo.types import Prompt
+from megatron_hapo.weight_sync import GatherSync
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(config: Config) -> None:
+    """Train as a checked config says; continues from the run folder's newest checkpoint."""
+    prompts, eval_prompts = _load_data(config)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    dump_config(config, config.run_dir / "config.yaml")
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoints = Checkpoints(
+        config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ray())
+        rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
+        # Engines start in their own processes while the trainer builds its model.
+        pool = RayRolloutPool(config, device=device)
+        stack.callback(pool.close)
+        trainer = RayTrainer(config, device=device)
+        stack.callback(trainer.close)
+        pool.wait_until_ready()
+        weight_sync = GatherSync(trainer, pool, verify_every=config.weight_sync.verify_every)
+        metrics = stack.enter_context(
+            MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
+        )
+        driver = Driver(
+            config=config, trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards, prompts=prompts,
+            eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
+        )  # fmt: skip
+        with _graceful_stop(driver):
+            driver.run()
+        if driver.stop_requested:
+            logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
+            return
+        if config.checkpoint.hf_at_end:
+            trainer.export_hf(config.run_dir.absolute() / "hf")
+    _tell_what_is_left(config)
+
+
+def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
+    tokenizer = load_tokenizer(config.model.path)
+    sources = [config.data.train] if config.data.eval is None else [config.data.train, config.data.eval]
+    train, *rest = [
+        list(
+            load_prompts(
+                source,
+                tokenizer,
+                chat_template=config.data.chat_template,
+                max_prompt_tokens=config.rollout.max_prompt_tokens,
+            ).prompts
+        )
+        for source in sources
+    ]
+    return PromptSampler(train, seed=config.seed, shuffle=config.data.shuffle), rest[0] if rest else []
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+    else:
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _graceful_stop(driver: Driver) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; the second at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        if driver.stop_requested:
+            raise KeyboardInterrupt
+        name = signal.strsignal(number)
+        logger.warning("%s: stopping after this step, with a checkpoint; once more to stop at once", name)
+        driver.stop_requested = True
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _tell_what_is_left(config: Config) -> None:
+    picture = write_report(config.run_dir)
+    left: list[tuple[str, Path]] = [("metrics", config.run_dir / "metrics.jsonl"), ("curves", picture)]
+    if config.checkpoint.hf_at_end:
+        left.append(("final model", config.run_dir / "hf"))
+    for what, path in left:
+        print(f"{what + ':':<13} {path}")

@@ -1,0 +1,55 @@
+"""What the driver sees: the trainer, the rollout engines and the path of the weights between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
+
+
+class Trainer(Protocol):
+    """The policy being trained, over all its ranks."""
+
+    def log_probs(self, batch: TrainBatch) -> TokenScores:
+        """Scores of every response token with the current weights, in batch order."""
+        ...
+
+    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
+        """One optimizer step on a mini-batch; its metrics."""
+        ...
+
+    def weight_buckets(self, *, verify: bool) -> Iterator[Any]:
+        """Every tensor of the policy once, as WeightBuckets or references to them, few at a time in memory."""
+        ...
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Model and optimizer state, for `load_checkpoint` at any layout."""
+        ...
+
+    def load_checkpoint(self, folder: Path) -> None: ...
+
+    def export_hf(self, folder: Path) -> None:
+        """The policy as a Hugging Face folder."""
+        ...
+
+
+class RolloutPool(Protocol):
+    """All rollout engines."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        """A group of `sampling.samples` rollouts for each prompt, in the prompts' order."""
+        ...
+
+    def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
+        """Load these weights into every engine; afterwards all rollouts carry the version."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the trainer's weights into the engines."""
+
+    def sync(self, *, policy_version: int) -> None:
+        """After this every engine holds the trainer's weights under this version, or the call has raised."""
+        ...
