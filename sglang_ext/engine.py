@@ -219,6 +219,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "custom_weight_loader": [weights.VERIFY],
         # The prefix cache stays on: the samples of a group share their prompt. Weight updates flush it.
         "disable_radix_cache": False,
+        # An idle scheduler would otherwise poll on a whole core, which the trainer can use.
+        "sleep_on_idle": True,
         "log_level": "error",
     }
     if config.device == "cpu":

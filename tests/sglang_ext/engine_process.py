@@ -1,0 +1,96 @@
+"""An engine in a process of its own, as a Ray actor would hold it, but without Ray.
+
+The process needs `sglang_ext.cpu.environment` before its Python starts, and keeps SGLang out of the test process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from sglang_ext import cpu
+
+TIMEOUT_SECONDS = 400  # imports alone take half a minute of CPU time, more where the machine is busy
+
+
+class RemoteEngine:
+    """Calls methods of the engine by name; what they raise is raised here."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._connection.send((method, args, kwargs))
+            return self.receive()
+
+        return call
+
+    def receive(self) -> Any:
+        if not self._connection.poll(TIMEOUT_SECONDS):
+            raise TimeoutError(f"no answer from the engine process within {TIMEOUT_SECONDS} s")
+        error, value = self._connection.recv()
+        if error is not None:
+            raise error
+        return value
+
+
+@contextmanager
+def running_engine(
+    model_path: Path, *, variables: dict[str, str] | None = None, **settings: Any
+) -> Iterator[RemoteEngine]:
+    """An engine on the CPU; `settings` are EngineConfig fields, `variables` come on top of its environment."""
+    settings = {
+        "model_path": model_path,
+        "device": "cpu",
+        "dtype": "float32",
+        "tp": 1,
+        "max_running_requests": 32,
+        "memory_fraction": 0.1,
+        "kv_cache_tokens": 4096,
+        "context_tokens": 512,
+        "seed": 0,
+    } | settings
+    context = multiprocessing.get_context("spawn")  # a forked child would keep this process's environment and threads
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, settings))
+    with mock.patch.dict(os.environ, cpu.environment(settings["tp"]) | (variables or {})):
+        process.start()
+    theirs.close()
+    engine = RemoteEngine(ours)
+    try:
+        engine.receive()
+        yield engine
+    finally:
+        with suppress(OSError):  # the process may have ended by itself; what it raised has been received
+            ours.send(None)
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+
+
+def _serve(connection: Connection, settings: dict[str, Any]) -> None:
+    # multiprocessing gives a spawned child its parent's sys.path, in which PYTHONPATH has had no say.
+    sys.path.insert(0, str(cpu.STAND_INS))
+    from sglang_ext.engine import Engine, EngineConfig
+
+    try:
+        engine = Engine(EngineConfig(**settings))
+    except BaseException as error:
+        connection.send((error, None))
+        raise
+    connection.send((None, None))
+    while (request := connection.recv()) is not None:
+        method, args, kwargs = request
+        try:
+            connection.send((None, getattr(engine, method)(*args, **kwargs)))
+        except Exception as error:
+            connection.send((error, None))
+    engine.shutdown()

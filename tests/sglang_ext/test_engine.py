@@ -1,0 +1,281 @@
+"""A real engine on the CPU, compared with transformers: temperatures, log-probs, seeds, stops and weight updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hapo.checksum import engine_slices, tensor_checksum
+from megatron_hapo.entropy import EntropyStats, adaptive_temperature, entropy_from_logits, entropy_stats
+from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling, WeightBucket
+from sglang_ext import temperature
+from tests.sglang_ext.engine_process import RemoteEngine, running_engine
+from tests.tiny_model import write_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3: Path) -> Iterator[RemoteEngine]:
+    # fewer cache tokens than 32 sequences need, so that requests wait and are retracted
+    with running_engine(tiny_qwen3, kv_cache_tokens=1024) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_qwen3: Path):
+    return load_reference(tiny_qwen3)
+
+
+@pytest.fixture(scope="module")
+def stats(reference) -> EntropyStats:
+    token_ids = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 64)))
+    with torch.no_grad():
+        return entropy_stats(entropy_from_logits(reference(token_ids).logits).flatten())
+
+
+def load_reference(folder: Path):
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_prompts(count: int, *, length: int = 8) -> list[Prompt]:
+    rng = np.random.default_rng(count)
+    return [
+        Prompt(uid=f"p{i}", token_ids=ids.astype(np.int32), ground_truth="", data_source="test")
+        for i, ids in enumerate(rng.integers(0, 256, (count, length)))
+    ]
+
+
+def response_logits(reference, rollout: Rollout) -> Tensor:
+    """[R, V], logits from which each response token was sampled."""
+    token_ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
+    with torch.no_grad():
+        logits_TV = reference(torch.from_numpy(token_ids).long()[None]).logits[0]
+    return logits_TV[len(rollout.prompt.token_ids) - 1 : -1]
+
+
+def assert_log_probs_are_at_recorded_temperatures(reference, rollouts: Sequence[Rollout]) -> None:
+    for rollout in rollouts:
+        logits_RV = response_logits(reference, rollout) / torch.from_numpy(rollout.temperatures)[:, None]
+        expected_R = torch.log_softmax(logits_RV, -1).gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])
+        torch.testing.assert_close(torch.from_numpy(rollout.rollout_log_probs), expected_R[:, 0], atol=2e-3, rtol=0)
+
+
+EOS = 258  # of the byte-level tokenizer
+SAMPLING = Sampling(samples=3, temperature=1.2, max_response_tokens=24, seed=5)
+
+
+@pytest.mark.parametrize("sign", ["signed", "reference"])
+def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
+    adaptive = AdaptiveTemperature(stats=stats, tau=0.3, sign=sign)
+    groups = engine.generate(make_prompts(4), replace(SAMPLING, adaptive=adaptive))
+    rollouts = [rollout for group in groups for rollout in group]
+    assert len(rollouts) == 12
+    for rollout in rollouts:
+        entropy_R = entropy_from_logits(response_logits(reference, rollout) / 1.2)
+        expected_R = adaptive_temperature(entropy_R, 1.2, stats, tau=0.3, sign=sign)
+        torch.testing.assert_close(torch.from_numpy(rollout.temperatures), expected_R, atol=1e-4, rtol=0)
+    spread = np.concatenate([rollout.temperatures for rollout in rollouts])
+    assert spread.max() - spread.min() > 0.05  # else the test would show nothing
+    assert_log_probs_are_at_recorded_temperatures(reference, rollouts)
+
+
+def test_without_statistics_every_token_is_at_the_base_temperature(engine, reference):
+    rollouts = [rollout for group in engine.generate(make_prompts(3), SAMPLING) for rollout in group]
+    assert all((rollout.temperatures == np.float32(1.2)).all() for rollout in rollouts)
+    assert_log_probs_are_at_recorded_temperatures(reference, rollouts)
+
+
+def test_requests_of_every_kind_share_a_batch_and_do_not_disturb_each_other(engine, stats):
+    """Greedy, foreign, base and adaptive requests end at different times: rows are merged and filtered all along."""
+    numbers = temperature.row_parameters(AdaptiveTemperature(stats=stats, tau=0.3))
+    kinds = [{"custom_params": {"hapo": numbers}}, {"custom_params": {"hapo": []}}, {"temperature": 0.0}]
+    prompts, parameters = [], []
+    for i, prompt in enumerate(make_prompts(9)):
+        kind = {"temperature": 1.2, "custom_params": {"hapo": []}} | kinds[i % 3]
+        prompts.append(prompt.token_ids.tolist())
+        parameters.append(kind | {"max_new_tokens": 4 + 5 * i, "sampling_seed": i, "ignore_eos": True})
+    together = engine._answers(prompts, parameters)
+    for prompt, own, answer in zip(prompts, parameters, together, strict=True):
+        if own["temperature"] > 0:  # beside a greedy request SGLang draws from sorted probabilities: other tokens
+            continue
+        assert answer["output_ids"] == engine._answers([prompt], [own])[0]["output_ids"]
+    for i in range(0, 9, 3):
+        temperatures = together[i]["meta_info"]["hapo_temperature"]
+        assert len(temperatures) == len(together[i]["output_ids"])
+        assert len(set(temperatures)) > 1
+
+
+def test_a_seed_determines_a_response_whatever_else_is_in_the_batch(engine, stats):
+    sampling = replace(SAMPLING, max_response_tokens=60, adaptive=AdaptiveTemperature(stats=stats, tau=0.3))
+    prompts = make_prompts(20)
+    together = engine.generate(prompts, sampling)
+    alone = engine.generate(prompts[7:8], sampling)
+    again = engine.generate(prompts[::-1], sampling)
+    for index in range(3):
+        tokens = [rollouts[index].response_ids.tolist() for rollouts in (together[7], alone[0], again[12])]
+        assert tokens[0] == tokens[1] == tokens[2]
+        np.testing.assert_allclose(together[7][index].temperatures, alone[0][index].temperatures, atol=1e-5)
+    assert len({tuple(rollout.response_ids) for group in together for rollout in group}) == 60
+    other = engine.generate(prompts[7:8], replace(sampling, seed=6))
+    assert other[0][0].response_ids.tolist() != alone[0][0].response_ids.tolist()
+
+
+def test_stop_token_is_kept_and_ends_the_response(engine):
+    stops = tuple(range(0, 258, 4))
+    rollouts = engine.generate(make_prompts(4), replace(SAMPLING, stop_token_ids=stops, max_response_tokens=100))
+    for rollout in (rollout for group in rollouts for rollout in group):
+        assert rollout.finish_reason == "stop"
+        assert rollout.response_ids[-1] in {*stops, EOS}
+        assert not set(rollout.response_ids[:-1]) & {*stops, EOS}
+        assert len(rollout.rollout_log_probs) == len(rollout.temperatures) == len(rollout.response_ids)
+
+
+def test_response_ends_at_its_longest_length(engine):
+    rollouts = engine.generate(make_prompts(2), replace(SAMPLING, max_response_tokens=5, samples=1))
+    assert [(len(r.response_ids), r.finish_reason) for (r,) in rollouts] == [(5, "length")] * 2
+
+
+def test_greedy_equals_transformers_and_records_temperature_zero(engine, reference):
+    assert_greedy_equals(engine, reference)
+
+
+def test_requests_that_cannot_fit_are_refused(engine):
+    with pytest.raises(RolloutError, match="context_tokens=512"):
+        engine.generate(make_prompts(1), replace(SAMPLING, max_response_tokens=600))
+
+
+def assert_greedy_equals(engine: RemoteEngine, reference, *, version: int = 0) -> None:
+    prompts = make_prompts(3)
+    greedy = Sampling(samples=1, temperature=0.0, max_response_tokens=12, seed=0)
+    for prompt, (rollout,) in zip(prompts, engine.generate(prompts, greedy), strict=True):
+        prompt_ids = torch.from_numpy(prompt.token_ids).long()[None]
+        expected = reference.generate(prompt_ids, max_new_tokens=12, do_sample=False)[0, prompt_ids.shape[1] :]
+        assert rollout.response_ids.tolist() == expected.tolist()
+        assert (rollout.temperatures == 0).all()
+        assert rollout.policy_version == version
+
+
+# --- weight updates
+
+
+def make_bucket(tensors: dict[str, Tensor]) -> WeightBucket:
+    parts, size = [], 0
+    for tensor in tensors.values():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        parts.append(np.pad(raw, (0, -len(raw) % 16)))
+        size += len(parts[-1])
+    return WeightBucket(
+        names=tuple(tensors),
+        shapes=tuple(tuple(t.shape) for t in tensors.values()),
+        dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
+        data=np.concatenate(parts),
+    )
+
+
+def make_checksums(tensors: dict[str, Tensor], *, tp: int, kv_heads: int) -> dict[str, list[int]]:
+    return {
+        name: [tensor_checksum(s) for s in engine_slices(name, tensor, tp=tp, num_heads=4, num_kv_heads=kv_heads)]
+        for name, tensor in tensors.items()
+    }
+
+
+def load(engine: RemoteEngine, tensors: dict[str, Tensor]) -> None:
+    names = list(tensors)
+    for part in (names[:5], names[5:]):
+        engine.load_bucket(make_bucket({name: tensors[name] for name in part}))
+
+
+def test_update_verifies_and_generates_from_the_new_weights(engine, reference, tmp_path):
+    new = load_reference(write_tiny_qwen3(tmp_path, seed=1))
+    engine.begin_weight_update()
+    load(engine, new.state_dict())
+    engine.verify(make_checksums(new.state_dict(), tp=1, kv_heads=2))
+    with pytest.raises(RolloutError, match="begin_weight_update"):
+        engine.generate(make_prompts(1), SAMPLING)
+    engine.end_weight_update(7)
+    assert_greedy_equals(engine, new, version=7)
+
+    engine.begin_weight_update()
+    load(engine, reference.state_dict())
+    engine.end_weight_update(8)
+    assert_greedy_equals(engine, reference, version=8)
+
+
+def test_one_wrong_value_is_found_by_name(engine, reference):
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors = dict(reference.state_dict())
+    corrupt = tensors[name].clone()
+    corrupt[3, 5] = torch.nextafter(corrupt[3, 5], torch.tensor(9.0))
+    engine.begin_weight_update()
+    engine.load_bucket(make_bucket({name: corrupt}))
+    with pytest.raises(WeightSyncError, match=rf"{name}: the engine's rank 0 holds other values") as caught:
+        engine.verify(make_checksums(tensors, tp=1, kv_heads=2))
+    assert str(caught.value).count("holds other values") == 1
+    engine.load_bucket(make_bucket({name: tensors[name]}))
+    engine.verify(make_checksums(tensors, tp=1, kv_heads=2))
+    engine.end_weight_update(0)
+
+
+def test_verification_covers_every_tensor_in_both_directions(engine, reference):
+    checksums = make_checksums(reference.state_dict(), tp=1, kv_heads=2)
+    checksums["model.layers.9.mlp.up_proj.weight"] = checksums.pop("model.norm.weight")
+    engine.begin_weight_update()
+    with pytest.raises(WeightSyncError, match=r"model.norm.weight: no checksum.*layers.9.* has no such tensor"):
+        engine.verify(checksums)
+    engine.end_weight_update(0)
+
+
+def test_failed_updates_raise_and_leave_the_engine_alive(engine, reference):
+    name = "model.layers.0.mlp.down_proj.weight"
+    bucket = make_bucket({name: torch.zeros(3, 3)})
+    with pytest.raises(WeightSyncError, match="begin_weight_update"):
+        engine.load_bucket(bucket)
+    engine.begin_weight_update()
+    with pytest.raises(WeightSyncError, match=f"loading {name}"):
+        engine.load_bucket(bucket)
+    with pytest.raises(WeightSyncError, match="already open"):
+        engine.begin_weight_update()
+    load(engine, reference.state_dict())  # SGLang may have written part of the tensor
+    engine.end_weight_update(0)
+    assert_greedy_equals(engine, reference)
+
+
+# --- engines of their own
+
+
+@pytest.mark.slow
+def test_self_test_names_the_missing_plugin(tiny_qwen3):
+    with (
+        pytest.raises(RolloutError, match=r"expected the temperatures.*SGLANG_PLUGINS"),
+        running_engine(tiny_qwen3, variables={"SGLANG_PLUGINS": "another"}),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_two_ranks_sample_update_and_verify_like_one(tmp_path, kv_heads):
+    """With one key/value head each rank holds a copy of it; the vocabulary of 262 is padded and cut unevenly."""
+    old = load_reference(write_tiny_qwen3(tmp_path / "old", kv_heads=kv_heads))
+    new = load_reference(write_tiny_qwen3(tmp_path / "new", kv_heads=kv_heads, seed=1))
+    with running_engine(tmp_path / "old", tp=2) as engine:
+        assert_greedy_equals(engine, old)
+        engine.begin_weight_update()
+        load(engine, new.state_dict())
+        checksums = make_checksums(new.state_dict(), tp=2, kv_heads=kv_heads)
+        engine.verify(checksums)
+        checksums["model.layers.0.mlp.down_proj.weight"][1] += 1
+        with pytest.raises(
+            WeightSyncError, match=r"rank 1: .*down_proj\.weight: the engine's rank 1 holds other values"
+        ):
+            engine.verify(checksums)
+        engine.end_weight_update(1)
+        assert_greedy_equals(engine, new, version=1)
