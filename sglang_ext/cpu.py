@@ -27,8 +27,11 @@ def environment(tp: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    if tp > 1:  # without it SGLang wants a NUMA node for each rank
+    if tp > 1:
+        # Without it SGLang wants a NUMA node for each rank.
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(_cores_of_ranks(tp))
+        # torch's default build brings NCCL along; SGLang would use it for CPU tensors wherever it can load it.
+        variables["SGLANG_NCCL_SO_PATH"] = "no-nccl-on-a-cpu"
     return variables
 
 

@@ -7,6 +7,7 @@ the process needs `sglang_ext.cpu.environment` before it starts. SGLang opens no
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,8 +197,15 @@ def _check_config(config: EngineConfig) -> None:
         faults.append("kv_cache_tokens is required on a CPU")
     if config.kv_cache_tokens is not None and config.kv_cache_tokens < config.context_tokens:
         faults.append(f"kv_cache_tokens={config.kv_cache_tokens} holds no sequence of {config.context_tokens} tokens")
-    if not (config.model_path / "config.json").is_file():
+    model_config = config.model_path / "config.json"
+    if not model_config.is_file():
         faults.append(f"no config.json in {config.model_path}")
+    elif config.device == "cpu":
+        # On a GPU SGLang replicates key and value heads; on a CPU it pads the model with heads of zeros instead, a
+        # layout that `verify` does not know.
+        kv_heads = json.loads(model_config.read_text()).get("num_key_value_heads", config.tp)
+        if kv_heads % config.tp:
+            faults.append(f"on a CPU tp={config.tp} must divide the model's {kv_heads} key/value heads")
     if faults:
         raise RolloutError("; ".join(faults))
 

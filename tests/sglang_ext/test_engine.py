@@ -16,6 +16,7 @@ from megatron_hapo.entropy import EntropyStats, adaptive_temperature, entropy_fr
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext import temperature
+from sglang_ext.engine import Engine, EngineConfig
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.tiny_model import write_tiny_qwen3
 
@@ -180,9 +181,9 @@ def make_bucket(tensors: dict[str, Tensor]) -> WeightBucket:
     )
 
 
-def make_checksums(tensors: dict[str, Tensor], *, tp: int, kv_heads: int) -> dict[str, list[int]]:
+def make_checksums(tensors: dict[str, Tensor], *, tp: int = 1) -> dict[str, list[int]]:
     return {
-        name: [tensor_checksum(s) for s in engine_slices(name, tensor, tp=tp, num_heads=4, num_kv_heads=kv_heads)]
+        name: [tensor_checksum(s) for s in engine_slices(name, tensor, tp=tp, num_heads=4, num_kv_heads=2)]
         for name, tensor in tensors.items()
     }
 
@@ -197,7 +198,7 @@ def test_update_verifies_and_generates_from_the_new_weights(engine, reference, t
     new = load_reference(write_tiny_qwen3(tmp_path, seed=1))
     engine.begin_weight_update()
     load(engine, new.state_dict())
-    engine.verify(make_checksums(new.state_dict(), tp=1, kv_heads=2))
+    engine.verify(make_checksums(new.state_dict()))
     with pytest.raises(RolloutError, match="begin_weight_update"):
         engine.generate(make_prompts(1), SAMPLING)
     engine.end_weight_update(7)
@@ -217,15 +218,15 @@ def test_one_wrong_value_is_found_by_name(engine, reference):
     engine.begin_weight_update()
     engine.load_bucket(make_bucket({name: corrupt}))
     with pytest.raises(WeightSyncError, match=rf"{name}: the engine's rank 0 holds other values") as caught:
-        engine.verify(make_checksums(tensors, tp=1, kv_heads=2))
+        engine.verify(make_checksums(tensors))
     assert str(caught.value).count("holds other values") == 1
     engine.load_bucket(make_bucket({name: tensors[name]}))
-    engine.verify(make_checksums(tensors, tp=1, kv_heads=2))
+    engine.verify(make_checksums(tensors))
     engine.end_weight_update(0)
 
 
 def test_verification_covers_every_tensor_in_both_directions(engine, reference):
-    checksums = make_checksums(reference.state_dict(), tp=1, kv_heads=2)
+    checksums = make_checksums(reference.state_dict())
     checksums["model.layers.9.mlp.up_proj.weight"] = checksums.pop("model.norm.weight")
     engine.begin_weight_update()
     with pytest.raises(WeightSyncError, match=r"model.norm.weight: no checksum.*layers.9.* has no such tensor"):
@@ -261,21 +262,38 @@ def test_self_test_names_the_missing_plugin(tiny_qwen3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_two_ranks_sample_update_and_verify_like_one(tmp_path, kv_heads):
-    """With one key/value head each rank holds a copy of it; the vocabulary of 262 is padded and cut unevenly."""
-    old = load_reference(write_tiny_qwen3(tmp_path / "old", kv_heads=kv_heads))
-    new = load_reference(write_tiny_qwen3(tmp_path / "new", kv_heads=kv_heads, seed=1))
+def test_two_ranks_sample_update_and_verify_like_one(tmp_path):
+    """The vocabulary of 262 is padded and cut unevenly."""
+    old = load_reference(write_tiny_qwen3(tmp_path / "old"))
+    new = load_reference(write_tiny_qwen3(tmp_path / "new", seed=1))
     with running_engine(tmp_path / "old", tp=2) as engine:
         assert_greedy_equals(engine, old)
         engine.begin_weight_update()
         load(engine, new.state_dict())
-        checksums = make_checksums(new.state_dict(), tp=2, kv_heads=kv_heads)
+        checksums = make_checksums(new.state_dict(), tp=2)
         engine.verify(checksums)
         checksums["model.layers.0.mlp.down_proj.weight"][1] += 1
         with pytest.raises(
-            WeightSyncError, match=r"rank 1: .*down_proj\.weight: the engine's rank 1 holds other values"
+            WeightSyncError, match=r"rank 1: .*down_proj.weight: the engine's rank 1 holds other values"
         ):
             engine.verify(checksums)
         engine.end_weight_update(1)
         assert_greedy_equals(engine, new, version=1)
+
+
+def test_configs_that_cannot_work_are_refused_before_anything_starts(tmp_path):
+    config = EngineConfig(
+        model_path=write_tiny_qwen3(tmp_path, kv_heads=1),
+        device="cpu",
+        dtype="float32",
+        tp=2,
+        max_running_requests=8,
+        memory_fraction=0.1,
+        kv_cache_tokens=100,
+        context_tokens=200,
+        seed=0,
+    )
+    with pytest.raises(RolloutError, match=r"kv_cache_tokens=100 .*; on a CPU tp=2 must divide the model's 1 key"):
+        Engine(config)
+    with pytest.raises(RolloutError, match=r"required on a CPU; no config\.json"):
+        Engine(replace(config, kv_cache_tokens=None, model_path=tmp_path / "absent"))

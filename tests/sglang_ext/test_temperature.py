@@ -88,6 +88,7 @@ def test_rows_stay_aligned_when_batches_merge_and_shrink(left, right):
         assert mine.hapo is None
         assert mine.sampling_seed is None
         return
+    assert mine.sampling_seed is not None
     assert mine.sampling_seed.tolist() == [42 if k == "foreign" else i for k, i in zip(kinds, (1, 2, 4), strict=True)]
     if "adaptive" not in kinds:
         assert mine.hapo.adaptive is None
