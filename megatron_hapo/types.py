@@ -142,10 +142,10 @@ class TrainBatch:
 
 def _ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Positions, in a concatenation of pieces with these lengths, of the pieces `rows`."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    if len(rows) == 0:
-        return np.zeros(0, dtype=np.int64)
-    return np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+    sizes = lengths[rows]
+    source_starts = (np.cumsum(lengths) - lengths)[rows]
+    target_starts = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum())) + np.repeat(source_starts - target_starts, sizes)
 
 
 def pack_rollouts(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainBatch:
@@ -165,8 +165,7 @@ def merge_scores(parts: Sequence[tuple[list[int], TokenScores] | None], batch: T
     present = [part for part in parts if part is not None]
     rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
     assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"
-    starts = np.concatenate([[0], np.cumsum(batch.response_lengths)])
-    target = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+    target = _ragged_index(batch.response_lengths, rows)
 
     def in_order(name: str) -> np.ndarray:
         merged = np.empty(batch.num_response_tokens, dtype=np.float32)

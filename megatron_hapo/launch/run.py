@@ -37,7 +37,7 @@ def run_training(config: Config) -> None:
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ray())
+        stack.enter_context(local_ray())
         rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
         # Engines start in their own processes while the trainer builds its model.
         pool = RayRolloutPool(config, device=device)
@@ -81,7 +81,7 @@ def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[None]:
+def local_ray() -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,118 @@
+"""The family table: every element of every tensor is placed exactly once, for any tensor parallel size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.families import Shape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
+
+SHAPE = Shape(
+    family="qwen3",
+    num_layers=2,
+    hidden_size=48,
+    ffn_size=96,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    vocab_size=101,
+    tied_embeddings=False,
+    qk_norm=True,
+    qkv_bias=False,
+    norm_eps=1e-6,
+    rope_base=1e6,
+    max_positions=512,
+)
+LAYER_PARAMETERS = {
+    "local": ["input_layernorm.weight", "pre_mlp_layernorm.weight"],
+    "te": ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"],
+}
+COMMON = [
+    "self_attention.linear_qkv.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+    "self_attention.linear_proj.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+]
+
+
+def parameters(spec: str) -> list[str]:
+    layers = [f"decoder.layers.{i}.{name}" for i in range(2) for name in LAYER_PARAMETERS[spec] + COMMON]
+    return ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", "output_layer.weight"]
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_every_element_is_placed_once(spec: str, tp_size: int) -> None:
+    counts = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensor_shapes(SHAPE).items()}
+    for name in parameters(spec):
+        for tp_rank in range(tp_size):
+            place = placement(name, SHAPE, first_layer=0, tp_rank=tp_rank, tp_size=tp_size)
+            for run in place.runs:
+                if place.axis is None:
+                    counts[run.tensor] += tp_rank == 0  # replicated
+                elif place.axis == 0:
+                    counts[run.tensor][run.start : run.stop] += 1
+                else:
+                    counts[run.tensor][:, run.start : run.stop] += 1
+    for name, count in counts.items():
+        assert (count == 1).all(), name
+
+
+def test_layers_count_from_the_pipeline_stage() -> None:
+    place = placement("decoder.layers.1.mlp.linear_fc2.weight", SHAPE, first_layer=7, tp_rank=0, tp_size=1)
+    assert place.runs[0].tensor == "model.layers.8.mlp.down_proj.weight"
+
+
+def test_qkv_keeps_each_kv_head_with_its_queries() -> None:
+    place = placement("decoder.layers.0.self_attention.linear_qkv.weight", SHAPE, first_layer=0, tp_rank=1, tp_size=2)
+    assert [(run.tensor.split(".")[-2], run.start, run.stop) for run in place.runs[:3]] == [
+        ("q_proj", 64, 96),
+        ("k_proj", 32, 48),
+        ("v_proj", 32, 48),
+    ]
+
+
+def test_vocabulary_padding_belongs_to_no_tensor() -> None:
+    assert padded_vocab_size(101, 4) == 104
+    last = placement("output_layer.weight", SHAPE, first_layer=0, tp_rank=3, tp_size=4)
+    assert (last.runs[0].start, last.runs[0].stop) == (78, 101)
+
+
+def test_a_parameter_that_the_table_does_not_know_is_refused() -> None:
+    with pytest.raises(KeyError):
+        placement("decoder.layers.0.mlp.experts.weight", SHAPE, first_layer=0, tp_rank=0, tp_size=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type 'yarn'"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_by_name(
+    tiny_qwen3: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    config = json.loads((tiny_qwen3 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=message):
+        read_shape(tmp_path)
+
+
+def test_old_and_new_rope_settings_read_alike(tiny_qwen3: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_qwen3 / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5, "rope_scaling": None}))
+    assert read_shape(tmp_path).rope_base == 5e5
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    )
+    assert read_shape(tmp_path).rope_base == 5e5

@@ -1,0 +1,220 @@
+"""The whole loop with its real parts: Ray, Megatron ranks over gloo, one SGLang engine, reward processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from megatron_hapo.metrics import MetricsLogger
+
+from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.config import Config
+from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.driver import Driver
+from megatron_hapo.entropy import adaptive_temperature
+from megatron_hapo.launch.engines import RayRolloutPool
+from megatron_hapo.launch.run import local_ray
+from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.reward_workers import RewardPool
+from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.weight_sync import GatherSync
+
+LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
+TAU = 0.3
+
+
+def make_config(model: Path, folder: Path, layout: dict[str, int]) -> Config:
+    return Config.model_validate(
+        {
+            "name": "_".join(f"{axis}{size}" for axis, size in layout.items()),
+            "output_dir": folder,
+            "steps": 2,
+            "device": "cpu",
+            "model": {"path": model},
+            "parallel": layout,
+            "trainer": {"dtype": "float32", "max_tokens_per_microbatch": 256, "timeout_seconds": 120},
+            "optimizer": {"lr": 3e-3, "warmup_steps": 0},
+            "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "prompts_per_minibatch": 2},
+            "rollout": {
+                "dtype": "float32",
+                "max_prompt_tokens": 64,
+                "max_response_tokens": 24,
+                "kv_cache_tokens": 4096,
+                "memory_fraction": 0.1,
+                "timeout_seconds": 120,
+            },
+            "algorithm": {"adaptive_temperature": {"tau": TAU}},
+            "data": {"train": {"type": "arithmetic", "size": 40}, "eval": {"type": "arithmetic", "size": 4, "seed": 1}},
+            # Rewards by length differ within groups even though a random model is never right.
+            "reward": {"overlong": {"buffer_tokens": 20}, "workers": 1},
+            "eval": {"every": 1, "temperature": 0.7, "top_p": 0.9},
+            "weight_sync": {"verify_every": 1, "bucket_bytes": 50_000},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
+    """One engine for all layouts."""
+    config = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), {"tp": 1})
+    with local_ray(), ExitStack() as stack:
+        rollout_pool = RayRolloutPool(config, device="cpu")
+        stack.callback(rollout_pool.close)
+        rollout_pool.wait_until_ready()
+        yield rollout_pool
+
+
+class Recorder:
+    """A rollout pool that remembers what passed through it."""
+
+    def __init__(self, pool: RayRolloutPool):
+        self._pool = pool
+        self.generated: list[tuple[Sampling, list[Any]]] = []
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling):
+        groups = self._pool.generate(prompts, sampling)
+        self.generated.append((sampling, [rollout for group in groups for rollout in group]))
+        return groups
+
+    def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
+        self._pool.update_weights(buckets, policy_version=policy_version)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "_".join(layout))
+def trained(
+    request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """Two steps of the real driver on one layout, and what went through the engine."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = make_config(tiny_qwen3, folder, request.param)
+    tokenizer = load_tokenizer(tiny_qwen3)
+    assert config.data.eval is not None
+    train, evaluation = (
+        list(load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=64).prompts)
+        for source in (config.data.train, config.data.eval)
+    )
+    recorder = Recorder(pool)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(RewardPool(config.reward, tiny_qwen3, config.rollout.max_response_tokens))
+        trainer = RayTrainer(config, device="cpu")
+        stack.callback(trainer.close)
+        config.run_dir.mkdir(parents=True)
+        logger = stack.enter_context(MetricsLogger(config.run_dir, total_steps=config.steps, start_step=0))
+        driver = Driver(
+            config=config,
+            trainer=trainer,
+            pool=recorder,
+            weight_sync=GatherSync(trainer, recorder, verify_every=1),
+            rewards=rewards,
+            prompts=PromptSampler(train, seed=0, shuffle=True),
+            eval_prompts=evaluation,
+            logger=logger,
+            checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),
+        )
+        driver.run()
+        trainer.export_hf(config.run_dir / "hf")
+        yield {"config": config, "driver": driver, "recorder": recorder, "trainer": trainer, "prompts": evaluation}
+
+
+def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
+    import json
+
+    lines = (trained["config"].run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_metrics_have_every_promised_key(trained: dict[str, Any]) -> None:
+    before, *steps = metrics_of(trained)
+    assert before["step"] == 0
+    assert "eval/accuracy" in before
+    assert [row["step"] for row in steps] == [1, 2]
+    promised = """step reward/mean eval/accuracy entropy/mean entropy/pivot temperature/min temperature/mean
+    temperature/max response_length/mean loss/policy loss/clip_fraction_low loss/clip_fraction_high grad_norm
+    rollout/logprob_abs_diff time/rollout time/reward time/log_probs time/update time/weight_sync time/step
+    tokens_per_second"""
+    for row in steps:
+        assert set(promised.split()) <= row.keys()
+        assert all(np.isfinite(value) for value in row.values())
+
+
+def test_trainer_and_engine_agree_on_log_probs(trained: dict[str, Any]) -> None:
+    for row in metrics_of(trained)[1:]:
+        assert row["rollout/logprob_abs_diff_max"] < 2e-3
+
+
+def test_the_first_step_samples_plainly_and_the_second_adaptively(trained: dict[str, Any]) -> None:
+    first, second = metrics_of(trained)[1:]
+    assert first["temperature/min"] == first["temperature/max"] == 1.0
+    assert 1 - TAU <= second["temperature/min"] < second["temperature/max"] <= 1 + TAU
+
+
+def test_evaluation_samples_at_its_plain_temperature(trained: dict[str, Any]) -> None:
+    evaluations = [rollouts for sampling, rollouts in trained["recorder"].generated if sampling.temperature == 0.7]
+    assert len(evaluations) == 3
+    for rollout in (rollout for rollouts in evaluations for rollout in rollouts):
+        np.testing.assert_array_equal(rollout.temperatures, np.float32(0.7))
+
+
+def test_temperatures_are_those_of_the_recorded_distributions(trained: dict[str, Any]) -> None:
+    """The trainer of the step's policy is gone, so the last policy scores fresh rollouts: T_t from its entropies."""
+    driver, trainer = trained["driver"], trained["trainer"]
+    sampling = driver._sampling(3)
+    assert sampling.adaptive is not None
+    groups = trained["recorder"].generate(trained["prompts"], sampling)
+    rollouts = [rollout for group in groups for rollout in group]
+    from megatron_hapo.types import pack_rollouts
+
+    scores = trainer.log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
+    expected = adaptive_temperature(torch.from_numpy(scores.entropies), 1.0, sampling.adaptive.stats, tau=TAU)
+    recorded = np.concatenate([rollout.temperatures for rollout in rollouts])
+    np.testing.assert_allclose(recorded, expected, atol=2e-4)
+    assert recorded.std() > 0.01
+
+
+def test_rollouts_carry_the_version_of_the_weights(trained: dict[str, Any]) -> None:
+    versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in trained["recorder"].generated]
+    # evaluation, step 1, evaluation, step 2, evaluation; a test may have generated more with the last version
+    assert versions[:5] == [{0}, {0}, {1}, {1}, {2}]
+
+
+def test_the_engine_answers_greedily_as_the_exported_model_in_transformers(trained: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = trained["config"].run_dir / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sampling = replace(trained["driver"]._sampling(0), samples=1, temperature=0.0, adaptive=None)
+    for (rollout,) in trained["recorder"].generate(trained["prompts"], sampling):
+        tokens = torch.from_numpy(rollout.prompt.token_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            answer = model.generate(tokens, max_new_tokens=24, do_sample=False)[0, tokens.shape[1] :]
+        np.testing.assert_array_equal(rollout.response_ids, answer)
+
+
+def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(tiny_qwen3 / "model.safetensors")
+    after: dict[str, torch.Tensor] = {}
+    for path in (trained["config"].run_dir / "hf").glob("*.safetensors"):
+        after |= load_file(path)
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    from megatron_hapo.errors import TrainingError
+
+    trainer = RayTrainer(make_config(tiny_qwen3, tmp_path, {"tp": 2}), device="cpu")
+    try:
+        ray.kill(trainer._actors[1])
+        with pytest.raises(TrainingError, match="trainer rank 1: the process died"):
+            trainer.save_checkpoint(tmp_path)
+    finally:
+        trainer.close()
