@@ -1,0 +1,103 @@
+"""The demo's task: sums of small numbers, worked out term by term. Needs no download and no torch.
+
+A question is `7+8-3=`, its worked solution the running totals: `7+8=15 15-3=12 Answer: 12`. Questions fall into two
+halves by their text; an even seed draws from one half and an odd seed from the other, so that training and held-out
+problems never meet.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+
+DATA_SOURCE = "arithmetic"
+ANSWER_MARKER = "Answer:"
+SUBTRACT = 0.3
+"""Probability that a term is subtracted, where the total allows it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its answer."""
+
+    question: str
+    """E.g. `7+8-3=`; no running total is negative."""
+    answer: str
+    solution: str
+    """A right worked solution, which ends in the answer."""
+    data_source: str = DATA_SOURCE
+
+
+def problems(*, size: int, seed: int, min_terms: int = 3, max_terms: int = 5, max_number: int = 9) -> list[Problem]:
+    """`size` different problems, the same for the same arguments.
+
+    Args:
+        seed: sets of an even seed and of an odd seed have no question in common.
+        min_terms, max_terms: bounds on the numbers in a question, both included.
+        max_number: numbers lie between 1 and this.
+    Raises:
+        ValueError: the bounds make no sense, or do not allow that many different questions.
+    """
+    if not 2 <= min_terms <= max_terms:
+        raise ValueError(f"min_terms and max_terms must satisfy 2 <= min <= max, got {min_terms} and {max_terms}")
+    if max_number < 1:
+        raise ValueError(f"max_number must be at least 1, got {max_number}")
+    rng = random.Random(seed)
+    found: dict[str, Problem] = {}
+    tries_left = 100 * size + 1000
+    while len(found) < size:
+        if tries_left == 0:
+            raise ValueError(
+                f"found only {len(found)} different questions with {min_terms} to {max_terms} terms up to "
+                f"{max_number}, {size} were asked for: raise max_terms or max_number"
+            )
+        tries_left -= 1
+        terms = _draw_terms(rng, num_terms=rng.randint(min_terms, max_terms), max_number=max_number)
+        question = _question(terms)
+        if zlib.crc32(question.encode()) % 2 == seed % 2:
+            found[question] = Problem(question=question, answer=str(sum(terms)), solution=_work_out(terms))
+    return list(found.values())
+
+
+def demonstration(problem: Problem, rng: random.Random, *, slip: float) -> str:
+    """A worked solution by someone who forgets each carry or borrow with probability `slip`, and goes on from there.
+
+    The supervised warm-up learns from these: a model that knows the form of a solution and every sum without a
+    carry, and is of two minds exactly where a carry decides.
+    """
+    return _work_out(_parse(problem.question), forgets=lambda: rng.random() < slip)
+
+
+def _draw_terms(rng: random.Random, *, num_terms: int, max_number: int) -> list[int]:
+    terms = [rng.randint(1, max_number)]
+    while len(terms) < num_terms:
+        number = rng.randint(1, max_number)
+        subtract = rng.random() < SUBTRACT and sum(terms) >= number
+        terms.append(-number if subtract else number)
+    return terms
+
+
+def _question(terms: list[int]) -> str:
+    return "".join(f"{term:+d}" for term in terms).removeprefix("+") + "="
+
+
+def _parse(question: str) -> list[int]:
+    return [int(term) for term in question.removesuffix("=").replace("-", "+-").split("+")]
+
+
+def _work_out(terms: list[int], *, forgets=lambda: False) -> str:
+    total, steps = terms[0], []
+    for term in terms[1:]:
+        result = total + term
+        if _carries(total, term) and forgets():
+            result += -10 if term > 0 else 10
+        steps.append(f"{total}{term:+d}={result}")
+        total = result
+    return " ".join([*steps, ANSWER_MARKER, str(total)])
+
+
+def _carries(total: int, term: int) -> bool:
+    """Whether the units digit overflows (a carry), or underflows with tens to borrow from."""
+    units = total % 10 + (abs(term) % 10) * (1 if term > 0 else -1)
+    return units > 9 or (units < 0 and total >= 10)

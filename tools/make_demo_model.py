@@ -1,0 +1,27 @@
+"""Write the demo's starting model: python tools/make_demo_model.py OUT [--seed N]."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_hapo.demo_model import make_demo_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600, help="updates of the supervised warm-up")
+    args = parser.parse_args()
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            print(f"warm-up {step}/{args.steps}  loss {loss:.3f}", flush=True)
+
+    make_demo_model(args.out, seed=args.seed, steps=args.steps, progress=report)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
