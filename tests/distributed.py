@@ -19,6 +19,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))
+        ended = False
         try:
             futures = [
                 executor.submit(_rank_main, rank, world_size, rendezvous, timeout_seconds, fn, args)
@@ -28,9 +29,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
             for future in done:
                 future.result()
             assert not pending, f"ranks {[futures.index(f) for f in pending]} did not end in {timeout_seconds} s"
+            ended = True
             return [future.result() for future in futures]
         finally:
-            for process in list((executor._processes or {}).values()):
+            # Ranks that still hang in a collective would never answer a polite shutdown.
+            for process in [] if ended else list((executor._processes or {}).values()):
                 process.kill()
             executor.shutdown(wait=True, cancel_futures=True)
 

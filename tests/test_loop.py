@@ -152,7 +152,8 @@ def test_trainer_and_engine_agree_on_log_probs(trained: dict[str, Any]) -> None:
 def test_the_first_step_samples_plainly_and_the_second_adaptively(trained: dict[str, Any]) -> None:
     first, second = metrics_of(trained)[1:]
     assert first["temperature/min"] == first["temperature/max"] == 1.0
-    assert 1 - TAU <= second["temperature/min"] < second["temperature/max"] <= 1 + TAU
+    # float32 temperatures may round just past the bounds
+    assert 1 - TAU - 1e-6 < second["temperature/min"] < second["temperature/max"] < 1 + TAU + 1e-6
 
 
 def test_evaluation_samples_at_its_plain_temperature(trained: dict[str, Any]) -> None:
