@@ -24,6 +24,7 @@ def environment(tp: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Without AMX kernels SGLang binds no threads, and each rank would take every core.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // tp)),
+        "GLOO_SOCKET_IFNAME": "lo",  # the ranks of an engine share a node
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,9 @@ class Engine:
         self._config = config
         self._policy_version = 0
         self._updating = False
+        # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
+        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
         self._engine = sglang.Engine(**_server_arguments(config))
         try:
             self.self_test()
@@ -162,6 +167,7 @@ class Engine:
     def shutdown(self) -> None:
         """Ends SGLang's processes."""
         self._engine.shutdown()
+        self._scratch.cleanup()
 
     def _answers(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]:
         """SGLang's answers to these requests, in their order; `options` are lists with an entry a request."""

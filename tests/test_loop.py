@@ -209,6 +209,22 @@ def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
+def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
+    """Ray, trainer ranks, engine: every listening socket of this process and its descendants."""
+    import psutil
+
+    me = psutil.Process()
+    listening = [
+        (process.name(), connection.laddr)
+        for process in [me, *me.children(recursive=True)]
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    beyond = [entry for entry in listening if entry[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
+    assert not beyond
+
+
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
     from megatron_hapo.errors import TrainingError
 

@@ -82,14 +82,14 @@ def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
+    """A Ray of our own on the loopback interface (see this package's __init__), or the cluster RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
     else:
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        ray.init(address="local", include_dashboard=False, **options)
     try:
         yield
     finally:
