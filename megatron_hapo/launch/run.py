@@ -8,9 +8,11 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
 from megatron_hapo.config import Config, dump_config
@@ -82,14 +84,17 @@ def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of our own on the loopback interface (see this package's __init__), or the cluster RAY_ADDRESS names."""
+    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-    else:
-        ray.init(address="local", include_dashboard=False, **options)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if "RAY_ADDRESS" not in os.environ:
+        # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant
+        # for this process, the variable for those that it starts.
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        options |= {"address": "local", "include_dashboard": False}
+    ray.init(**options)
     try:
         yield
     finally:
