@@ -33,7 +33,7 @@ def make_demo_model(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 600,
+    steps: int = 800,
     batch_size: int = 64,
     lr: float = 3e-3,
     slip: float = 0.65,

@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="updates of the supervised warm-up")
+    parser.add_argument("--steps", type=int, default=800, help="updates of the supervised warm-up")
     args = parser.parse_args()
 
     def report(step: int, loss: float) -> None:

@@ -1,0 +1,152 @@
+"""Requirements, lock and shipped configs agree with each other, with SGLang and with what is installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from megatron_hapo.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_requirements(name: str) -> dict[str, Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines())
+    parsed = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def exact_version(requirement: Requirement) -> str:
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==", f"{requirement} is no exact pin"
+    return specifier.version
+
+
+PINS, DEV, GPU_ONLY, LOCK = (read_requirements(f"{name}.txt") for name in ("pins", "dev", "gpu-only", "lock-cpu"))
+
+
+@pytest.fixture(scope="module")
+def sglang_requires() -> dict[str, Requirement]:
+    """What SGLang needs on this platform, without its extras."""
+    parsed = [Requirement(line) for line in requires("sglang") or []]
+    here = [requirement for requirement in parsed if not requirement.marker or requirement.marker.evaluate()]
+    return {canonicalize_name(requirement.name): requirement for requirement in here}
+
+
+def test_pins_are_exact_and_installed():
+    for name, requirement in PINS.items():
+        assert version(name) == exact_version(requirement), name
+
+
+def test_setup_takes_the_pins():
+    ours = [Requirement(line) for line in requires("megatron-hapo") or []]
+    core = {canonicalize_name(r.name): r.specifier for r in ours if "extra" not in str(r.marker)}
+    assert core == {name: requirement.specifier for name, requirement in PINS.items()}
+
+
+def test_gpu_only_packages_are_requirements_of_sglang(sglang_requires):
+    unknown = GPU_ONLY.keys() - sglang_requires.keys()
+    assert not unknown, f"{sorted(unknown)}: sglang {version('sglang')} does not ask for them"
+
+
+def test_gpu_only_packages_are_never_installed_on_a_cpu_machine():
+    for name, requirement in GPU_ONLY.items():
+        assert requirement.marker is not None, name
+        assert not requirement.marker.evaluate(), f"{name}: the marker must never be true"
+    assert not GPU_ONLY.keys() & LOCK.keys()
+    assert not GPU_ONLY.keys() & PINS.keys()
+
+
+def test_the_lock_holds_everything_else_that_sglang_needs(sglang_requires):
+    missing = sglang_requires.keys() - GPU_ONLY.keys() - LOCK.keys()
+    assert not missing, f"{sorted(missing)}: run `make lock`, or list them in gpu-only.txt if they hold GPU code only"
+
+
+def test_pins_agree_with_sglang(sglang_requires):
+    for name in PINS.keys() & sglang_requires.keys():
+        assert sglang_requires[name].specifier.contains(exact_version(PINS[name])), (name, sglang_requires[name])
+    for name in ("torch", "transformers", "tokenizers"):
+        assert exact_version(sglang_requires[name]) == exact_version(PINS[name])
+
+
+def test_the_lock_agrees_with_the_pins():
+    for name, requirement in {**PINS, **DEV}.items():
+        assert exact_version(LOCK[name]) == exact_version(requirement), f"{name}: run `make lock`"
+
+
+def test_the_lock_satisfies_what_the_pinned_packages_ask_for():
+    for name in PINS:
+        for needed in map(Requirement, requires(name) or []):
+            if needed.marker and not needed.marker.evaluate({"extra": ""}):
+                continue
+            if (needed_name := canonicalize_name(needed.name)) in GPU_ONLY:
+                continue
+            assert needed.specifier.contains(exact_version(LOCK[needed_name]), prereleases=True), (name, str(needed))
+
+
+def test_requirements_name_no_index_and_no_path():
+    for path in (ROOT / "requirements").iterdir():
+        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+        assert not [line for line in lines if line.startswith("-") or "://" in line or " @ " in line], path.name
+
+
+def test_the_pinned_uv_is_named_once():
+    scripts = "\n".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "tools").glob("*.sh")])
+    assert len(re.findall(r"uv_version=\d+\.\d+\.\d+", scripts)) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    assert load_config(path).name
+
+
+def test_the_demos_differ_in_the_method_only():
+    hapo, grpo = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("demo_cpu", "demo_cpu_grpo"))
+    assert grpo.model_copy(update={"name": hapo.name, "algorithm": hapo.algorithm}) == hapo
+    algorithm = grpo.algorithm
+    assert algorithm.advantage == "group_mean"
+    assert not any(part.enabled for part in (algorithm.adaptive_temperature, algorithm.adaptive_clip))
+    assert not algorithm.redistribution.enabled
+
+
+def test_config_and_metrics_need_neither_torch_nor_megatron_nor_sglang():
+    heavy = ("torch", "megatron", "sglang", "ray", "transformers")
+    script = (
+        "import sys, megatron_hapo.config, megatron_hapo.types, megatron_hapo.metrics, megatron_hapo.arithmetic\n"
+        f"assert not [name for name in {heavy} if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.slow
+def test_the_gpu_set_up_resolves(tmp_path):
+    """What `pip install .` takes on a GPU machine: nothing left out. Needs the package index."""
+    uv = Path(sys.executable).parent / "uv"
+    if not uv.is_file():
+        pytest.skip("no uv beside this Python: not set up by make")
+    out = tmp_path / "resolved.txt"
+    command = [uv, "pip", "compile", "--quiet", "setup.py", "--output-file", out]
+    subprocess.run(
+        [*map(str, command), "--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_34"],
+        check=True, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    resolved = {canonicalize_name(line.split("==")[0]) for line in out.read_text().splitlines() if "==" in line}
+    assert GPU_ONLY.keys() <= resolved
+
+
+def test_the_project_is_installed_with_its_entry_points():
+    from importlib.metadata import entry_points
+
+    try:
+        version("megatron-hapo")
+    except PackageNotFoundError:
+        pytest.fail("megatron-hapo is not installed: run `make setup`")
+    names = {(point.group, point.name) for point in entry_points() if point.value.startswith(("megatron_", "sglang_"))}
+    assert {("console_scripts", "megatron-hapo"), ("sglang.srt.plugins", "megatron_hapo")} <= names
