@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,20 @@ def token_level_group_average(
 ) -> Tensor:
     """Advantage of every token of each response, normalised over the tokens of its group.
 
-    Each response counts with its length: mu = sum len R / sum len, sigma the biased deviation. If some normalised
-    |advantage| of the group reaches `fallback`, the whole group takes the GRPO advantage instead (released code).
-    Groups of one, without tokens, or whose rewards are all equal give 0.
+    Each response counts with its length: mu = sum len R / sum len, sigma the biased deviation, and the advantage is
+    (R - mu) / (sigma + eps). If some |advantage| of the group reaches `fallback`, the whole group takes the GRPO
+    advantage instead. The fallback is of the released code, which looks at padding too; here only tokens count, and
+    groups of one, without tokens, or whose rewards are all equal give 0.
 
     Args:
-        rewards_B: [B], one reward a response.
-        lengths_B: [B], valid response tokens.
+        rewards_B: [B], one reward a response, finite.
+        lengths_B: [B], valid response tokens, at least 0.
         groups_B: [B] integers, equal for responses to one prompt.
+        norm_by_std: without it the advantage is R - mu, and there is no fallback.
     Returns:
-        [B] float32; all tokens of a response share its value.
+        [B] float32, float64 for float64 rewards; all tokens of a response share its value.
+    Raises:
+        ValueError: shapes differ, a reward that is not finite, a negative length.
     Source: HAPO, arXiv:2509.16591, "token-level group average".
     """
     return _per_group(
@@ -41,7 +47,10 @@ def token_level_group_average(
 def group_mean_advantage(
     rewards_B: Tensor, lengths_B: Tensor, groups_B: Tensor, *, norm_by_std: bool = True, eps: float = 1e-6
 ) -> Tensor:
-    """GRPO's advantage: (R - mean) / (unbiased std + eps) over the responses of the group. [B] float32
+    """GRPO's advantage: (R - mean) / (unbiased std + eps) over the responses of the group. [B]
+
+    Arguments, result and errors as of `token_level_group_average`; lengths only tell which responses have tokens.
+    Groups of one or whose rewards are all equal give 0.
 
     Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
     """
@@ -55,10 +64,7 @@ def group_mean_advantage(
 
 def _token_level(rewards: Tensor, lengths: Tensor, *, norm_by_std: bool, fallback: float, eps: float) -> Tensor:
     total = lengths.sum()
-    if total == 0:
-        return torch.zeros_like(rewards)
-    mean = (lengths * rewards).sum() / total
-    centred = rewards - mean
+    centred = rewards - (lengths * rewards).sum() / total
     if not norm_by_std:
         return centred
     std = ((lengths * centred.square()).sum() / total).sqrt()
@@ -73,18 +79,29 @@ def _group_mean(rewards: Tensor, *, norm_by_std: bool, eps: float) -> Tensor:
     return centred / (rewards.std() + eps) if norm_by_std else centred
 
 
-def _per_group(rewards_B: Tensor, lengths_B: Tensor, groups_B: Tensor, advantage) -> Tensor:
+def _per_group(
+    rewards_B: Tensor, lengths_B: Tensor, groups_B: Tensor, advantage: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     if not rewards_B.shape == lengths_B.shape == groups_B.shape or rewards_B.dim() != 1:
         raise ValueError(
             "rewards, lengths and groups must be 1-d and of one length, got "
             f"{tuple(rewards_B.shape)}, {tuple(lengths_B.shape)}, {tuple(groups_B.shape)}"
         )
-    # float64: a closed form from at most n values a group must not depend on their order
+    if not bool(rewards_B.isfinite().all()):
+        row = int((~rewards_B.isfinite()).nonzero()[0])
+        raise ValueError(f"reward of response {row} is {float(rewards_B[row])}; it must be finite")
+    if bool((lengths_B < 0).any()):
+        row = int((lengths_B < 0).nonzero()[0])
+        raise ValueError(f"length of response {row} is {int(lengths_B[row])}; it must be at least 0")
+    dtype = torch.float64 if rewards_B.dtype == torch.float64 else torch.float32
+    # In float64, so that the order of a group's responses does not show in a float32 result.
     rewards_B, lengths_B = rewards_B.double(), lengths_B.double()
     advantages_B = torch.zeros_like(rewards_B)
     for group in groups_B.unique():
         rows = groups_B == group
-        rewards = rewards_B[rows]
-        if rewards.numel() > 1 and bool((rewards != rewards[0]).any()):
-            advantages_B[rows] = advantage(rewards, lengths_B[rows])
-    return advantages_B.float()
+        rewards, lengths = rewards_B[rows], lengths_B[rows]
+        # Rounding in the mean must not turn equal rewards into advantages; a response without tokens has no say.
+        with_tokens = rewards[lengths > 0]
+        if len(with_tokens) > 1 and bool((with_tokens != with_tokens[0]).any()):
+            advantages_B[rows] = advantage(rewards, lengths)
+    return advantages_B.to(dtype)

@@ -6,6 +6,7 @@ and the text disagree, `sign` chooses. Entropies are in nats. `N` tokens, `R` ro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 Sign = Literal["signed", "reference"]
+
+
+_SQUARES_PER_UNIT = 1 << 24
+"""Squares are summed as integers of this resolution, whose sum does not depend on the order."""
 
 
 @dataclass(frozen=True)
@@ -30,49 +35,54 @@ class EntropyStats:
 
 
 def entropy_stats(entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6) -> EntropyStats:
-    """Statistics of log entropy over these tokens.
+    """Statistics of log entropy over these tokens, bit-identical for every order of them.
 
-    The pivot is the k-th smallest log entropy, k = round_half_even(pivot (N - 1)), without interpolation, so that the
-    result is bit-identical for every order and partition of the tokens.
+    The pivot is the k-th smallest log entropy, k = round_half_even(pivot (N - 1)), without interpolation. The released
+    code computes the same, and calls the pivot `median` and the rms `std`.
 
     Args:
-        entropy_N: [N], nats, all valid response tokens of the step (global, not one rank's).
+        entropy_N: nats, all valid response tokens of the step (global, not one rank's). float64 stays float64.
+        pivot: in (0, 1).
+        floor: entropies are raised to this many nats before the logarithm.
     Raises:
-        ValueError: no tokens, a non-finite entropy, or a pivot outside (0, 1).
+        ValueError: no tokens, an entropy that is not finite, a pivot outside (0, 1).
     """
     if not 0 < pivot < 1:
         raise ValueError(f"pivot must lie in (0, 1), got {pivot}")
-    log_N = _log_entropy(entropy_N, floor)
-    if log_N.numel() == 0:
-        raise ValueError("entropy statistics need at least one token, got none")
-    if not bool(torch.isfinite(log_N).all()):
-        bad = int((~torch.isfinite(log_N)).nonzero()[0])
-        raise ValueError(f"entropy of token {bad} is {float(entropy_N.flatten()[bad])}; it must be finite")
+    log_N = _log_entropy(entropy_N, floor).flatten()
     num_tokens = log_N.numel()
+    if num_tokens == 0:
+        raise ValueError("entropy statistics need at least one token, got none")
     k = round(pivot * (num_tokens - 1))  # Python rounds half to even, as the reference does
     quantile = log_N.kthvalue(k + 1).values
-    rms = (log_N.double() - quantile.double()).square().mean().sqrt()
-    return EntropyStats(float(quantile), float(log_N.max()), float(log_N.min()), float(rms), num_tokens)
+    squares_N = (log_N.double() - quantile.double()).square()
+    total = int((squares_N * _SQUARES_PER_UNIT).round().long().sum())
+    rms = math.sqrt(total / _SQUARES_PER_UNIT / num_tokens)
+    return EntropyStats(float(quantile), float(log_N.max()), float(log_N.min()), rms, num_tokens)
 
 
 def entropy_modulation(entropy_N: Tensor, stats: EntropyStats, *, sign: Sign = "signed", floor: float = 1e-6) -> Tensor:
     """Where each token's log entropy lies between the pivot (0) and the extremes, in [-1, 1].
 
     Above the pivot h = (log H - q) / (max - q); below, `signed` gives -(q - log H) / (q - min), `reference` (the
-    authors' released code) the same without the minus. Tokens outside the statistics' range are clamped.
+    authors' released code) the same without the minus. Tokens outside the statistics' range are clamped, which the
+    released code does in the sampler only.
 
+    Args:
+        entropy_N: nats. float64 stays float64.
     Returns:
-        [N] float32, no gradient.
+        h in the shape of the entropies, float32 unless they are float64; no gradient.
+    Raises:
+        ValueError: an entropy that is not finite, an unknown sign.
     """
     if sign not in ("signed", "reference"):
         raise ValueError(f"sign must be 'signed' or 'reference', got {sign!r}")
-    with torch.no_grad():
-        distance_N = _log_entropy(entropy_N, floor) - stats.pivot
-        # Guards as in the reference: a side without any spread gives 0, never 0 / 0.
-        above_N = distance_N / max(stats.log_max - stats.pivot, 1e-12)
-        below_N = distance_N / max(stats.pivot - stats.log_min, 1e-12)
-        h_N = torch.where(distance_N > 0, above_N, below_N).clamp(-1, 1)
-        return torch.where(h_N < 0, -h_N, h_N) if sign == "reference" else h_N
+    distance_N = _log_entropy(entropy_N, floor) - stats.pivot
+    # Guards as in the reference: a side without any spread gives 0, never 0 / 0.
+    above_N = distance_N / max(stats.log_max - stats.pivot, 1e-12)
+    below_N = distance_N / max(stats.pivot - stats.log_min, 1e-12)
+    h_N = torch.where(distance_N > 0, above_N, below_N).clamp(-1, 1)
+    return h_N.abs() if sign == "reference" else h_N
 
 
 def adaptive_temperature(
@@ -84,15 +94,22 @@ def adaptive_temperature(
     sign: Sign = "signed",
     floor: float = 1e-6,
 ) -> Tensor:
-    """T_t = T (1 + tau h), the temperature at which each row is sampled.
+    """T_t = T (1 + tau h), the temperature at which each row is sampled. [R]
 
     Args:
         entropy_R: [R], nats, of the row's logits divided by its base temperature.
         base_R: [R] or a number, base temperature.
         tau: in [0, 1); 0 gives the base temperature.
+    Raises:
+        ValueError: tau outside [0, 1), a base temperature for another number of rows, an entropy that is not finite.
     """
     if not 0 <= tau < 1:
         raise ValueError(f"tau must lie in [0, 1), got {tau}")
+    if not isinstance(base_R, int | float) and base_R.dim() and base_R.shape != entropy_R.shape:
+        raise ValueError(
+            f"base temperature must be a number or have the entropies' shape {tuple(entropy_R.shape)}, "
+            f"got {tuple(base_R.shape)}"
+        )
     return base_R * (1 + tau * entropy_modulation(entropy_R, stats, sign=sign, floor=floor))
 
 
@@ -104,6 +121,14 @@ def entropy_from_logits(logits_RV: Tensor) -> Tensor:
     return (-terms_RV.sum(-1)).clamp_min(0)
 
 
-def _log_entropy(entropy: Tensor, floor: float) -> Tensor:
-    # clamp keeps NaN, so that the statistics can refuse it
-    return entropy.detach().float().flatten().clamp_min(floor).log()
+def _log_entropy(entropy_N: Tensor, floor: float) -> Tensor:
+    """log(max(H, floor)) in float32, or float64 of float64; refuses NaN and infinity."""
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    entropy_N = entropy_N.detach()
+    finite_N = entropy_N.isfinite().flatten()
+    if not bool(finite_N.all()):
+        token = int((~finite_N).nonzero()[0])
+        raise ValueError(f"entropy of token {token} is {float(entropy_N.flatten()[token])}; it must be finite")
+    dtype = torch.float64 if entropy_N.dtype == torch.float64 else torch.float32
+    return entropy_N.to(dtype).clamp_min(floor).log()

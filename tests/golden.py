@@ -1,0 +1,44 @@
+"""The golden vectors of HAPO's released code; see tests/data/README.md."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FLOOR = 1e-8
+"""Entropy floor of the released code."""
+RTOL, ATOL, GRAD_ATOL = 2e-5, 1e-6, 1e-7
+
+
+@cache
+def load() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "data/hapo_golden.npz") as file:
+        return dict(file)
+
+
+def cases(family: str) -> list[str]:
+    """Every case of the family that the file holds."""
+    return sorted({key.split(":")[1] for key in load() if key.startswith(f"{family}:")})
+
+
+def settings(name: str) -> dict[str, Any]:
+    return json.loads(str(load()["manifest"]))[name.replace(":", "/")]
+
+
+def tensor(key: str) -> torch.Tensor:
+    return torch.from_numpy(load()[key])
+
+
+def valid(name: str) -> torch.Tensor:
+    """[B, T] bool: response tokens of the case."""
+    return tensor(f"{name}:mask").bool()
+
+
+def assert_close(got: torch.Tensor | float, want: torch.Tensor | float, *, rtol: float = RTOL, atol: float = ATOL):
+    want = torch.as_tensor(want)
+    torch.testing.assert_close(torch.as_tensor(got, dtype=want.dtype), want, rtol=rtol, atol=atol)
