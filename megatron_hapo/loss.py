@@ -30,7 +30,14 @@ def redistribute_advantage(
 
     The neutral zone is the open interval (1 - low/2, 1 + high/2) of the adapted ranges. h > 0: A (1 + beta h) outside
     the zone; h <= 0: A (1 + beta h) inside it; else A.
+
+    Args:
+        low_N, high_N: from `adaptive_clip_range`; one number each where the clipping does not adapt.
+    Raises:
+        ValueError: shapes differ.
     """
+    ranges = {"low": low_N, "high": high_N}
+    _check_shapes(advantages=advantages_N, h=h_N, ratio=ratio_N, **{k: v for k, v in ranges.items() if v.dim()})
     neutral_N = (ratio_N > 1 - low_N / 2) & (ratio_N < 1 + high_N / 2)
     acts_N = torch.where(h_N > 0, ~neutral_N, neutral_N)
     return torch.where(acts_N, advantages_N * (1 + beta * h_N), advantages_N)
@@ -52,24 +59,29 @@ def hapo_loss(
     """Policy loss of these tokens, sum / num_tokens, and sums for the metrics.
 
     Only the ratio carries gradient: h, the ranges, the redistributed advantages are constants. clip_alpha 0 switches
-    the adaptive clipping off, adv_beta 0 the redistribution; h = 0 gives plain dual-clip PPO.
+    the adaptive clipping off, adv_beta 0 the redistribution; both give plain dual-clip PPO.
+
+    The log-ratio is clamped to +-MAX_LOG_RATIO (the released code does not, and has NaN gradients beyond 88). The loss
+    is homogeneous in the advantages, so any other aggregation than the token mean is a non-negative weight of each
+    token on its advantage.
 
     Args:
         log_probs_N: [N], current policy, differentiable.
         old_log_probs_N: [N], policy before the step's first update.
         advantages_N: [N].
         h_N: [N], entropy modulation in [-1, 1].
+        dual_clip: c > 1; a token with negative advantage loses at most c |A|.
         num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
     Returns:
         The loss, and sums over N (not means): `clipped_low`, `clipped_high`, `dual_clipped`, `log_ratio`, `ratio`.
     Raises:
-        ValueError: shapes differ, or num_tokens is not positive.
+        ValueError: shapes differ, num_tokens is not positive, dual_clip is not above 1.
     """
-    shapes = [tuple(x.shape) for x in (log_probs_N, old_log_probs_N, advantages_N, h_N)]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"log_probs, old_log_probs, advantages and h must have one shape, got {shapes}")
+    _check_shapes(log_probs=log_probs_N, old_log_probs=old_log_probs_N, advantages=advantages_N, h=h_N)
     if num_tokens <= 0:
         raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
 
     log_ratio_N = log_probs_N - old_log_probs_N
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -93,3 +105,10 @@ def hapo_loss(
             "ratio": ratio_N.sum(),
         }
     return loss, sums
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) != 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"all must have one shape, got {listed}")
