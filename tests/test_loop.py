@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from megatron_hapo.metrics import MetricsLogger
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
 from megatron_hapo.config import Config
@@ -22,6 +21,7 @@ from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
 from megatron_hapo.weight_sync import GatherSync
@@ -87,14 +87,10 @@ class Recorder:
         self._pool.update_weights(buckets, policy_version=policy_version)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "_".join(layout))
-def trained(
-    request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
-    """Two steps of the real driver on one layout, and what went through the engine."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = make_config(tiny_qwen3, folder, request.param)
-    tokenizer = load_tokenizer(tiny_qwen3)
+@contextmanager
+def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any]]:
+    """The real driver, run to its last step from the newest checkpoint, with what went through the engine."""
+    tokenizer = load_tokenizer(config.model.path)
     assert config.data.eval is not None
     train, evaluation = (
         list(load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=64).prompts)
@@ -102,11 +98,12 @@ def trained(
     )
     recorder = Recorder(pool)
     with ExitStack() as stack:
-        rewards = stack.enter_context(RewardPool(config.reward, tiny_qwen3, config.rollout.max_response_tokens))
+        rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
         trainer = RayTrainer(config, device="cpu")
         stack.callback(trainer.close)
-        config.run_dir.mkdir(parents=True)
-        logger = stack.enter_context(MetricsLogger(config.run_dir, total_steps=config.steps, start_step=0))
+        checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         driver = Driver(
             config=config,
             trainer=trainer,
@@ -115,12 +112,22 @@ def trained(
             rewards=rewards,
             prompts=PromptSampler(train, seed=0, shuffle=True),
             eval_prompts=evaluation,
-            logger=logger,
-            checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),
+            logger=stack.enter_context(logger),
+            checkpoints=checkpoints,
         )
         driver.run()
-        trainer.export_hf(config.run_dir / "hf")
         yield {"config": config, "driver": driver, "recorder": recorder, "trainer": trainer, "prompts": evaluation}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "_".join(layout))
+def trained(
+    request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """Two steps on one layout, and the exported model."""
+    config = make_config(tiny_qwen3, tmp_path_factory.mktemp("runs"), request.param)
+    with finished_run(config, pool) as run:
+        run["trainer"].export_hf(config.run_dir / "hf")
+        yield run
 
 
 def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
@@ -207,6 +214,21 @@ def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
         after |= load_file(path)
     assert after.keys() == before.keys()
     assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("trained", [{"tp": 2}], indirect=True)
+def test_an_interrupted_run_resumes_on_the_same_trajectory(
+    trained: dict[str, Any], pool: RayRolloutPool, tmp_path: Path
+) -> None:
+    config = trained["config"].model_copy(update={"output_dir": tmp_path})
+    with finished_run(config.model_copy(update={"steps": 1}), pool):
+        pass
+    with finished_run(config, pool) as resumed:
+        rows = metrics_of(resumed)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row, want in zip(rows, metrics_of(trained), strict=True):
+        same = {name: value for name, value in want.items() if not name.startswith(("time/", "tokens_per_second"))}
+        assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
