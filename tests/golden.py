@@ -40,5 +40,5 @@ def valid(name: str) -> torch.Tensor:
 
 
 def assert_close(got: torch.Tensor | float, want: torch.Tensor | float, *, rtol: float = RTOL, atol: float = ATOL):
-    want = torch.as_tensor(want)
-    torch.testing.assert_close(torch.as_tensor(got, dtype=want.dtype), want, rtol=rtol, atol=atol)
+    expected = torch.as_tensor(want)
+    torch.testing.assert_close(torch.as_tensor(got, dtype=expected.dtype), expected, rtol=rtol, atol=atol)
