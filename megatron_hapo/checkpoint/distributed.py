@@ -26,11 +26,17 @@ def save(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, 
 
 def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Fill model and optimizer of this rank from a checkpoint of any layout."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
         part._init_optimizer_states_with_dummy_values()
     state = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for part in parts:
+        # Megatron gives all parameters one `step` tensor, and torch's Adam would count it up once for each of them.
+        for values in part.optimizer.state.values():
+            if "step" in values:
+                values["step"] = values["step"].clone()
 
 
 def _state(
