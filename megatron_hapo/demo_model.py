@@ -62,9 +62,10 @@ def make_demo_model(
         slip=slip,
         count=steps * batch_size,
     )  # fmt: skip
-    _warm_up(model, examples, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
+    pad_id = _token_id(tokenizer, PAD)
+    _warm_up(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
     model.save_pretrained(out)
-    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(out)
+    GenerationConfig(eos_token_id=_token_id(tokenizer, END), pad_token_id=pad_id).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -97,10 +98,16 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_token_id(tokenizer, END),
+        pad_token_id=_token_id(tokenizer, PAD),
         dtype="float32",
     )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"{token} is no token of its own"
+    return found
 
 
 def _examples(
@@ -127,6 +134,7 @@ def _warm_up(
     model: Qwen3ForCausalLM,
     examples: Sequence[tuple[list[int], int]],
     *,
+    pad_id: int,
     steps: int,
     batch_size: int,
     lr: float,
@@ -141,7 +149,7 @@ def _warm_up(
         warm, cool = (step + 1) / max(steps / 10, 1), 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, warm) * cool
-        input_ids, labels = _collate(examples[step * batch_size : (step + 1) * batch_size], model.config.pad_token_id)
+        input_ids, labels = _collate(examples[step * batch_size : (step + 1) * batch_size], pad_id)
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from megatron_hapo.errors import DataError
@@ -18,7 +20,7 @@ from megatron_hapo.metrics import METRICS_FILE, read_metrics
 
 COLORS = ("#1f6fb4", "#d9822b", "#3a923a", "#b03a48", "#7a5aa6", "#6b6b6b")
 STAGES = ("rollout", "reward", "log_probs", "update", "weight_sync")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -90,7 +92,7 @@ def _draw(runs: Sequence[Run]) -> Figure:
         _seconds_over_steps(axes[1, 3], runs[0])
     else:
         _mean_seconds(axes[1, 3], runs)
-        handles = [mpl.lines.Line2D([], [], color=run.color, lw=2.5, label=_legend(run)) for run in runs]
+        handles = [Line2D([], [], color=run.color, lw=2.5, label=_legend(run)) for run in runs]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(runs), fontsize=10)
     figure.suptitle(runs[0].name if len(runs) == 1 else "", fontsize=12, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -122,7 +124,7 @@ def _lines(
         colors = ("#555555", "#555555") if len(runs) > 1 else COLORS
         ax.legend(
             handles=[
-                mpl.lines.Line2D([], [], color=color, ls=style, lw=1.6, label=name)
+                Line2D([], [], color=color, ls=style, lw=1.6, label=name)
                 for name, style, color in zip(metrics, styles, colors, strict=False)
             ]
         )

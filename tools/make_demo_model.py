@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from megatron_hapo.demo_model import make_demo_model
 
 
@@ -14,6 +16,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800, help="updates of the supervised warm-up")
     args = parser.parse_args()
+
+    disable_progress_bar()
 
     def report(step: int, loss: float) -> None:
         if step % 100 == 0:
