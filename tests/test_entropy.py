@@ -7,6 +7,7 @@ import torch
 
 from megatron_hapo.entropy import (
     EntropyStats,
+    Sign,
     adaptive_temperature,
     entropy_from_logits,
     entropy_modulation,
@@ -71,7 +72,8 @@ def test_statistics_equal_the_released_code(case):
 @pytest.mark.parametrize("case", golden.cases("ent"))
 def test_modulation_equals_the_released_code(case):
     entropy_N, stats = golden_entropies(case), golden_stats(case)
-    for sign, name in (("reference", "h_hat"), ("signed", "h_hat_signed")):
+    names: dict[Sign, str] = {"reference": "h_hat", "signed": "h_hat_signed"}
+    for sign, name in names.items():
         h_N = entropy_modulation(entropy_N, stats, sign=sign, floor=golden.FLOOR)
         golden.assert_close(h_N, golden_modulation(case, name))
 
@@ -102,7 +104,8 @@ def test_temperatures_equal_the_released_code(case):
     # The released code keeps the spreads as scales of std and adds 1e-6 to std in the sampler; here they are exact,
     # which is within the tolerance unless all entropies were equal (std at its bound 1e-4, saturated anyway).
     stats = EntropyStats(median, median + std / above, median + std / below, std, 1)
-    for sign, name in (("reference", "temperature"), ("signed", "temperature_signed")):
+    names: dict[Sign, str] = {"reference": "temperature", "signed": "temperature_signed"}
+    for sign, name in names.items():
         # The sampler's floor is 1e-6 in the released code too.
         got = adaptive_temperature(entropy, base, stats, tau=config["tau"], sign=sign, floor=1e-6)
         golden.assert_close(got, golden.tensor(f"temp:{case}:{name}"))

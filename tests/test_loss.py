@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hapo.entropy import entropy_modulation, entropy_stats
+from megatron_hapo.entropy import Sign, entropy_modulation, entropy_stats
 from megatron_hapo.loss import MAX_LOG_RATIO, adaptive_clip_range, hapo_loss, redistribute_advantage
 from tests import golden
 
-SIGNS = {"ref": "reference", "signed": "signed"}
+SIGNS: dict[str, Sign] = {"ref": "reference", "signed": "signed"}
 POLICY_VARIANTS = [
     (case, sign) for case in golden.cases("pol") for sign in SIGNS if f"pol:{case}:{sign}:pg_loss" in golden.load()
 ]
