@@ -44,8 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    report = commands.add_parser("report", help="curves of a run", description="Draw the curves of a run.")
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu")
+    report = commands.add_parser(
+        "report", help="curves of one run or several", description="Draw the curves of runs, several over each other."
+    )
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu")
     report.set_defaults(run=_report)
     return parser
 
@@ -61,9 +63,6 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    if not (arguments.run_dir / "metrics.jsonl").is_file():
-        raise HapoError(f"{arguments.run_dir}: no metrics.jsonl; it must be the folder of a run")
-
     from megatron_hapo.report import write_report
 
-    print(write_report(arguments.run_dir))
+    print(write_report(*arguments.run_dirs))

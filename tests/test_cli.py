@@ -180,7 +180,7 @@ def test_an_unforeseen_error_keeps_its_traceback_and_ctrl_c_its_exit_code(run_fo
 
 def test_report_of_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == cli.EXIT_FAULT
-    assert capsys.readouterr().err == f"{tmp_path}: no metrics.jsonl; it must be the folder of a run\n"
+    assert capsys.readouterr().err == f"{tmp_path}: no metrics in metrics.jsonl; it must be the folder of a run\n"
 
 
 def test_bad_input_imports_nothing_heavy(run_folder):

@@ -1,0 +1,30 @@
+"""Write train.jsonl and eval.jsonl in the DAPO-Math layout: python make_data.py FOLDER."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from megatron_hapo.arithmetic import problems
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, size, seed in (("train", 2000, 0), ("eval", 200, 1)):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": problem.question}],
+                "reward_model": {"ground_truth": problem.answer},
+                "data_source": problem.data_source,
+            }
+            for problem in problems(size=size, seed=seed, min_terms=4, max_terms=5, max_number=12)
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {size} problems")
+
+
+if __name__ == "__main__":
+    main()
