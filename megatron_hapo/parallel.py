@@ -50,14 +50,20 @@ def initialize(*, tp: int, pp: int, device: torch.device, seed: int, timeout_sec
         device=device,
         tp_size=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
         pp_size=pp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=_one(parallel_state.get_data_parallel_group()),
     )
+
+
+def _one(group: object) -> dist.ProcessGroup:
+    """Megatron's getters are typed for layouts with several groups a rank, which this project does not use."""
+    assert isinstance(group, dist.ProcessGroup), f"expected one process group, got {group!r}"
+    return group
 
 
 def init_distributed(

@@ -61,7 +61,7 @@ class RewardPool:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """A score for each rollout, in their order."""
-        texts = self._tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode([r.response_ids.tolist() for r in rollouts], skip_special_tokens=True)
         outcomes = self._pool.run(
             [
                 Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)

@@ -24,6 +24,8 @@ def environment(tp: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Without AMX kernels SGLang binds no threads, and each rank would take every core.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // tp)),
+        # Spinning threads of the scheduler's matrix products would take the cores from the others on a busy machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "GLOO_SOCKET_IFNAME": "lo",  # the ranks of an engine share a node
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

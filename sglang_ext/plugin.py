@@ -76,7 +76,7 @@ class _Rows:
 
 
 def _after_creation(_result: None, info: SamplingBatchInfo, batch: ScheduleBatch, _vocab_size: int) -> None:
-    parameters = [(r.sampling_params.custom_params or {}).get(REQUEST_KEY) for r in batch.reqs]
+    parameters: list[Any] = [(r.sampling_params.custom_params or {}).get(REQUEST_KEY) for r in batch.reqs]
     if all(p is None for p in parameters):
         _set_rows(info, None)
         return

@@ -29,7 +29,7 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, 
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in parts:
         part._init_optimizer_states_with_dummy_values()
-    state = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
+    state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for part in parts:

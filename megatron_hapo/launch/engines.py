@@ -69,12 +69,12 @@ class RayRolloutPool:
             from sglang_ext import cpu
 
             environment = cpu.environment(rollout.tp)
-        actor = ray.remote(EngineActor).options(
+        actor: Any = ray.remote(EngineActor).options(
             num_cpus=0,
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
         )
-        self._engines = [actor.remote(config, device, index) for index in range(rollout.engines)]
+        self._engines: list[Any] = [actor.remote(config, device, index) for index in range(rollout.engines)]
 
     def wait_until_ready(self) -> None:
         """Returns when every engine has started and proved its temperature hook."""

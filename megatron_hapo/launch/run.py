@@ -87,7 +87,7 @@ def local_ray() -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant
         # for this process, the variable for those that it starts.

@@ -38,12 +38,12 @@ class RayTrainer:
         self._config = config
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
         world_size = config.parallel.world_size
-        actor = ray.remote(TrainerActor).options(
+        actor: Any = ray.remote(TrainerActor).options(
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": rank_process.environment(device, loopback=True)},
         )
-        self._actors = [actor.remote() for _ in range(world_size)]
+        self._actors: list[Any] = [actor.remote() for _ in range(world_size)]
         init_method = rank_process.rendezvous_file(Path(self._scratch.name))
         self._gather(
             [a.start.remote(config, device, rank, world_size, init_method) for rank, a in enumerate(self._actors)],
