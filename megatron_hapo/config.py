@@ -42,6 +42,8 @@ class ParallelConfig(Section):
     """Pipeline parallel size."""
     dp: PositiveInt = 1
     """Data parallel size."""
+    ep: PositiveInt = 1
+    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many of the dp ranks."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
 
@@ -241,6 +243,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     resume: bool = True
     """Continue from the newest checkpoint in the run folder, if there is one."""
+    hf_every: NonNegativeInt = 0
+    """Steps between exports of the model as a Hugging Face folder (`hf_steps/step_*` in the run folder); 0: none."""
     hf_at_end: bool = True
     """Write the final model as a Hugging Face folder."""
 
@@ -393,6 +397,12 @@ def _contradictions(config: Config) -> Iterator[Fault]:
             f"must be at least 2, got 1: algorithm.advantage={config.algorithm.advantage} compares the responses to "
             "one prompt with each other",
             ("algorithm.advantage",),
+        )
+    if config.parallel.dp % config.parallel.ep:
+        yield Fault(
+            "parallel.ep",
+            f"must divide parallel.dp={config.parallel.dp}, got {config.parallel.ep}",
+            ("parallel.dp",),
         )
     if reward.overlong.buffer_tokens >= rollout.max_response_tokens:
         yield Fault(

@@ -25,6 +25,12 @@ class ParallelLayout:
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
+    ep_size: int
+    """Experts are dealt out over this many data-parallel ranks."""
+    ep_rank: int
+    ep_group: dist.ProcessGroup
+    expert_dp_rank: int
+    """Rank among those that hold the same experts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -40,10 +46,19 @@ class ParallelLayout:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def initialize(*, tp: int, pp: int, device: torch.device, seed: int, timeout_seconds: float) -> ParallelLayout:
-    """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once."""
+def initialize(
+    *, tp: int, pp: int, ep: int = 1, device: torch.device, seed: int, timeout_seconds: float
+) -> ParallelLayout:
+    """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
+
+    Experts are cut over tp as all else is, so an expert's tensor-parallel ranks are those of its tp group.
+    """
     parallel_state.initialize_model_parallel(
-        tp, pp, distributed_timeout_minutes=max(1, round(timeout_seconds / 60)), create_gloo_process_groups=False
+        tp,
+        pp,
+        expert_model_parallel_size=ep,
+        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        create_gloo_process_groups=False,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(
@@ -57,6 +72,10 @@ def initialize(*, tp: int, pp: int, device: torch.device, seed: int, timeout_sec
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=_one(parallel_state.get_data_parallel_group()),
+        ep_size=ep,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=_one(parallel_state.get_expert_model_parallel_group()),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 

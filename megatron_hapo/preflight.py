@@ -11,7 +11,7 @@ from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_co
 from megatron_hapo.config_faults import Fault
 from megatron_hapo.data import file_faults
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.model.families import Shape, read_shape
+from megatron_hapo.model.families import Shape, layout_faults, read_shape
 from megatron_hapo.reward import import_reasoning_gym
 
 
@@ -61,18 +61,16 @@ def _model_faults(config: Config) -> Iterator[Fault]:
 
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
-    sizes = {
-        "attention heads": shape.num_heads,
-        "key-value heads": shape.num_kv_heads,
-        "feed-forward units": shape.ffn_size,
-    }
-    for key, tp in (("parallel.tp", config.parallel.tp), ("rollout.tp", config.rollout.tp)):
-        for what, size in sizes.items():
-            if size % tp:
-                yield Fault(key, f"{size} {what} do not split over tp={tp}", ("model.path",))
-    if shape.num_layers % config.parallel.pp:
+    parallel = config.parallel
+    for name, message in layout_faults(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep):
+        yield Fault(f"parallel.{name}", message, ("model.path",))
+    for _, message in layout_faults(shape, tp=config.rollout.tp):
+        yield Fault("rollout.tp", message, ("model.path",))
+    if shape.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
         yield Fault(
-            "parallel.pp", f"{shape.num_layers} layers do not split over pp={config.parallel.pp}", ("model.path",)
+            "parallel.sequence_parallel",
+            f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron trains it in no other way",
+            ("model.path", "parallel.tp"),
         )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:

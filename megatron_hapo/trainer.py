@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_hapo.batching import MicroBatch, pack, plan_microbatches
 from megatron_hapo.checkpoint import distributed as checkpoint
-from megatron_hapo.checkpoint.hf import hf_tensors, load_hf_weights, write_stage
+from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors, write_stage
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
@@ -204,19 +204,17 @@ class TrainerRank:
     # ----- weights
 
     def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
-        """Whole HF tensors in the engines' dtype, in buckets, for data-parallel rank 0 to send.
+        """Whole HF tensors in the engines' dtype, in buckets, from the ranks that speak for them.
 
-        The tp ranks of dp rank 0 iterate in lockstep, stage by stage independently; only tp rank 0 yields anything.
+        The ranks of a tp group iterate in lockstep, each group on its own; only tp rank 0 yields anything.
         """
-        if self.layout.dp_rank:
-            return
         config = self.config
         dtype = getattr(torch, config.rollout.dtype)
         bucket = BucketBuilder(
             max_bytes=config.weight_sync.bucket_bytes,
             checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
         )
-        for name, tensor in hf_tensors(self.model, self.shape, self.layout):
+        for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
             if self.layout.tp_rank == 0:
                 yield from bucket.add(name, tensor.to(dtype))
         if self.layout.tp_rank == 0:

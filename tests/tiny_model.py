@@ -32,7 +32,7 @@ def write_tiny_qwen3(
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size must be at least the tokenizer's {len(tokenizer)}, got {vocab_size}")
     tokenizer.save_pretrained(folder)
@@ -64,7 +64,7 @@ def write_tiny_qwen3(
     return folder
 
 
-def _byte_tokenizer():
+def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_hapo.errors import HapoError
-from megatron_hapo.model.families import Shape, padded_vocab_size
+from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
 from megatron_hapo.model.layers import PackedAttention, RMSNorm
 from megatron_hapo.parallel import ParallelLayout
 
@@ -26,6 +26,19 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this model on this layout."""
     options: dict[str, Any] = {}
+    if shape.moe is not None:
+        options |= {
+            "num_moe_experts": shape.moe.num_experts,
+            "moe_ffn_hidden_size": shape.moe.ffn_size,
+            "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
+            "moe_router_topk": shape.moe.top_k,
+            # Softmax over all experts and then the choice, or the choice and then softmax, which normalises.
+            "moe_router_pre_softmax": not shape.moe.normalize_top_k,
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": te,
+            "expert_model_parallel_size": layout.ep_size,
+            "expert_tensor_parallel_size": layout.tp_size,
+        }
     if recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -85,7 +98,7 @@ def build_model(
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, te),
+        transformer_layer_spec=_block_spec(config, shape, te),
         vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
         max_sequence_length=shape.max_positions,
         pre_process=layout.is_first_stage,
@@ -95,12 +108,26 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=shape.rope_base,  # type: ignore[arg-type]  # annotated int, used as a number
     )
+    if shape.rope_scaling is not None:
+        _scale_rope(model, shape.rope_scaling)
     return model.to(layout.device)
 
 
 def first_layer(model: GPTModel) -> int:
     """Global index of the first layer that this rank holds."""
     return get_transformer_layer_offset(model.config)
+
+
+def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
+    """Llama 3's frequencies. GPTModel's own rope_scaling takes the factor only and fixes the other three values."""
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )
 
 
 def _use_transformer_engine(spec: str, device: torch.device) -> bool:
@@ -117,18 +144,37 @@ def _use_transformer_engine(spec: str, device: torch.device) -> bool:
     return te
 
 
-def _block_spec(config: TransformerConfig, te: bool) -> Any:
-    num_layers = get_num_layers_to_build(config)
+def _block_spec(config: TransformerConfig, shape: Shape, te: bool) -> Any:
+    """Specs of this stage's layers."""
+    first, number = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    layer_spec = _te_layer_spec if te else _local_layer_spec
+    layers = [layer_spec(config, experts=shape.has_experts(layer)) for layer in range(first, first + number)]
     if te:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    layer: Any = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _te_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=experts,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    layer: Any = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer

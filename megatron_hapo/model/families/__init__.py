@@ -1,0 +1,20 @@
+"""What a model family is: how its HF config reads, and one table from Megatron parameters to HF tensors.
+
+The tables serve import, export, resharding and sizing. No torch here. How to add a family: docs/families.md.
+"""
+
+from megatron_hapo.model.families.shape import FAMILIES as FAMILIES
+from megatron_hapo.model.families.shape import MoeShape as MoeShape
+from megatron_hapo.model.families.shape import RopeScaling as RopeScaling
+from megatron_hapo.model.families.shape import Shape as Shape
+from megatron_hapo.model.families.shape import layout_faults as layout_faults
+from megatron_hapo.model.families.shape import padded_vocab_size as padded_vocab_size
+from megatron_hapo.model.families.shape import read_shape as read_shape
+from megatron_hapo.model.families.table import FusedExpert as FusedExpert
+from megatron_hapo.model.families.table import Placement as Placement
+from megatron_hapo.model.families.table import Run as Run
+from megatron_hapo.model.families.table import fused_expert as fused_expert
+from megatron_hapo.model.families.table import hf_tensor_shapes as hf_tensor_shapes
+from megatron_hapo.model.families.table import is_expert as is_expert
+from megatron_hapo.model.families.table import num_parameters as num_parameters
+from megatron_hapo.model.families.table import placement as placement

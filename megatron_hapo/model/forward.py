@@ -1,0 +1,60 @@
+"""Logits of whole sequences, for comparisons: the plain forward pass of a model at any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_hapo.model.families import Shape
+from megatron_hapo.model.layers import packed_params
+from megatron_hapo.parallel import ParallelLayout
+
+
+@torch.no_grad()
+def logits_of(
+    model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: list[list[int]]
+) -> list[Tensor] | None:
+    """Logits of token sequences, packed into one micro-batch. Every rank calls it with the same sequences.
+
+    Returns:
+        On the last pipeline stage one [length, vocabulary] tensor for each sequence, without vocabulary padding; None
+        on the other stages.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    padding = -sum(lengths) % layout.tp_size  # sequence parallelism needs a multiple
+    padded = [*lengths, padding] if padding else lengths
+    tokens = torch.tensor([token for sequence in sequences for token in sequence] + [0] * padding)
+    positions = torch.cat([torch.arange(length) for length in padded])
+
+    def forward_step(iterator: Any, module: torch.nn.Module):
+        output = module(
+            tokens[None].to(layout.device),
+            positions[None].to(layout.device),
+            None,
+            packed_seq_params=packed_params(padded, layout.device),
+        )
+        return output, lambda logits, non_loss_data=False: logits
+
+    model.eval()
+    collected = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=model,
+        num_microbatches=1,
+        seq_length=len(tokens),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    model.train()
+    if not layout.is_last_stage:
+        return None
+    local = collected[0][0].contiguous()
+    shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
+    dist.all_gather(shards, local, group=layout.tp_group)
+    return list(torch.cat(shards, dim=-1)[: sum(lengths), : shape.vocab_size].split(lengths))
