@@ -44,6 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    convert = commands.add_parser(
+        "convert", help="Hugging Face folder to Megatron checkpoint, and back", description="Convert a model's weights."
+    )
+    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION", dest="direction")
+    for direction, source, target in (
+        ("hf-to-megatron", "a Hugging Face model folder", "Megatron checkpoint (torch_dist, loads at any layout)"),
+        ("megatron-to-hf", "a converted model, or a checkpoint of a run (runs/NAME/checkpoints/step_*)", "HF folder"),
+    ):
+        parser_of = directions.add_parser(direction, help=f"writes a {target}")
+        parser_of.add_argument("source", type=Path, metavar="SRC", help=source)
+        parser_of.add_argument("target", type=Path, metavar="DST", help=f"folder to write: {target}")
+        for axis in ("tp", "pp", "ep"):
+            parser_of.add_argument(f"--{axis}", type=_positive, default=1, help=f"{axis} size of the processes used")
+        parser_of.add_argument(
+            "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights; default: the source's"
+        )
+        parser_of.add_argument("--verify", action="store_true", help="compare the logits of both sides")
+        parser_of.set_defaults(run=_convert)
+
     report = commands.add_parser(
         "report", help="curves of one run or several", description="Draw the curves of runs, several over each other."
     )
@@ -60,6 +79,21 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_hapo.launch.run import run_training
 
     run_training(config)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.launch.convert import Conversion, convert
+
+    settings = {name: value for name, value in vars(arguments).items() if name != "run"}
+    convert(Conversion(**settings))
+    print(arguments.target)
 
 
 def _report(arguments: argparse.Namespace) -> None:

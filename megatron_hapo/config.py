@@ -43,7 +43,8 @@ class ParallelConfig(Section):
     dp: PositiveInt = 1
     """Data parallel size."""
     ep: PositiveInt = 1
-    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many of the dp ranks."""
+    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many of the tp x dp ranks
+    of a pipeline stage; within such a group each expert stands on one rank, whole."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
 
@@ -398,11 +399,12 @@ def _contradictions(config: Config) -> Iterator[Fault]:
             "one prompt with each other",
             ("algorithm.advantage",),
         )
-    if config.parallel.dp % config.parallel.ep:
+    parallel = config.parallel
+    if parallel.tp * parallel.dp % parallel.ep:
         yield Fault(
             "parallel.ep",
-            f"must divide parallel.dp={config.parallel.dp}, got {config.parallel.ep}",
-            ("parallel.dp",),
+            f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
+            ("parallel.tp", "parallel.dp"),
         )
     if reward.overlong.buffer_tokens >= rollout.max_response_tokens:
         yield Fault(

@@ -61,6 +61,9 @@ class Driver:
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     self._save(step)
+            if config.checkpoint.hf_every and step % config.checkpoint.hf_every == 0:
+                with clock("checkpoint"):
+                    self.trainer.export_hf(config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
             tokens_per_second = metrics["num_response_tokens"] / clock.training_seconds()
             self.logger.log(step, metrics | clock.metrics() | {"tokens_per_second": tokens_per_second})
         if self._saved_step != step:

@@ -26,7 +26,7 @@ class ParallelLayout:
     dp_rank: int
     dp_group: dist.ProcessGroup
     ep_size: int
-    """Experts are dealt out over this many data-parallel ranks."""
+    """Experts are dealt out over this many of the tp x dp ranks of a pipeline stage, and are not cut further."""
     ep_rank: int
     ep_group: dist.ProcessGroup
     expert_dp_rank: int
@@ -51,12 +51,14 @@ def initialize(
 ) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
-    Experts are cut over tp as all else is, so an expert's tensor-parallel ranks are those of its tp group.
+    Experts stay whole (Megatron's expert_tensor_parallel_size is 1): small ones lose by a cut, and gloo cannot gather
+    the tokens that the tp ranks of a cut expert would exchange.
     """
     parallel_state.initialize_model_parallel(
         tp,
         pp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         create_gloo_process_groups=False,
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
 from megatron_hapo.config_faults import Fault
 from megatron_hapo.data import file_faults
@@ -41,7 +42,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     if not folder.is_dir():
         yield Fault("model.path", f"no such folder: {folder}")
         return
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not is_megatron_folder(folder):
         yield Fault("model.path", f"{folder} has no safetensors file")
     if not (folder / "tokenizer_config.json").is_file():
         yield Fault("model.path", f"{folder} has no tokenizer (tokenizer_config.json)")
@@ -65,6 +66,9 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     for name, message in layout_faults(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep):
         yield Fault(f"parallel.{name}", message, ("model.path",))
     for _, message in layout_faults(shape, tp=config.rollout.tp):
+        yield Fault("rollout.tp", message, ("model.path",))
+    if shape.moe is not None and shape.moe.ffn_size % config.rollout.tp:
+        message = f"{shape.moe.ffn_size} feed-forward units of an expert do not split over tp={config.rollout.tp}"
         yield Fault("rollout.tp", message, ("model.path",))
     if shape.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
         yield Fault(

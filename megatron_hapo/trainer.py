@@ -26,7 +26,8 @@ from torch import Tensor
 
 from megatron_hapo.batching import MicroBatch, pack, plan_microbatches
 from megatron_hapo.checkpoint import distributed as checkpoint
-from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors, write_stage
+from megatron_hapo.checkpoint.hf import spoken_tensors, write_stage
+from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
@@ -61,7 +62,7 @@ class TrainerRank:
             recompute=config.trainer.recompute == "full",
             spec=config.model.spec,
         )
-        load_hf_weights(self.model, self.shape, layout, config.model.path)
+        load_weights(self.model, self.shape, layout, config.model.path)
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
 
@@ -206,7 +207,7 @@ class TrainerRank:
     def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
         """Whole HF tensors in the engines' dtype, in buckets, from the ranks that speak for them.
 
-        The ranks of a tp group iterate in lockstep, each group on its own; only tp rank 0 yields anything.
+        The ranks of a tp group iterate in lockstep, each group on its own.
         """
         config = self.config
         dtype = getattr(torch, config.rollout.dtype)
@@ -215,10 +216,8 @@ class TrainerRank:
             checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
         )
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
-            if self.layout.tp_rank == 0:
-                yield from bucket.add(name, tensor.to(dtype))
-        if self.layout.tp_rank == 0:
-            yield from bucket.rest()
+            yield from bucket.add(name, tensor.to(dtype))
+        yield from bucket.rest()
 
     def export_hf(self, folder: Path) -> dict[str, str] | None:
         """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""

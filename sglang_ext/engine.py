@@ -48,7 +48,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Holds version 0 of the weights, those of `model_path`, once the constructor returns."""
+    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, random if that has none."""
 
     def __init__(self, config: EngineConfig):
         """Starts the engine and proves its sampling.
@@ -237,6 +237,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "sleep_on_idle": True,
         "log_level": "error",
     }
+    if not any(config.model_path.glob("*.safetensors")):
+        arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
     if config.device == "cpu":
         arguments |= {"device": "cpu", "attention_backend": "torch_native"}
     return arguments

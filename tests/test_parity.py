@@ -14,8 +14,8 @@ from tests.tiny_families import FAMILIES, VOCAB_SIZE, expected_tensors, write_fa
 _PAIRS = [{"tp": 2}, {"pp": 2}]
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {case: [{}] for case in FAMILIES},
-    2: {case: [*_PAIRS, {"ep": 2}] if "moe" in case else _PAIRS for case in FAMILIES},
-    4: {"qwen2": [{"tp": 2, "pp": 2}], "qwen3_moe": [{"tp": 2, "ep": 2}, {"pp": 2, "ep": 2}]},
+    2: {case: [*_PAIRS, {"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else _PAIRS for case in FAMILIES},
+    4: {"qwen2": [{"tp": 2, "pp": 2}], "qwen3_moe": [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}]},
 }
 
 
@@ -50,8 +50,8 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
             seen.append(
                 {
                     "logits": logits and torch.cat(logits).numpy(),
-                    "tensors": {} if layout.tp_rank else {name: _bits(value) for name, value in tensors},
-                    "count": 0 if layout.tp_rank else len(tensors),
+                    "tensors": {name: _bits(value) for name, value in tensors},
+                    "count": len(tensors),
                 }
             )
             parallel_state.destroy_model_parallel()

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import queue
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_hapo.checkpoint.weights import use_plain_results_queue
 from megatron_hapo.parallel import ParallelLayout
 
 
 def save(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Every rank writes its part; returns when all have."""
-    # A synchronous save writes in this process, yet Megatron passes the results through a multiprocessing Manager: a
-    # process of 0.6 GB and ten seconds on every rank, which outlives a rank that is killed. A plain queue does.
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    use_plain_results_queue()
     dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
 

@@ -1,10 +1,14 @@
-"""What makes a folder of weights a Hugging Face model: index, config, tokenizer."""
+"""What makes a folder of weights a model: index, config, tokenizer; and how it comes into being whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_hapo.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 # What makes the folder usable by others: tokenizer, chat template, generation settings.
@@ -12,19 +16,59 @@ _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_t
 _COMPANIONS += ("merges.txt", "chat_template*", "added_tokens.json")
 
 
-def start_folder(folder: Path) -> None:
-    """An empty folder to write into; what an earlier export left there is removed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def is_megatron_folder(folder: Path) -> bool:
+    """Whether the folder holds a torch_dist checkpoint: a converted model, or a checkpoint of a run."""
+    try:
+        return json.loads((folder / "metadata.json").read_text()).get("sharded_backend") == "torch_dist"
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a folder is written before it is whole."""
+    return folder.with_name(folder.name + ".partial")
+
+
+@contextlib.contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` at the end; an exception removes it.
+
+    What an earlier, killed attempt left is removed first. What stands at `folder` goes only when the new one is whole.
+    """
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
 
 
 def finish_folder(folder: Path, source: Path, weight_map: dict[str, str], dtype: str) -> None:
     """Index, config and tokenizer beside the weight files: after this the folder loads in transformers."""
     total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    copy_companions(source, folder, dtype)
+
+
+def copy_companions(source: Path, folder: Path, dtype: str) -> None:
+    """Config (with this dtype), generation config, tokenizer and chat template of a model, beside its weights."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             shutil.copy2(path, folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
+
+
+def config_dtype(folder: Path) -> str:
+    """The dtype that a model's config names: float32, bfloat16 or float16."""
+    config = json.loads((folder / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError([f"{folder / 'config.json'}: dtype {dtype!r} is not supported"])
+    return dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hapo.checkpoint.hf_reader import HfReader
 from megatron_hapo.model.build import first_layer
-from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, placement
+from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
 from megatron_hapo.parallel import ParallelLayout
 
 SHARD_BYTES = 4 << 30
@@ -58,7 +58,8 @@ def hf_tensors(
             continue
         if not select(name):
             continue
-        shards = _all_shards(parameter.detach(), layout, sharded=_place(name, model, shape, layout, 0).axis is not None)
+        cut = not is_expert(name) and _place(name, model, shape, layout, 0).axis is not None
+        shards = _all_shards(parameter.detach(), layout) if cut else [parameter.detach()]
         wholes: dict[str, Tensor] = {}
         for rank, shard in enumerate(shards):
             place = _place(name, model, shape, layout, rank)
@@ -75,20 +76,22 @@ def hf_tensors(
 
 
 def spoken_tensors(model: GPTModel, shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
-    """hf_tensors on those data-parallel ranks that are to write or send them: each tensor comes once.
+    """hf_tensors that this rank is to write or send, so that each tensor of the model comes from one rank.
 
-    The first rank that holds a parameter speaks for it. With expert parallelism these are several ranks.
+    Of its tensor- and data-parallel copies the first rank speaks; for an expert the first rank that holds it.
     """
-    return hf_tensors(
-        model,
-        shape,
-        layout,
-        select=lambda name: (layout.expert_dp_rank if is_expert(name) else layout.dp_rank) == 0,
-    )
+
+    def spoken(name: str) -> bool:
+        return (layout.expert_dp_rank if is_expert(name) else layout.dp_rank) == 0
+
+    experts_only = layout.tp_rank > 0
+    for name, tensor in hf_tensors(model, shape, layout, select=spoken):
+        if not experts_only or is_hf_expert(name):
+            yield name, tensor
 
 
-def _all_shards(local: Tensor, layout: ParallelLayout, *, sharded: bool) -> list[Tensor]:
-    if not sharded or layout.tp_size == 1:
+def _all_shards(local: Tensor, layout: ParallelLayout) -> list[Tensor]:
+    if layout.tp_size == 1:
         return [local]
     shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
     dist.all_gather(shards, local.contiguous(), group=layout.tp_group)
@@ -136,8 +139,6 @@ def write_stage(
         pending.clear()
 
     for name, tensor in spoken_tensors(model, shape, layout):
-        if layout.tp_rank:
-            continue
         pending[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
         if sum(value.nbytes for value in pending.values()) >= SHARD_BYTES:
             flush()

@@ -53,17 +53,10 @@ class HfReader:
         fused = self._fused(run.tensor)
         view = self._checked_slice(run.tensor)
         try:
-            if fused is None:
-                match axis:
-                    case None:
-                        return view[:]
-                    case 0:
-                        return view[run.start : run.stop]
-                    case _:
-                        return view[:, run.start : run.stop]
-            if axis == 0:
-                return view[fused.expert, fused.start + run.start : fused.start + run.stop]
-            return view[fused.expert, fused.start : fused.stop, run.start : run.stop]
+            start, stop = (fused.start, fused.stop) if fused else (0, None)
+            rows = slice(start + run.start, start + run.stop) if axis == 0 else slice(start, stop)
+            index = (rows, slice(run.start, run.stop)) if axis == 1 else (rows,)
+            return view[(fused.expert, *index) if fused else index]
         except SafetensorError as error:
             raise self._fault(f"cannot read {run.tensor} in {self.folder / self._open_name}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from megatron_hapo.checkpoint.folder import copy_companions, finish_folder, whole_or_nothing
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.launch import rank as rank_process
@@ -65,17 +66,17 @@ class RayTrainer:
 
     def save_checkpoint(self, folder: Path) -> None:
         self._all("save_checkpoint", folder)
+        # With these the checkpoint is a model folder too: another run may start from it, and `convert` takes it.
+        copy_companions(self._config.model.path, folder, self._config.trainer.dtype)
 
     def load_checkpoint(self, folder: Path) -> None:
         self._all("load_checkpoint", folder)
 
     def export_hf(self, folder: Path) -> None:
-        from megatron_hapo.checkpoint.folder import finish_folder, start_folder
-
-        start_folder(folder)
-        parts = self._all("export_hf", folder)
-        weight_map = {name: file for part in parts if part for name, file in part.items()}
-        finish_folder(folder, self._config.model.path, weight_map, self._config.trainer.dtype)
+        with whole_or_nothing(folder) as partial:
+            parts = self._all("export_hf", partial)
+            weight_map = {name: file for part in parts if part for name, file in part.items()}
+            finish_folder(partial, self._config.model.path, weight_map, self._config.trainer.dtype)
 
     def close(self) -> None:
         for actor in self._actors:

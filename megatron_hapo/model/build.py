@@ -37,7 +37,7 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": te,
             "expert_model_parallel_size": layout.ep_size,
-            "expert_tensor_parallel_size": layout.tp_size,
+            "expert_tensor_parallel_size": 1,
         }
     if recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -16,5 +16,6 @@ from megatron_hapo.model.families.table import Run as Run
 from megatron_hapo.model.families.table import fused_expert as fused_expert
 from megatron_hapo.model.families.table import hf_tensor_shapes as hf_tensor_shapes
 from megatron_hapo.model.families.table import is_expert as is_expert
+from megatron_hapo.model.families.table import is_hf_expert as is_hf_expert
 from megatron_hapo.model.families.table import num_parameters as num_parameters
 from megatron_hapo.model.families.table import placement as placement

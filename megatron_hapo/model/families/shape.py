@@ -86,8 +86,6 @@ def layout_faults(shape: Shape, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Ite
         "key-value heads": shape.num_kv_heads,
         "feed-forward units": shape.ffn_size,
     }
-    if shape.moe is not None:
-        sizes["feed-forward units of an expert"] = shape.moe.ffn_size
     for what, size in sizes.items():
         if size % tp:
             yield "tp", f"{size} {what} do not split over tp={tp}"

@@ -151,8 +151,13 @@ _HF_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight
 
 
 def is_expert(name: str) -> bool:
-    """Whether a Megatron parameter belongs to an expert, so that expert-parallel ranks hold different ones."""
+    """Whether a Megatron parameter belongs to an expert: dealt out over expert-parallel ranks, not cut over tp."""
     return ".mlp.experts." in name
+
+
+def is_hf_expert(tensor: str) -> bool:
+    """The same of an HF tensor."""
+    return _HF_EXPERT.fullmatch(tensor) is not None
 
 
 def placement(
@@ -163,12 +168,14 @@ def placement(
     Args:
         name: Megatron's parameter name on the rank, e.g. decoder.layers.0.mlp.linear_fc1.weight.
         first_layer: global index of the model chunk's layer 0.
-        ep_rank, ep_size: expert-parallel rank e of n holds the e-th of n equal ranges of experts.
+        ep_rank, ep_size: expert-parallel rank e of n holds the e-th of n equal ranges of experts, each of them whole.
     Raises:
         KeyError: a parameter that the table does not know, or that this model has not.
         ValueError: the model does not split over the layout.
     """
     row, hf = _find(name, shape, first_layer=first_layer, ep_rank=ep_rank, ep_size=ep_size)
+    if is_expert(name):
+        tp_rank, tp_size = 0, 1
     axis = {"whole": None, "columns": 1}.get(row.cut, 0)
     return Placement(axis, tuple(_runs(row.cut, hf, shape, tp_rank, tp_size)))
 

@@ -1,0 +1,57 @@
+"""A model's weights alone, from whichever folder holds them: Hugging Face or Megatron (torch_dist), at any layout."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.checkpoint.hf import Progress, load_hf_weights
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.families import Shape
+from megatron_hapo.parallel import ParallelLayout
+
+
+def load_weights(
+    model: GPTModel, shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
+) -> None:
+    """Fill this rank's parameters from a model folder of either kind. All ranks call it together.
+
+    Raises:
+        ConfigError: the folder does not hold this model.
+    """
+    if not is_megatron_folder(folder):
+        load_hf_weights(model, shape, layout, folder, progress=progress)
+        return
+    try:
+        state = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder))
+    except (CheckpointingException, OSError, KeyError) as error:
+        message = " ".join(str(error).split())[:500]
+        raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error
+    model.load_state_dict(state["model"])
+
+
+def save_weights(model: GPTModel, layout: ParallelLayout, folder: Path) -> None:
+    """Write a model without optimizer in torch_dist format; every rank its part."""
+    use_plain_results_queue()
+    dist_checkpointing.save({"model": sharded_weights(model, layout)}, str(folder))
+
+
+def sharded_weights(model: GPTModel, layout: ParallelLayout) -> dict[str, Any]:
+    """This rank's parameters with their places in the whole, as dist_checkpointing takes them."""
+    return model.sharded_state_dict(metadata={"dp_cp_group": layout.dp_group})
+
+
+def use_plain_results_queue() -> None:
+    """Before a save, which is synchronous and writes in this process.
+
+    Megatron passes even its results through a multiprocessing Manager: a process of 0.6 GB and ten seconds on every
+    rank, which outlives a rank that is killed. A plain queue does.
+    """
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]

@@ -1,0 +1,249 @@
+"""Conversion between Hugging Face folders and Megatron checkpoints, on CPU ranks of this machine or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_hapo.checkpoint.folder import (
+    config_dtype,
+    copy_companions,
+    finish_folder,
+    is_megatron_folder,
+    partial_folder,
+    whole_or_nothing,
+)
+from megatron_hapo.errors import ConfigError, HapoError
+from megatron_hapo.launch.rank import environment, rendezvous_file
+from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
+
+if TYPE_CHECKING:
+    from megatron_hapo.checkpoint.hf import Progress
+    from megatron_hapo.parallel import ParallelLayout
+
+TIMEOUT_SECONDS = 3600.0
+MOST_DIFFERENCE = 1e-3
+"""Of logits in float32 between the two sides; a wrong weight gives differences of the logits' own size."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to be converted, and over how many processes."""
+
+    direction: Literal["hf-to-megatron", "megatron-to-hf"]
+    source: Path
+    target: Path
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    dtype: str | None = None
+    """Of the written weights; None: the source's."""
+    verify: bool = False
+    """Compare the logits of both sides before the target takes its name."""
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Of the source, and to write in."""
+        source = config_dtype(self.source)
+        return source, self.dtype or source
+
+    @property
+    def hf_folder(self) -> Path:
+        return self.source if self.direction == "hf-to-megatron" else partial_folder(self.target)
+
+    @property
+    def megatron_folder(self) -> Path:
+        return self.source if self.direction == "megatron-to-hf" else partial_folder(self.target)
+
+
+def convert(job: Conversion) -> None:
+    """Write the target folder; it appears under its name only when it is whole and, if asked for, verified.
+
+    Under torchrun every rank calls this, and the world is split as the job says. Otherwise it starts the
+    processes here, as few as the sizes need.
+
+    Raises:
+        ConfigError: the source cannot be converted, or the target is in the way; the target is as it was.
+    """
+    check(job)
+    # CPUs only: conversion needs memory rather than speed, and the CPU has more of it.
+    os.environ.update(environment("cpu", loopback=False))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _rank_main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", job)
+        return
+    world_size = job.pp * math.lcm(job.tp, job.ep)
+    with tempfile.TemporaryDirectory(prefix="megatron-hapo-") as folder:
+        executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            ranks = [
+                executor.submit(_rank_main, rank, world_size, rendezvous_file(Path(folder)), job)
+                for rank in range(world_size)
+            ]
+            for rank in as_completed(ranks):
+                rank.result()
+        except BaseException as error:
+            for process in list((executor._processes or {}).values()):  # others may wait for a failed one for long
+                process.kill()
+            executor.shutdown(wait=True, cancel_futures=True)
+            shutil.rmtree(partial_folder(job.target), ignore_errors=True)
+            if isinstance(error, BrokenProcessPool):
+                raise HapoError("a conversion process was killed (out of memory?); nothing was written") from error
+            raise
+        executor.shutdown()
+
+
+def check(job: Conversion) -> None:
+    """Everything that can be known from the files before any work.
+
+    Raises:
+        ConfigError: with all faults at once.
+    """
+    if not job.source.is_dir():
+        raise ConfigError([f"{job.source}: no such folder"])
+    shape = read_shape(job.source)
+    faults = [f"--{name}: {message}" for name, message in layout_faults(shape, tp=job.tp, pp=job.pp, ep=job.ep)]
+    is_megatron = is_megatron_folder(job.source)
+    if job.direction == "megatron-to-hf" and not is_megatron:
+        faults.append(f"{job.source}: no Megatron checkpoint (torch_dist)")
+    if job.direction == "hf-to-megatron" and is_megatron:
+        faults.append(f"{job.source}: is a Megatron checkpoint already")
+    if job.target.exists() and (not job.target.is_dir() or any(job.target.iterdir())):
+        faults.append(f"{job.target}: exists and is not empty; choose another folder or remove it")
+    if not faults:
+        needed = num_parameters(shape) * _BYTES[job.dtypes[1]]
+        place = next(parent for parent in job.target.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            faults.append(f"{job.target}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) -> None:
+    import torch
+
+    from megatron_hapo.model import cpu
+
+    torch.set_num_threads(1)
+    cpu.install()
+    from megatron_hapo import parallel
+
+    device = torch.device("cpu")
+    parallel.init_distributed(
+        rank=rank, world_size=world_size, init_method=init_method, device=device, timeout_seconds=TIMEOUT_SECONDS
+    )
+    try:
+        layout = parallel.initialize(
+            tp=job.tp, pp=job.pp, ep=job.ep, device=device, seed=0, timeout_seconds=TIMEOUT_SECONDS
+        )
+        if rank == 0:
+            with whole_or_nothing(job.target):
+                _convert_rank(job, layout)
+        else:
+            _convert_rank(job, layout)
+    finally:
+        parallel.shutdown()
+
+
+def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
+    """Load, write and verify, on every rank together; rank 0 has made the partial folder and will name it."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_hapo.checkpoint.hf import write_stage
+    from megatron_hapo.checkpoint.weights import load_weights, save_weights
+    from megatron_hapo.model.build import build_model
+
+    dist.barrier()
+    shape, (source_dtype, dtype) = read_shape(job.source), job.dtypes
+    to_megatron = job.direction == "hf-to-megatron"
+    model = build_model(shape, layout, dtype=getattr(torch, dtype if to_megatron else source_dtype))
+    local_bytes = sum(parameter.numel() for parameter in model.parameters()) * _BYTES[source_dtype]
+    with _progress(f"reading {job.source}", local_bytes, show=dist.get_rank() == 0) as progress:
+        load_weights(model, shape, layout, job.source, progress=progress)
+    target = partial_folder(job.target)
+    if to_megatron:
+        with _progress(f"writing {job.target}", None, show=dist.get_rank() == 0):
+            save_weights(model, layout, target)
+        if dist.get_rank() == 0:
+            copy_companions(job.source, target, dtype)
+    else:
+        own_bytes = sum(parameter.numel() for parameter in model.parameters()) * _BYTES[dtype] * layout.tp_size
+        with _progress(f"writing {job.target}", own_bytes, show=dist.get_rank() == 0) as progress:
+            part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, part)
+        if dist.get_rank() == 0:
+            weight_map = {name: file for part in parts if part for name, file in sorted(part.items())}
+            finish_folder(target, job.source, weight_map, dtype)
+    dist.barrier()
+    if job.verify:
+        del model
+        _verify(job, layout)
+    dist.barrier()
+
+
+def _verify(job: Conversion, layout: ParallelLayout) -> None:
+    """Print the largest difference of float32 logits between the two folders on a few random sequences.
+
+    Raises:
+        HapoError: on every rank, when the difference is more than rounding.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megatron_hapo.checkpoint.weights import load_weights
+    from megatron_hapo.model.build import build_model
+    from megatron_hapo.model.forward import logits_of
+
+    shape = read_shape(job.megatron_folder)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(shape.vocab_size, (length,), generator=generator).tolist() for length in (7, 16, 33)]
+    model = build_model(shape, layout, dtype=torch.float32)
+    load_weights(model, shape, layout, job.megatron_folder)
+    logits = logits_of(model, shape, layout, sequences)
+    del model
+    result = None
+    if logits is not None and layout.reports and layout.dp_rank == 0:
+        from transformers import AutoModelForCausalLM
+
+        reference = AutoModelForCausalLM.from_pretrained(job.hf_folder, dtype=torch.float32, use_safetensors=True)
+        with torch.no_grad():
+            result = max(
+                float((part - reference(torch.tensor([tokens])).logits[0]).abs().max())
+                for part, tokens in zip(logits, sequences, strict=True)
+            )
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    worst = next(value for value in results if value is not None)
+    if dist.get_rank() == 0:
+        print(f"largest difference of logits (float32, {sum(map(len, sequences))} tokens): {worst:.3g}", flush=True)
+    if not worst <= MOST_DIFFERENCE:  # NaN fails too
+        raise HapoError(f"the logits of both sides differ by {worst:.3g}; {job.target} was not written")
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int | None, *, show: bool) -> Iterator[Progress]:
+    """A progress bar on stderr over this rank's bytes; total None shows only that work goes on."""
+    if not show:
+        yield lambda num_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
+        bar.update(task, total=total or 1, completed=total or 1)

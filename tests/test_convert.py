@@ -1,0 +1,143 @@
+"""`megatron-hapo convert`: there and back bitwise over other layouts, whole folders only, faults in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_hapo import cli
+from megatron_hapo.checkpoint.folder import INDEX, is_megatron_folder, whole_or_nothing
+from tests.tiny_families import expected_tensors, write_family
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("moe") / "hf", "qwen3_moe", dtype="bfloat16", tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def megatron(moe: Path) -> Path:
+    """The model as a Megatron checkpoint, written by two ranks."""
+    target = moe.parent / "megatron"
+    assert cli.main(["convert", "hf-to-megatron", str(moe), str(target), "--tp", "2", "--ep", "2"]) == 0
+    return target
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors, each where the index says."""
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    files = {name: load_file(folder / name) for name in set(weight_map.values())}
+    assert sum(len(tensors) for tensors in files.values()) == len(weight_map)
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def test_the_way_back_at_another_layout_is_bitwise(moe: Path, megatron: Path, capfd: pytest.CaptureFixture) -> None:
+    """The vocabulary is odd, so that the first layout's padding must not reach the second."""
+    assert is_megatron_folder(megatron)
+    back = megatron.parent / "back"
+    arguments = ["convert", "megatron-to-hf", str(megatron), str(back), "--pp", "2", "--verify"]
+    assert cli.main(arguments) == 0, capfd.readouterr().err
+    difference = capfd.readouterr().out.split("largest difference of logits (float32, 56 tokens): ")[1].split()[0]
+    assert float(difference) < 1e-5
+    tensors, want = read_folder(back), expected_tensors(moe, "qwen3_moe")
+    assert tensors.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(tensors[name], value), name
+    assert {path.name for path in moe.iterdir() if path.suffix != ".safetensors"} <= {p.name for p in back.iterdir()}
+    assert not list(megatron.parent.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_torchrun_converts_and_verifies_in_another_dtype(megatron: Path) -> None:
+    back = megatron.parent / "float32"
+    tool = Path(__file__).parents[1] / "tools" / "convert_megatron_to_hf.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(tool)]
+    arguments = [str(megatron), str(back), "--ep", "2", "--dtype", "float32", "--verify"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {str(value.dtype) for value in read_folder(back).values()} == {"torch.float32"}
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_fault_is_told_and_nothing_is_written(
+    moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, direction: str
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    arguments = ["convert", direction, str(moe), str(full), "--tp", "4", "--ep", "3"]
+    assert cli.main(arguments) == cli.EXIT_FAULT
+    error = capsys.readouterr().err
+    assert "--tp: 6 attention heads do not split over tp=4\n" in error
+    assert "--ep: 4 experts do not split over ep=3\n" in error
+    assert f"{full}: exists and is not empty; choose another folder or remove it\n" in error
+    assert ("no Megatron checkpoint (torch_dist)" in error) == (direction == "megatron-to-hf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
+
+
+@pytest.mark.parametrize("source", ["none", "gpt2"])
+def test_a_source_that_is_no_model_of_ours_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, source: str
+) -> None:
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert cli.main(["convert", "hf-to-megatron", str(tmp_path / source), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    error = capsys.readouterr().err
+    assert ("no such folder" if source == "none" else "model_type 'gpt2' is not supported") in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_foreseen(
+    moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    assert cli.main(["convert", "hf-to-megatron", str(moe), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    assert "needs 0.0 GB, 0.0 GB are free on its disk" in capsys.readouterr().err
+
+
+def test_a_fault_found_while_reading_leaves_no_folder(
+    moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in moe.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-100])
+    assert cli.main(["convert", "hf-to-megatron", str(broken), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    error = capsys.readouterr().err
+    assert "incomplete download or copy" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    partial = tmp_path / "target.partial"
+    partial.mkdir()
+    (partial / "left by a killed run").touch()
+
+    def write(content: str, *, fails: bool) -> None:
+        with whole_or_nothing(target) as folder:
+            assert list(folder.iterdir()) == []
+            (folder / "file").write_text(content)
+            if fails:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write("half", fails=True)
+    assert list(tmp_path.iterdir()) == []
+    write("first", fails=False)
+    with pytest.raises(KeyboardInterrupt):
+        write("second", fails=True)
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]

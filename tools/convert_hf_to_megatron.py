@@ -1,0 +1,8 @@
+"""`megatron-hapo convert hf-to-megatron SRC DST`, also under torchrun for a model larger than one machine's memory."""
+
+import sys
+
+from megatron_hapo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))
