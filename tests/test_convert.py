@@ -106,9 +106,7 @@ def test_a_full_disk_is_foreseen(
     assert "needs 0.0 GB, 0.0 GB are free on its disk" in capsys.readouterr().err
 
 
-def test_a_fault_found_while_reading_leaves_no_folder(
-    moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_fault_found_while_reading_leaves_no_folder(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in moe.iterdir():

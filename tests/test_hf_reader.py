@@ -68,7 +68,10 @@ def truncate(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (truncate, r"cannot read .*model-1\.safetensors \(incomplete download or copy\?\)"),
-    "missing shard": (lambda f: (f / "model-0.safetensors").unlink(), r"names model-0\.safetensors, which is not there"),
+    "missing shard": (
+        lambda f: (f / "model-0.safetensors").unlink(),
+        r"names model-0\.safetensors, which is not there",
+    ),
     "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "is no index of safetensors files"),
     "wrong shape": (
         lambda f: change_file(f, Q_PROJ, lambda t: t[:-1].clone()),

@@ -16,9 +16,7 @@ from megatron_hapo.parallel import ParallelLayout
 
 
 @torch.no_grad()
-def logits_of(
-    model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: list[list[int]]
-) -> list[Tensor] | None:
+def logits_of(model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: list[list[int]]) -> list[Tensor] | None:
     """Logits of token sequences, packed into one micro-batch. Every rank calls it with the same sequences.
 
     Returns:

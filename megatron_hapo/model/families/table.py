@@ -245,9 +245,7 @@ def _sizes(shape: Shape) -> dict[str, int]:
     return sizes
 
 
-def _runs(
-    cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, tp_rank: int, tp_size: int
-) -> Iterator[Run]:
+def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, tp_rank: int, tp_size: int) -> Iterator[Run]:
     def part_of(name: str, size: int) -> tuple[int, int]:
         if size % tp_size:
             raise ValueError(f"{name}: size {size} does not split over tp={tp_size}")
