@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.model.families import Shape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
+from megatron_hapo.model.families import MoeShape, Shape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
 
 SHAPE = Shape(
     family="qwen3",
@@ -93,9 +94,17 @@ def test_a_parameter_that_the_table_does_not_know_is_refused() -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True}, "sliding-window attention"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"model_type": "mistral", "sliding_window": 1024}, "sliding-window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_by_name(
@@ -105,6 +114,34 @@ def test_what_the_model_cannot_do_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=message):
         read_shape(tmp_path)
+
+
+def test_mistral_without_a_window_that_matters_is_accepted(tiny_qwen3: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_qwen3 / "config.json").read_text()) | {"model_type": "mistral"}
+    for window in (None, config["max_position_embeddings"]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
+        assert read_shape(tmp_path).family == "mistral"
+
+
+def test_experts_are_dealt_out_whole() -> None:
+    moe = MoeShape(num_experts=8, ffn_size=24, top_k=2, normalize_top_k=True, dense_layers=frozenset({1}))
+    shape = replace(SHAPE, moe=moe)
+
+    def place(name: str, layer: int = 0, **sizes: int):
+        return placement(f"decoder.layers.{layer}.mlp.{name}", shape, first_layer=0, tp_rank=1, tp_size=2, **sizes)
+
+    for name in ("experts.local_experts.3.linear_fc1.weight", "experts.linear_fc1.weight3"):
+        assert [
+            (run.tensor.split("mlp.")[1], run.start, run.stop) for run in place(name, ep_rank=1, ep_size=2).runs
+        ] == [
+            ("experts.7.gate_proj.weight", 0, 24),
+            ("experts.7.up_proj.weight", 0, 24),
+        ]
+    assert place("linear_fc2.weight", layer=1).runs[0].stop == 96
+    with pytest.raises(KeyError, match="layer 0 of this qwen3 model has no such parameter"):
+        place("linear_fc2.weight")
+    with pytest.raises(ValueError, match="8 experts do not split over ep=3"):
+        place("experts.local_experts.0.linear_fc2.weight", ep_size=3)
 
 
 def test_old_and_new_rope_settings_read_alike(tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -82,8 +82,14 @@ def test_the_table_names_what_transformers_names(model: str, shape_of: Any, tmp_
     assert {name: size for name, size in table.items() if not fused[name]} | stacked == expected
 
 
-def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of the first and the last rank's parameters; the other ranks of the world are make-believe."""
+Parameters = dict[str, tuple[int, ...]]
+
+
+def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tuple[list[Parameters], list[float]]:
+    """Names and shapes of the first and the last rank's parameters, and the rotary frequencies.
+
+    The other ranks of the world are make-believe.
+    """
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -94,15 +100,16 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> lis
     from megatron_hapo import parallel
     from megatron_hapo.model.build import build_model
 
-    seen = []
+    seen, frequencies = [], []
     for rank in (0, world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         layout = parallel.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
         model = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
         seen.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        frequencies = model.rotary_pos_emb.inv_freq.tolist()
         del model
         parallel.shutdown()
-    return seen
+    return seen, frequencies
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,10 @@ def test_every_element_of_a_large_model_has_its_place(
 ) -> None:
     shape, layout = shape_of(model), MODELS[model]
     sizes = {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
-    first, last = fake_world.submit(megatron_shapes, tmp_path, layout.world_size, sizes).result(timeout=300)
+    (first, last), frequencies = fake_world.submit(megatron_shapes, tmp_path, layout.world_size, sizes).result(
+        timeout=300
+    )
+    assert frequencies == pytest.approx(rotary_frequencies(tmp_path), rel=1e-6)
     layers_of_stage = shape.num_layers // layout.pp
     in_layer = re.compile(r"decoder\.layers\.")
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -155,6 +165,18 @@ def test_every_element_of_a_large_model_has_its_place(
             assert start == end, f"{name}: {start} follows {end}"
             end = stop
         assert end == size[whole[name]], name
+
+
+def rotary_frequencies(folder: Path) -> list[float]:
+    """transformers' own, with llama3's scaling where the config asks for it."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = AutoConfig.from_pretrained(folder)
+    rope_type = config.rope_parameters["rope_type"]
+    compute = ROPE_INIT_FUNCTIONS.get(rope_type, LlamaRotaryEmbedding.compute_default_rope_parameters)
+    return compute(config, "cpu")[0].tolist()
 
 
 _SHAPES: dict[Shape, dict[str, tuple[int, ...]]] = {}

@@ -80,9 +80,8 @@ def train_on(rank: int, model: Path, layouts: list[dict[str, Any]], checkpoint: 
     seen = []
     for number, layout in enumerate(layouts):
         config = make_config(model, layout)
-        grid = parallel.initialize(
-            tp=config.parallel.tp, pp=config.parallel.pp, device=torch.device("cpu"), seed=0, timeout_seconds=60
-        )
+        sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp, "ep": config.parallel.ep}
+        grid = parallel.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
         trainer = TrainerRank(config, grid)
         batch = make_batch()
         before = trainer.log_probs(batch)

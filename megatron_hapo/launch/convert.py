@@ -28,6 +28,8 @@ from megatron_hapo.launch.rank import environment, rendezvous_file
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_hapo.checkpoint.hf import Progress
     from megatron_hapo.parallel import ParallelLayout
 
@@ -216,14 +218,12 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
     del model
     result = None
     if logits is not None and layout.reports and layout.dp_rank == 0:
-        from transformers import AutoModelForCausalLM
-
-        reference = AutoModelForCausalLM.from_pretrained(job.hf_folder, dtype=torch.float32, use_safetensors=True)
-        with torch.no_grad():
-            result = max(
-                float((part - reference(torch.tensor([tokens])).logits[0]).abs().max())
-                for part, tokens in zip(logits, sequences, strict=True)
-            )
+        # In a process of its own: transformers gives wrong logits where Megatron's CPU compatibility is installed.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            reference = executor.submit(_transformers_logits, job.hf_folder, sequences).result()
+        result = max(
+            float((part - torch.from_numpy(want)).abs().max()) for part, want in zip(logits, reference, strict=True)
+        )
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     worst = next(value for value in results if value is not None)
@@ -231,6 +231,17 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
         print(f"largest difference of logits (float32, {sum(map(len, sequences))} tokens): {worst:.3g}", flush=True)
     if not worst <= MOST_DIFFERENCE:  # NaN fails too
         raise HapoError(f"the logits of both sides differ by {worst:.3g}; {job.target} was not written")
+
+
+def _transformers_logits(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:
+    """Logits of each sequence in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    with torch.no_grad():
+        return [model(torch.tensor([tokens])).logits[0].numpy() for tokens in sequences]
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def logits_of(model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: 
     model.eval()
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=None,
+        data_iterator=iter(()),
         model=model,
         num_microbatches=1,
         seq_length=len(tokens),

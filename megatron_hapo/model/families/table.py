@@ -186,7 +186,7 @@ def hf_tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def fused_expert(tensor: str, shape: Shape) -> FusedExpert | None:
-    """Where a checkpoint with stacked experts (transformers 5) keeps this expert's tensor; None for any other tensor."""
+    """Where a checkpoint with stacked experts (transformers 5) keeps this expert tensor; None for any other tensor."""
     match = _HF_EXPERT.fullmatch(tensor)
     if match is None:
         return None
