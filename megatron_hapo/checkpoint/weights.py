@@ -30,7 +30,7 @@ def load_weights(
         load_hf_weights(model, shape, layout, folder, progress=progress)
         return
     try:
-        state = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder))
+        state: Any = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder))
     except (CheckpointingException, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:500]
         raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error

@@ -120,7 +120,7 @@ def first_layer(model: GPTModel) -> int:
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
     """Llama 3's frequencies. GPTModel's own rope_scaling takes the factor only and fixes the other three values."""
-    rotary = model.rotary_pos_emb
+    rotary: Any = model.rotary_pos_emb
     rotary.inv_freq = rotary._apply_scaling(
         rotary.inv_freq,
         factor=scaling.factor,
@@ -156,7 +156,7 @@ def _block_spec(config: TransformerConfig, shape: Shape, te: bool) -> Any:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _te_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+def _te_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
     return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=experts,
@@ -164,7 +164,7 @@ def _te_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     )
 
 
-def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
     layer: Any = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=False,
