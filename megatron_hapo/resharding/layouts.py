@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, placement
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _VOCABULARY_MULTIPLE = 64  # SGLang's VocabParallelEmbedding
 
@@ -49,6 +53,13 @@ def trainer_parameter(name: str, size: tuple[int, ...], place: Placement, shape:
         at += length
     padding = rows - at if place.axis == 0 else 0
     return Parameter(name, rows, columns, tuple(blocks), padding)
+
+
+def rank_parameters(
+    named: Iterable[tuple[str, Tensor]], place: Callable[[str], Placement], shape: Shape
+) -> tuple[Parameter, ...]:
+    """Every parameter of a rank's Megatron model; `place` is `families.placement` on this rank."""
+    return tuple(trainer_parameter(name, tuple(tensor.shape), place(name), shape) for name, tensor in named)
 
 
 def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:

@@ -69,6 +69,23 @@ class Channel:
     targets: tuple[Piece, ...]
 
 
+class OwnBlock(NamedTuple):
+    """A block of an HF tensor that one rank answers for, and where the rank keeps it."""
+
+    piece: Piece
+    tensor: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class SendingTask:
+    """One trainer rank's part of a plan."""
+
+    channels: tuple[Channel, ...]
+    own_blocks: tuple[OwnBlock, ...]
+
+
 class _Copy(NamedTuple):
     """Of one engine; the source is whoever holds `box`."""
 
@@ -95,6 +112,7 @@ class _Holder(NamedTuple):
 class _Box(NamedTuple):
     """A rectangle of an HF tensor that trainer ranks hold as one block."""
 
+    tensor: str
     row: int
     column: int
     rows: int
@@ -153,6 +171,16 @@ class Plan:
                 targets.append(Piece(copy.target, copy.row, copy.column, *size))
             for (sender, engine_rank), (sources, targets) in sorted(pieces.items()):
                 yield Channel(sender, engine, engine_rank, tuple(sources), tuple(targets))
+
+    def own_blocks(self) -> dict[int, list[OwnBlock]]:
+        """Every element of the model once, over the trainer's ranks: who says what it ought to be."""
+        owned: dict[int, list[OwnBlock]] = defaultdict(list)
+        for index, box in enumerate(self.boxes):
+            holder = box.holders[index % len(box.holders)]
+            ranks = self.shards[holder.shard].ranks
+            piece = Piece(holder.parameter, holder.row, holder.column, box.rows, box.columns)
+            owned[ranks[index % len(ranks)]].append(OwnBlock(piece, box.tensor, box.row, box.column))
+        return owned
 
     def traffic(self) -> np.ndarray:
         """[trainer ranks, engines, engine ranks] int64, bytes from each rank to each."""
@@ -230,7 +258,7 @@ def _source_boxes(
         rows, columns = tensors[tensor]
         _check_cover(list(rectangles), rows, columns, f"the trainer's {tensor}")
         boxes_of[tensor] = list(range(len(boxes), len(boxes) + len(rectangles)))
-        boxes.extend(_Box(*rectangle, tuple(holders)) for rectangle, holders in rectangles.items())
+        boxes.extend(_Box(tensor, *rectangle, tuple(holders)) for rectangle, holders in rectangles.items())
     return boxes_of, boxes
 
 
