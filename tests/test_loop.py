@@ -101,6 +101,8 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
         rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
         trainer = RayTrainer(config, device="cpu")
         stack.callback(trainer.close)
+        weight_sync = stack.enter_context(open_weight_sync(config, trainer, recorder))
+        assert isinstance(weight_sync, DirectSync)
         checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())

@@ -188,7 +188,9 @@ class Plan:
         bytes_to = np.zeros((num_ranks, self.engines, self.engine_ranks), dtype=np.int64)
         engine_rank = np.array([copy.engine_rank for copy in self.copies])
         for engine in range(self.engines):
-            np.add.at(bytes_to, (self.senders(engine), engine, engine_rank), self.copy_bytes)
+            links = self.senders(engine) * self.engine_ranks + engine_rank
+            sums = np.bincount(links, self.copy_bytes, num_ranks * self.engine_ranks)  # float64: exact below 2^53
+            bytes_to[:, engine] = sums.reshape(num_ranks, self.engine_ranks)
         return bytes_to
 
 
