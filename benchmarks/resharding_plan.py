@@ -77,7 +77,7 @@ def dense(shape: Shape, tp: int, pp: int, dp: int, engine_tp: int) -> Parts:
 
 
 def moe(shape: Shape, tp: int, pp: int, dp: int, engine_tp: int, experts: int, ffn: int) -> Parts:
-    """Every MLP in experts: the trainer's whole, spread over ep ranks; the engine's cut over its ranks, router whole."""
+    """Every MLP in experts: the trainer's whole, spread over ep ranks; the engine cuts them over its ranks."""
     ep, hidden = min(tp * dp, 32), shape.hidden_size
     stages = [len(part) for part in np.array_split(np.arange(shape.num_layers), pp)]
     padded = replace(shape, num_layers=max(stages) * pp)  # equal stages for the dense part; the surplus goes below

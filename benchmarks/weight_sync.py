@@ -4,8 +4,8 @@
 
 A random Qwen3 in bfloat16, real trainer ranks (Ray, Megatron, gloo), a real SGLang engine, all on this machine's CPUs.
 The first sync of each method is verified and not counted. Extra memory is the rise of the proportional set size (PSS)
-of this process and its descendants during a sync, sampled, over that before it. Prints a table, and as its last line the
-same as JSON.
+of this process and its descendants during a sync, sampled, over that before it. Prints a table, and as its last line
+the same as JSON.
 """
 
 from __future__ import annotations
