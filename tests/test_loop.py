@@ -24,7 +24,7 @@ from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
-from megatron_hapo.weight_sync import GatherSync
+from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
 LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
 TAU = 0.3
