@@ -6,7 +6,7 @@ them shows as a mismatch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ def tensor_checksum(tensor: Tensor) -> int:
         total += (bits + 1).mul_(positions.mul_(_MULTIPLIER).bitwise_or_(1)).sum()
         start += bits.numel()
     return int(total)
+
+
+def block_checksum(block: Tensor, *, row: int, column: int, columns: int) -> int:
+    """What a block at (row, column) of a row-major matrix adds to the matrix's `tensor_checksum`.
+
+    Blocks that cover a matrix once add up to its checksum modulo 2^64 (`add_checksums`), so nobody needs the whole.
+
+    Args:
+        block: two-dimensional.
+        columns: of the matrix.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=block.device)
+    across = torch.arange(column, column + block.shape[1], device=block.device)
+    rows_at_once = max(1, _CHUNK // max(1, block.shape[1]))
+    for start in range(0, block.shape[0], rows_at_once):
+        part = block.detach()[start : start + rows_at_once]
+        bits = part.contiguous().view(_BITS[part.element_size()]).to(torch.int64)
+        down = torch.arange(row + start, row + start + len(part), device=block.device)
+        positions = (down * columns)[:, None] + across
+        total += (bits + 1).mul_(positions.mul_(_MULTIPLIER).bitwise_or_(1)).sum()
+    return int(total)
+
+
+def add_checksums(sums: Iterable[int]) -> int:
+    """Sum modulo 2^64, as a signed 64-bit number."""
+    return (sum(sums) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def engine_slices(name: str, tensor: Tensor, *, tp: int, num_heads: int, num_kv_heads: int) -> list[Tensor]:

@@ -251,10 +251,17 @@ class CheckpointConfig(Section):
 
 
 class WeightSyncConfig(Section):
+    method: Literal["direct", "gather"] = "direct"
+    """`direct`: from the trainer's shards straight into the engines' own parameters, where trainer and engines share a
+    host and the layouts of the model are known; else, with a logged reason, `gather`: whole tensors under their
+    Hugging Face names."""
     bucket_bytes: PositiveInt = 512 << 20
-    """Weights travel in buckets of at most this size (one larger parameter is a bucket of its own)."""
+    """`gather`: weights travel in buckets of at most this size (one larger parameter is a bucket of its own).
+    `direct`: the buckets in flight together are of at most twice this size."""
     verify_every: PositiveInt = 10
     """Compare a checksum of the engine's weights with the trainer's on the first and every so many syncs."""
+    timeout_seconds: PositiveFloat = 600
+    """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
 
 
 class Config(Section):

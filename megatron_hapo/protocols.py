@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
+
+if TYPE_CHECKING:
+    from megatron_hapo.resharding.plan import Parameter, SendingTask
+    from megatron_hapo.resharding.transfer import Transfer
+    from sglang_ext.receive import Request
 
 
 class Trainer(Protocol):
@@ -22,6 +27,22 @@ class Trainer(Protocol):
 
     def weight_buckets(self, *, verify: bool) -> Iterator[Any]:
         """Every tensor of the policy once, as WeightBuckets or references to them, few at a time in memory."""
+        ...
+
+    def own_parameters(self) -> list[tuple[Parameter, ...]]:
+        """What each rank holds, for a plan."""
+        ...
+
+    def sees(self, path: Path) -> bool:
+        """Whether every rank has this file before it: whether they share a host with the driver."""
+        ...
+
+    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
+        """Give every rank its part of the plan."""
+        ...
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]] | None]:
+        """Every rank sends its pieces; returns what each adds to the checksums of a verified sync."""
         ...
 
     def save_checkpoint(self, folder: Path) -> None:
@@ -44,6 +65,18 @@ class RolloutPool(Protocol):
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
         """Load these weights into every engine; afterwards all rollouts carry the version."""
+        ...
+
+    def sees(self, path: Path) -> bool:
+        """Whether every engine has this file before it."""
+        ...
+
+    def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+        """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
+        ...
+
+    def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
+        """Compare with the checksums, if there are any, and then, on all engines alike, take the new version."""
         ...
 
 

@@ -32,10 +32,14 @@ from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from megatron_hapo.loss import hapo_loss
-from megatron_hapo.model.build import build_model
-from megatron_hapo.model.families import read_shape
+from megatron_hapo.model.build import build_model, first_layer
+from megatron_hapo.model.families import Placement, hf_tensor_shapes, placement, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.layouts import rank_parameters
+from megatron_hapo.resharding.plan import Parameter, SendingTask
+from megatron_hapo.resharding.transfer import Transfer, as_matrix, send
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 from megatron_hapo.weight_buckets import BucketBuilder, EngineCut
 
@@ -65,6 +69,7 @@ class TrainerRank:
         load_weights(self.model, self.shape, layout, config.model.path)
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
+        self._sending: SendingTask | None = None
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
@@ -218,6 +223,45 @@ class TrainerRank:
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
             yield from bucket.add(name, tensor.to(dtype))
         yield from bucket.rest()
+
+    def own_parameters(self) -> tuple[Parameter, ...]:
+        """What this rank holds of the policy, in Hugging Face coordinates; a tied output head is not repeated."""
+        return rank_parameters(self._named_parameters(), self._place, self.shape)
+
+    def prepare_sending(self, task: SendingTask) -> None:
+        """Take this rank's part of the plan, for all `send_weights` to come."""
+        self._sending = task
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> dict[str, list[int]] | None:
+        """Send this rank's pieces to every engine rank; all ranks call it, in no order.
+
+        Returns:
+            What this rank adds to the checksums of the engines' slices, if the sync is verified.
+        """
+        assert self._sending is not None, "prepare_sending comes first"
+        matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
+        with torch.no_grad():
+            send(self._sending.channels, matrices, transfer)
+            if not verify:
+                return None
+            return partial_checksums(
+                self._sending.own_blocks,
+                matrices,
+                shapes=hf_tensor_shapes(self.shape),
+                cut=EngineCut(self.config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads),
+                dtype=getattr(torch, transfer.dtype),
+            )
+
+    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if not (name == "output_layer.weight" and self.shape.tied_embeddings):
+                yield name, parameter
+
+    def _place(self, name: str) -> Placement:
+        return placement(
+            name, self.shape, first_layer=first_layer(self.model),
+            tp_rank=self.layout.tp_rank, tp_size=self.layout.tp_size,
+        )  # fmt: skip
 
     def export_hf(self, folder: Path) -> dict[str, str] | None:
         """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""

@@ -1,8 +1,55 @@
-"""The trainer's weights into the engines, without a checkpoint: whole tensors, gathered and sent in buckets."""
+"""The trainer's weights into the engines, without a checkpoint: straight into their parameters, or as whole tensors."""
 
 from __future__ import annotations
 
-from megatron_hapo.protocols import RolloutPool, Trainer
+import hashlib
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import HapoError, WeightSyncError
+from megatron_hapo.model.families import read_shape
+from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.resharding.expected import merge_checksums
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
+from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, SendingTask, make_plan
+from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
+from sglang_ext.receive import Request, write_receiver_plan
+
+logger = logging.getLogger(__name__)
+
+SLOT_BYTES = 4 << 20
+"""Of one channel's two slots: small enough that a bucket is read while it is still in the processor's cache."""
+_GRACE_SECONDS = 30
+"""After the ranks' own deadline, whose errors say more."""
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@contextmanager
+def open_weight_sync(config: Config, trainer: Trainer, pool: RolloutPool) -> Iterator[WeightSync]:
+    """The sync that `weight_sync.method` asks for, or GatherSync with a logged reason."""
+    settings = config.weight_sync
+    if settings.method == "gather":
+        yield GatherSync(trainer, pool, verify_every=settings.verify_every)
+        return
+    if not _SHARED_MEMORY.is_dir():
+        logger.warning("weight_sync.method: gather takes the place of direct: this system has no %s", _SHARED_MEMORY)
+        yield GatherSync(trainer, pool, verify_every=settings.verify_every)
+        return
+    # Readable by this user only; its path is short, as a socket's must be.
+    with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir=_SHARED_MEMORY) as folder:
+        try:
+            weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder))
+        except ValueError as reason:  # a layout or a place that direct cannot serve
+            logger.warning("weight_sync.method: gather takes the place of direct: %s", reason)
+            weight_sync = GatherSync(trainer, pool, verify_every=settings.verify_every)
+        yield weight_sync
 
 
 class GatherSync:
@@ -19,3 +66,99 @@ class GatherSync:
         verify = self._num_syncs % self._verify_every == 0
         self._pool.update_weights(self._trainer.weight_buckets(verify=verify), policy_version=policy_version)
         self._num_syncs += 1
+
+
+class DirectSync:
+    """Every trainer rank sends each engine rank the pieces of its parameters, by a plan made once.
+
+    Phases of a sync: all engine ranks open their parameters and all trainer ranks send, at the same time; on the first
+    and every `verify_every`-th sync the engines compare what they hold with the trainer's checksums; only when all
+    have confirmed do they take the new version.
+
+    Raises:
+        ValueError: (constructor) the plan does not know a layout of this model, or the processes do not share a host.
+    """
+
+    def __init__(self, config: Config, trainer: Trainer, pool: RolloutPool, *, folder: Path):
+        self._trainer, self._pool, self._folder = trainer, pool, folder
+        self._settings, self._rollout = config.weight_sync, config.rollout
+        self._num_syncs = 0
+        shape = read_shape(config.model.path)
+        engine = engine_parameters(shape, config.rollout.tp)
+        token = folder / "token"
+        token.touch()
+        if not (trainer.sees(token) and pool.sees(token)):
+            raise ValueError("trainer ranks and engines are on more than one host")
+        shards = shards_of_ranks(trainer.own_parameters())
+        num_ranks = sum(len(shard.ranks) for shard in shards)
+        channels = num_ranks * config.rollout.engines * config.rollout.tp
+        self._slot_bytes = min(SLOT_BYTES, max(1, config.weight_sync.bucket_bytes // channels))
+        self.plan = make_plan(
+            shards,
+            engine,
+            matrix_sizes(shape),
+            engines=config.rollout.engines,
+            itemsize={"float32": 4, "bfloat16": 2}[config.rollout.dtype],
+            max_copy_bytes=self._slot_bytes,
+        )
+        self._fingerprint = hashlib.blake2b(repr((self.plan.shards, engine, self._slot_bytes)).encode()).hexdigest()[
+            :16
+        ]
+        self._hand_out(self.plan, engine, num_ranks)
+        logger.info("weights go directly: %d copies an engine", len(self.plan.copies))
+
+    def _hand_out(self, plan: Plan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:
+        outgoing: dict[int, list[Channel]] = defaultdict(list)
+        incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
+        for channel in plan.channels():
+            outgoing[channel.source_rank].append(channel)
+            incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
+        own_blocks = plan.own_blocks()
+        self._trainer.prepare_sending(
+            [SendingTask(tuple(outgoing[rank]), tuple(own_blocks.get(rank, ()))) for rank in range(num_ranks)]
+        )
+        for (index, rank), sources in incoming.items():
+            write_receiver_plan(self._folder, engine=index, engine_rank=rank, parameters=engine[rank], sources=sources)
+
+    def sync(self, *, policy_version: int) -> None:
+        verify = self._num_syncs % self._settings.verify_every == 0
+        self._num_syncs += 1
+        transfer = Transfer(
+            folder=str(self._folder),
+            number=self._num_syncs,
+            plan=self._fingerprint,
+            dtype=self._rollout.dtype,
+            slot_bytes=self._slot_bytes,
+            deadline_seconds=self._settings.timeout_seconds,
+        )
+        requests = [Request(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
+        late = self._settings.timeout_seconds + _GRACE_SECONDS
+        parts, _ = _together(
+            transfer,
+            lambda: self._trainer.send_weights(transfer, verify=verify),
+            lambda: self._pool.receive_weights(requests, timeout_seconds=late),
+        )
+        sums = merge_checksums(part for part in parts if part is not None) if verify else None
+        self._pool.finish_update(sums, policy_version=policy_version)
+
+
+def _together(transfer: Transfer, *calls: Callable[[], Any]) -> list[Any]:
+    """Results of calls that need each other; a failure is told to the others, and what caused it is raised."""
+
+    def guarded(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BaseException:
+            transfer.give_up()
+            raise
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        futures = [threads.submit(guarded, call) for call in calls]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, HapoError):
+            raise error
+    causes = [error for error in errors if not isinstance(error, TransferStoppedError)] or errors
+    if causes:
+        raise WeightSyncError("; ".join(dict.fromkeys(str(error) for error in causes))) from causes[0]
+    return [future.result() for future in futures]

@@ -21,7 +21,7 @@ import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.types import AdaptiveTemperature, FinishReason, Prompt, Rollout, Sampling, WeightBucket
-from sglang_ext import self_test, temperature, weights
+from sglang_ext import receive, self_test, temperature, weights
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,14 @@ class Engine:
         serialized = [MultiprocessingSerializer.serialize(payload, output_str=True) for _ in range(self._config.tp)]
         self._update(serialized, "flattened_bucket", f"loading {bucket.names[0]} ... {bucket.names[-1]}")
 
+    def receive_weights(self, request: receive.Request) -> None:
+        """Every rank fills its own parameters from the trainer ranks; between begin and end.
+
+        Raises:
+            WeightSyncError: names what did not come, from whom, or does not fit.
+        """
+        self._update(request.payload(), receive.RECEIVE, "receiving weights")
+
     def verify(self, checksums: dict[str, list[int]]) -> None:
         """Compares what every rank's parameters hold with the trainer's checksums; between begin and end.
 
@@ -230,7 +238,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         # flashinfer's sampler takes no seeds; without top-p both draw straight from the softmax.
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "custom_weight_loader": [weights.VERIFY],
+        "custom_weight_loader": [weights.VERIFY, receive.RECEIVE],
         # The prefix cache stays on: the samples of a group share their prompt. Weight updates flush it.
         "disable_radix_cache": False,
         # An idle scheduler would otherwise poll on a whole core, which the trainer can use.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hapo import checksum
-from megatron_hapo.checksum import engine_slices, tensor_checksum
+from megatron_hapo.checksum import add_checksums, block_checksum, engine_slices, tensor_checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
@@ -30,6 +30,16 @@ def test_a_changed_bit_a_swap_and_a_longer_tensor_show():
     changed[63, 63] = torch.nextafter(changed[63, 63], torch.tensor(1e9))
     sums |= {tensor_checksum(changed), tensor_checksum(torch.zeros(8)), tensor_checksum(torch.zeros(9))}
     assert len(sums) == 6
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 3])
+def test_blocks_add_up_to_the_whole(monkeypatch, chunk):
+    monkeypatch.setattr(checksum, "_CHUNK", chunk)
+    matrix = torch.randn(9, 11).to(torch.bfloat16)
+    places = [(0, 0, 9, 4), (0, 4, 5, 7), (5, 4, 4, 7)]
+    sums = [block_checksum(matrix[r : r + h, c : c + w], row=r, column=c, columns=11) for r, c, h, w in places]
+    assert add_checksums(sums) == tensor_checksum(matrix)
+    assert add_checksums(sums[:2]) != tensor_checksum(matrix)
 
 
 def test_slices_rejoin_to_the_whole():

@@ -24,7 +24,7 @@ from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
-from megatron_hapo.weight_sync import GatherSync
+from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
 LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
 TAU = 0.3
@@ -83,8 +83,8 @@ class Recorder:
         self.generated.append((sampling, [rollout for group in groups for rollout in group]))
         return groups
 
-    def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
-        self._pool.update_weights(buckets, policy_version=policy_version)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)  # how weights come in
 
 
 @contextmanager
@@ -101,6 +101,8 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
         rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
         trainer = RayTrainer(config, device="cpu")
         stack.callback(trainer.close)
+        weight_sync = stack.enter_context(open_weight_sync(config, trainer, recorder))
+        assert isinstance(weight_sync, DirectSync)
         checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
@@ -108,7 +110,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             config=config,
             trainer=trainer,
             pool=recorder,
-            weight_sync=GatherSync(trainer, recorder, verify_every=1),
+            weight_sync=weight_sync,
             rewards=rewards,
             prompts=PromptSampler(train, seed=0, shuffle=True),
             eval_prompts=evaluation,
@@ -245,6 +247,15 @@ def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
     assert listening
     beyond = [entry for entry in listening if entry[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
     assert not beyond
+
+
+def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
+    """The path for models whose layouts are not known: the engines load whole tensors and confirm the checksums."""
+    GatherSync(trained["trainer"], trained["recorder"], verify_every=1).sync(policy_version=9)
+    (rollout,) = trained["recorder"].generate(
+        trained["prompts"][:1], replace(trained["driver"]._sampling(0), samples=1)
+    )[0]
+    assert rollout.policy_version == 9
 
 
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,6 +13,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.remote import gather
 from megatron_hapo.types import Prompt, Rollout, Sampling, WeightBucket
+from sglang_ext.receive import Request
 
 
 class EngineActor:
@@ -20,6 +23,7 @@ class EngineActor:
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
+        self._index = index
         self._engine = Engine(
             EngineConfig(
                 model_path=config.model.path.absolute(),
@@ -50,9 +54,29 @@ class EngineActor:
         self._checksums |= bucket.checksums or {}
 
     def end_weight_update(self, policy_version: int) -> None:
-        if self._checksums:
-            self._engine.verify(self._checksums)
+        self.verify(self._checksums)
         self._engine.end_weight_update(policy_version)
+
+    def sees(self, path: Path) -> bool:
+        return path.exists()
+
+    def receive_weights(self, request: Request) -> None:
+        self.begin_weight_update()
+        with self._named():
+            self._engine.receive_weights(request)
+
+    def verify(self, checksums: dict[str, list[int]]) -> None:
+        if checksums:
+            with self._named():
+                self._engine.verify(checksums)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the engine's number before the errors of a sync."""
+        try:
+            yield
+        except WeightSyncError as error:
+            raise WeightSyncError(f"engine {self._index}: {error}") from error
 
     def shutdown(self) -> None:
         self._engine.shutdown()
@@ -98,6 +122,24 @@ class RayRolloutPool:
         self._all(lambda engine: engine.begin_weight_update.remote(), "beginning the weight update", WeightSyncError)
         for bucket in buckets:
             self._all(lambda engine, b=bucket: engine.load_bucket.remote(b), "loading weights", WeightSyncError)
+        self._all(
+            lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
+        )
+
+    def sees(self, path: Path) -> bool:
+        return all(self._all(lambda engine: engine.sees.remote(path), "looking for a shared folder", WeightSyncError))
+
+    def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+        calls = {
+            f"engine {index}": engine.receive_weights.remote(request)
+            for index, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
+        }
+        gather(calls, timeout_seconds=timeout_seconds, what="receiving weights", error=WeightSyncError)
+
+    def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
+        if checksums:
+            shared = ray.put(checksums)
+            self._all(lambda engine: engine.verify.remote(shared), "verifying weights", WeightSyncError)
         self._all(
             lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
         )

@@ -24,7 +24,7 @@ from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.report import write_report
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt
-from megatron_hapo.weight_sync import GatherSync
+from megatron_hapo.weight_sync import open_weight_sync
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run_training(config: Config) -> None:
         trainer = RayTrainer(config, device=device)
         stack.callback(trainer.close)
         pool.wait_until_ready()
-        weight_sync = GatherSync(trainer, pool, verify_every=config.weight_sync.verify_every)
+        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
         metrics = stack.enter_context(
             MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.launch import rank as rank_process
 from megatron_hapo.launch.remote import gather
+from megatron_hapo.resharding.plan import Parameter, SendingTask
+from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket, merge_scores
 
 
@@ -27,6 +29,9 @@ class TrainerActor:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._rank, method)(*args, **kwargs)
+
+    def sees(self, path: Path) -> bool:
+        return path.exists()
 
     def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
         yield from self._rank.weight_buckets(verify=verify)
@@ -63,6 +68,19 @@ class RayTrainer:
         streams = [actor.weight_buckets.options(**streaming).remote(verify=verify) for actor in self._actors]
         for stream in streams:
             yield from stream
+
+    def own_parameters(self) -> list[tuple[Parameter, ...]]:
+        return self._all("own_parameters")
+
+    def sees(self, path: Path) -> bool:
+        return all(self._gather([actor.sees.remote(path) for actor in self._actors], "looking for a shared folder"))
+
+    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
+        calls = [actor.call.remote("prepare_sending", task) for actor, task in zip(self._actors, tasks, strict=True)]
+        self._gather(calls, "preparing to send weights")
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]] | None]:
+        return self._all("send_weights", transfer, verify=verify)
 
     def save_checkpoint(self, folder: Path) -> None:
         self._all("save_checkpoint", folder)

@@ -1,0 +1,206 @@
+"""The two layouts that a plan connects: Megatron's from the family table, SGLang's (0.5.23) from its rules. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, placement
+from megatron_hapo.resharding.plan import Block, Parameter, Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VOCABULARY_MULTIPLE = 64  # SGLang's VocabParallelEmbedding
+
+
+@lru_cache(maxsize=8)
+def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every HF tensor, as `plan` counts them."""
+    return {name: matrix_size(size) for name, size in hf_tensor_shapes(shape).items()}
+
+
+def matrix_size(size: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor of this shape: all axes but the last are rows, a vector is one column."""
+    return (size[0], 1) if len(size) == 1 else (math.prod(size[:-1]), size[-1])
+
+
+# ----- the trainer
+
+
+def trainer_parameter(name: str, size: tuple[int, ...], place: Placement, shape: Shape) -> Parameter:
+    """A rank's Megatron parameter in HF coordinates.
+
+    Args:
+        name: under which the rank finds it again.
+        size: of the local tensor.
+        place: what `families.placement` says about it.
+    """
+    rows, columns = matrix_size(size)
+    sizes = matrix_sizes(shape)
+    if place.axis is None:
+        tensor = place.runs[0].tensor
+        return Parameter(name, rows, columns, (Block(tensor, 0, 0, *sizes[tensor], 0, 0),))
+    blocks, at = [], 0
+    for run in place.runs:
+        length, (tensor_rows, tensor_columns) = run.stop - run.start, sizes[run.tensor]
+        if place.axis == 0:
+            blocks.append(Block(run.tensor, run.start, 0, length, tensor_columns, at, 0))
+        else:
+            blocks.append(Block(run.tensor, 0, run.start, tensor_rows, length, 0, at))
+        at += length
+    padding = rows - at if place.axis == 0 else 0
+    return Parameter(name, rows, columns, tuple(blocks), padding)
+
+
+def rank_parameters(
+    named: Iterable[tuple[str, Tensor]], place: Callable[[str], Placement], shape: Shape
+) -> tuple[Parameter, ...]:
+    """Every parameter of a rank's Megatron model; `place` is `families.placement` on this rank."""
+    return tuple(trainer_parameter(name, tuple(tensor.shape), place(name), shape) for name, tensor in named)
+
+
+def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
+    """Shards of all ranks, from what each rank in turn holds: ranks that hold the same are replicas."""
+    replicas: dict[tuple[Parameter, ...], list[int]] = {}
+    for rank, own in enumerate(parameters):
+        replicas.setdefault(own, []).append(rank)
+    return [Shard(tuple(ranks), own) for own, ranks in replicas.items()]
+
+
+def trainer_shards(shape: Shape, *, tp: int, pp: int, dp: int, spec: str = "te") -> list[Shard]:
+    """Shards of a Megatron grid without building its models, for a dense model; ranks count tp, dp, pp."""
+    if shape.num_layers % pp:
+        raise ValueError(f"{shape.num_layers} layers do not split over pp={pp}")
+    layers, shards = shape.num_layers // pp, []
+    for stage in range(pp):
+        for tp_rank in range(tp):
+            parameters = tuple(
+                _planned_parameter(name, shape, stage * layers, tp_rank, tp)
+                for name in dense_parameter_names(shape, layers, first=stage == 0, last=stage == pp - 1, spec=spec)
+            )
+            ranks = tuple((stage * dp + replica) * tp + tp_rank for replica in range(dp))
+            shards.append(Shard(ranks, parameters))
+    return shards
+
+
+def dense_parameter_names(shape: Shape, layers: int, *, first: bool, last: bool, spec: str = "te") -> Iterator[str]:
+    """Megatron's parameter names of a stage of a dense model; a tied output head is not repeated."""
+    if first:
+        yield "embedding.word_embeddings.weight"
+    norms = (
+        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+        if spec == "te"
+        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    )
+    own = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "mlp.linear_fc1.weight",
+           "mlp.linear_fc2.weight", *norms]  # fmt: skip
+    if shape.qk_norm:
+        own += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
+    if shape.qkv_bias:
+        own.append("self_attention.linear_qkv.bias")
+    for layer in range(layers):
+        yield from (f"decoder.layers.{layer}.{name}" for name in own)
+    if last:
+        yield "decoder.final_layernorm.weight"
+        if not shape.tied_embeddings:
+            yield "output_layer.weight"
+
+
+def _planned_parameter(name: str, shape: Shape, first_layer: int, tp_rank: int, tp: int) -> Parameter:
+    place = placement(name, shape, first_layer=first_layer, tp_rank=tp_rank, tp_size=tp)
+    sizes = matrix_sizes(shape)
+    rows, columns = sizes[place.runs[0].tensor]
+    length = sum(run.stop - run.start for run in place.runs)
+    if place.axis == 0:
+        rows = length
+    elif place.axis == 1:
+        columns = length
+    return trainer_parameter(name, (rows, columns), place, shape)
+
+
+# ----- the engine
+
+
+def engine_parameters(shape: Shape, tp: int) -> list[tuple[Parameter, ...]]:
+    """The parameters of each of an engine's `tp` ranks, under SGLang's names.
+
+    Raises:
+        ValueError: the model does not split over tp. Tensors that this layout does not know are left to `make_plan`.
+    """
+    return [tuple(_engine_rank(shape, tp, rank)) for rank in range(tp)]
+
+
+def _engine_rank(shape: Shape, tp: int, rank: int) -> Iterator[Parameter]:
+    hidden = shape.hidden_size
+    yield _vocabulary("model.embed_tokens.weight", shape, tp, rank)
+    q = _cut(shape, "attention heads", shape.num_heads, tp, rank, shape.head_dim)
+    kv = _kv_cut(shape, tp, rank)
+    ffn = _cut(shape, "MLP columns", shape.ffn_size, tp, rank, 1)
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}."
+        yield _whole(prefix + "input_layernorm.weight", hidden)
+        attention = prefix + "self_attn."
+        qkv = tuple((f"{attention}{name}_proj", cut) for name, cut in (("q", q), ("k", kv), ("v", kv)))
+        yield _stacked(attention + "qkv_proj.weight", [(f"{name}.weight", cut) for name, cut in qkv], hidden)
+        if shape.qkv_bias:
+            yield _stacked(attention + "qkv_proj.bias", [(f"{name}.bias", cut) for name, cut in qkv], 1)
+        if shape.qk_norm:
+            yield _whole(attention + "q_norm.weight", shape.head_dim)
+            yield _whole(attention + "k_norm.weight", shape.head_dim)
+        yield _columns(attention + "o_proj.weight", hidden, q)
+        yield _whole(prefix + "post_attention_layernorm.weight", hidden)
+        mlp = prefix + "mlp."
+        gate_up = [(mlp + "gate_proj.weight", ffn), (mlp + "up_proj.weight", ffn)]
+        yield _stacked(mlp + "gate_up_proj.weight", gate_up, hidden)
+        yield _columns(mlp + "down_proj.weight", hidden, ffn)
+    yield _whole("model.norm.weight", hidden)
+    if not shape.tied_embeddings:  # SGLang's tied output head is the embedding itself
+        yield _vocabulary("lm_head.weight", shape, tp, rank)
+
+
+def _cut(shape: Shape, what: str, count: int, tp: int, rank: int, size: int) -> tuple[int, int]:
+    if count % tp:
+        raise ValueError(f"{shape.family}: {count} {what} do not split over the engine's tp={tp}")
+    return rank * (count // tp) * size, (rank + 1) * (count // tp) * size
+
+
+def _kv_cut(shape: Shape, tp: int, rank: int) -> tuple[int, int]:
+    """Rows of this rank's keys; a rank of more than there are KV heads shares one head with its neighbours."""
+    if tp <= shape.num_kv_heads:
+        return _cut(shape, "key/value heads", shape.num_kv_heads, tp, rank, shape.head_dim)
+    if tp % shape.num_kv_heads:
+        raise ValueError(f"{shape.family}: the engine's tp={tp} is no multiple of {shape.num_kv_heads} key/value heads")
+    head = rank // (tp // shape.num_kv_heads)
+    return head * shape.head_dim, (head + 1) * shape.head_dim
+
+
+def _whole(name: str, rows: int) -> Parameter:
+    return Parameter(name, rows, 1, (Block(name, 0, 0, rows, 1, 0, 0),))
+
+
+def _stacked(name: str, parts: list[tuple[str, tuple[int, int]]], columns: int) -> Parameter:
+    """Rows of several tensors, one below the other."""
+    blocks, at = [], 0
+    for tensor, (start, stop) in parts:
+        blocks.append(Block(tensor, start, 0, stop - start, columns, at, 0))
+        at += stop - start
+    return Parameter(name, at, columns, tuple(blocks))
+
+
+def _columns(name: str, rows: int, cut: tuple[int, int]) -> Parameter:
+    start, stop = cut
+    return Parameter(name, rows, stop - start, (Block(name, 0, start, rows, stop - start, 0, 0),))
+
+
+def _vocabulary(name: str, shape: Shape, tp: int, rank: int) -> Parameter:
+    """Rows of the vocabulary, which SGLang pads to a multiple of 64 (of 64 tp where that does not split)."""
+    padded = -(-shape.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    if padded % tp:
+        padded = -(-shape.vocab_size // (_VOCABULARY_MULTIPLE * tp)) * _VOCABULARY_MULTIPLE * tp
+    rows = padded // tp
+    start, stop = (min(shape.vocab_size, row) for row in (rank * rows, (rank + 1) * rows))
+    block = Block(name, start, 0, stop - start, shape.hidden_size, 0, 0)
+    return Parameter(name, rows, shape.hidden_size, (block,), rows - (stop - start))

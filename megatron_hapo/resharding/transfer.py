@@ -1,0 +1,363 @@
+"""Carries out a plan between processes of one host: `send` in a trainer rank, `receive` in an engine rank.
+
+Each channel of the plan is a Unix socket in a private folder and a block of memory with two slots, which the sender
+makes and hands over through the socket; both vanish with their processes. The sender packs pieces, in the engine's
+dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
+
+    free -> packed (the bucket's number goes to the receiver) -> copied (the number comes back: free again)
+
+The socket also orders memory between the processes, tells at once when the other end has died, and is waited for with
+a deadline. Whoever fails leaves a mark (`Transfer.give_up`), so that those whose own peers are well do not wait either.
+Nothing survives a sync: after a failed one the next starts from nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding.plan import Channel, Piece
+
+_ALIGNMENT = 64
+_SLOTS = 2
+_CHECK_SECONDS = 0.2
+"""How often a waiting rank looks whether the sync has failed elsewhere."""
+_NUMBER = struct.Struct("<q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One sync, as both ends must know it."""
+
+    folder: str
+    """Of the sockets; private to the user, its path short."""
+    number: int
+    """Of the sync; no two syncs of a folder share one."""
+    plan: str
+    """Fingerprint of the plan."""
+    dtype: str
+    """torch name of the engines' dtype."""
+    slot_bytes: int
+    """Two slots a channel; a single row that is larger makes its channel's slots larger."""
+    deadline_seconds: float
+    """For everything to arrive."""
+
+    def address(self, engine: int, engine_rank: int) -> str:
+        return str(Path(self.folder) / f"{self.number}.{engine}.{engine_rank}")
+
+    def give_up(self) -> None:
+        """Tell every rank of this sync that it has failed."""
+        self._mark.touch()
+
+    def check(self, phase: str, waiting: str) -> None:
+        """Raises if the sync has failed elsewhere."""
+        if self._mark.exists():
+            raise TransferStoppedError(f"{phase}: stopped, because another rank failed, while waiting for {waiting}")
+
+    @property
+    def _mark(self) -> Path:
+        return Path(self.folder) / f"{self.number}.failed"
+
+
+class TransferStoppedError(WeightSyncError):
+    """Another rank failed; its error tells more."""
+
+
+class _Bucket(NamedTuple):
+    first: int
+    """Index of its first piece."""
+    offsets: tuple[int, ...]
+    """Of its pieces, bytes."""
+    num_bytes: int
+
+
+def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer) -> int:
+    """Send everything of these channels; the bytes that went.
+
+    Args:
+        channels: of this rank.
+        matrices: the rank's parameters, two-dimensional, of any float dtype and device.
+    Raises:
+        WeightSyncError: a receiver is late, or went away.
+    """
+    deadline = time.monotonic() + transfer.deadline_seconds
+    with _marking_failure(transfer), ExitStack() as stack:
+        outlets = [_Outlet(channel, matrices, transfer) for channel in channels]
+        for outlet in outlets:
+            outlet.connect(transfer, deadline)
+            stack.callback(outlet.socket.close)
+        by_socket = {outlet.socket.fileno(): outlet for outlet in outlets}
+        poll = select.poll()
+        for number in by_socket:
+            poll.register(number, select.POLLIN)
+        while by_socket:
+            packed = [outlet.pack_one() for outlet in by_socket.values()]
+            if any(packed):
+                ready = poll.poll(0)
+            else:
+                ready = _wait(poll, transfer, deadline, "sending weights", by_socket.values())
+            for number, _ in ready:
+                if by_socket[number].take_answer():
+                    poll.unregister(number)
+                    del by_socket[number]
+        return sum(bucket.num_bytes for outlet in outlets for bucket in outlet.buckets)
+
+
+def receive(
+    sources: Mapping[int, Sequence[Piece]],
+    matrices: Mapping[str, Tensor],
+    transfer: Transfer,
+    *,
+    engine: int,
+    engine_rank: int,
+) -> int:
+    """Fill an engine rank's parameters with what all trainer ranks send; the bytes that came.
+
+    Args:
+        sources: for each trainer rank, the pieces that it sends, in the plan's order.
+        matrices: the engine rank's parameters, two-dimensional, in the transfer's dtype.
+    Raises:
+        WeightSyncError: a sender is late, went away, or follows another plan.
+    """
+    who = f"engine {engine}, rank {engine_rank}"
+    deadline = time.monotonic() + transfer.deadline_seconds
+    missing = {rank: _Inlet(rank, pieces, matrices, transfer, who) for rank, pieces in sources.items()}
+    with _marking_failure(transfer), ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        address = transfer.address(engine, engine_rank)
+        listener.bind(address)
+        stack.callback(os.unlink, address)
+        listener.listen(len(sources) + 1)
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        inlets: dict[int, _Inlet] = {}
+        while missing:
+            for number, _ in _wait(poll, transfer, deadline, "receiving weights", missing.values()):
+                if number == listener.fileno():
+                    connection = stack.enter_context(listener.accept()[0])
+                    inlets[connection.fileno()] = _greet(connection, missing, transfer, who)
+                    poll.register(connection, select.POLLIN)
+                elif inlets[number].take_one():
+                    poll.unregister(number)
+                    del missing[inlets.pop(number).rank]
+    itemsize = getattr(torch, transfer.dtype).itemsize
+    return sum(piece.rows * piece.columns for pieces in sources.values() for piece in pieces) * itemsize
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """The tensor's storage as rows and columns, as a plan counts them.
+
+    Raises:
+        WeightSyncError: it is not contiguous, so a copy would go elsewhere.
+    """
+    if not tensor.is_contiguous():
+        raise WeightSyncError(f"a parameter of shape {tuple(tensor.shape)} is not contiguous")
+    return tensor.detach().view(-1, 1) if tensor.ndim == 1 else tensor.detach().view(-1, tensor.shape[-1])
+
+
+class _Outlet:
+    """The sending end of a channel."""
+
+    def __init__(self, channel: Channel, matrices: Mapping[str, Tensor], transfer: Transfer):
+        self._channel, self._matrices = channel, matrices
+        self._dtype: torch.dtype = getattr(torch, transfer.dtype)
+        self.buckets = _buckets(channel.sources, self._dtype.itemsize, transfer.slot_bytes)
+        self._packed = self._copied = 0
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def __str__(self) -> str:
+        channel = self._channel
+        parameter = channel.targets[self.buckets[min(self._copied, len(self.buckets) - 1)].first].parameter
+        return f"trainer rank {channel.source_rank} to engine {channel.engine}, rank {channel.engine_rank}: {parameter}"
+
+    def connect(self, transfer: Transfer, deadline: float) -> None:
+        address = transfer.address(self._channel.engine, self._channel.engine_rank)
+        while True:
+            try:
+                self.socket.connect(address)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):  # not there yet
+                if time.monotonic() > deadline:
+                    raise _late("connecting", transfer, [self]) from None
+                transfer.check("connecting", str(self))
+                time.sleep(0.002)
+        self._slot_bytes = max(bucket.num_bytes for bucket in self.buckets)
+        memory = os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(memory, _SLOTS * self._slot_bytes)
+            self._slots = _map(memory, _SLOTS * self._slot_bytes)
+            hello = {"rank": self._channel.source_rank, "plan": transfer.plan, "slot_bytes": self._slot_bytes}
+            socket.send_fds(self.socket, [json.dumps(hello).encode()], [memory])
+        except OSError as error:
+            raise WeightSyncError(f"connecting: {self}: {error}") from error
+        finally:
+            os.close(memory)
+
+    def pack_one(self) -> bool:
+        """Pack the next bucket if there is one and a slot is free."""
+        if self._packed == len(self.buckets) or self._packed - self._copied == _SLOTS:
+            return False
+        bucket, itemsize = self.buckets[self._packed], self._dtype.itemsize
+        slot = self._slots[(self._packed % _SLOTS) * self._slot_bytes :]
+        pieces = self._channel.sources[bucket.first : bucket.first + len(bucket.offsets)]
+        for piece, offset in zip(pieces, bucket.offsets, strict=True):
+            num_bytes = piece.rows * piece.columns * itemsize
+            place = slot[offset : offset + num_bytes].view(self._dtype).view(piece.rows, piece.columns)
+            place.copy_(_rectangle(self._matrices[piece.parameter], piece))
+        self._tell(self._packed)
+        self._packed += 1
+        return True
+
+    def take_answer(self) -> bool:
+        """Take the receiver's answer; whether it was the last."""
+        try:
+            answer = self.socket.recv(_NUMBER.size)
+        except OSError:
+            answer = b""
+        if not answer:
+            raise WeightSyncError(f"sending weights: {self}: the engine rank has closed the connection")
+        assert _NUMBER.unpack(answer)[0] == self._copied, "answers come in order"
+        self._copied += 1
+        return self._copied == len(self.buckets)
+
+    def _tell(self, number: int) -> None:
+        try:
+            self.socket.send(_NUMBER.pack(number))
+        except OSError as error:
+            raise WeightSyncError(f"sending weights: {self}: {error}") from error
+
+
+@dataclass
+class _Inlet:
+    """The receiving end of a channel."""
+
+    rank: int
+    pieces: Sequence[Piece]
+    matrices: Mapping[str, Tensor]
+    transfer: Transfer
+    who: str
+    connection: socket.socket | None = None
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    slot_bytes: int = 0
+    copied: int = 0
+
+    def __post_init__(self) -> None:
+        self.dtype: torch.dtype = getattr(torch, self.transfer.dtype)
+        self.buckets = _buckets(self.pieces, self.dtype.itemsize, self.transfer.slot_bytes)
+
+    def __str__(self) -> str:
+        parameter = self.pieces[self.buckets[min(self.copied, len(self.buckets) - 1)].first].parameter
+        return f"trainer rank {self.rank} to {self.who}: {parameter}"
+
+    def take_one(self) -> bool:
+        """Copy the bucket that the sender has announced; whether it was the last."""
+        assert self.connection is not None
+        try:
+            message = self.connection.recv(_NUMBER.size)
+        except OSError:
+            message = b""
+        if not message:
+            raise WeightSyncError(f"receiving weights: {self}: the trainer rank has closed the connection")
+        assert _NUMBER.unpack(message)[0] == self.copied, "buckets come in order"
+        bucket, itemsize = self.buckets[self.copied], self.dtype.itemsize
+        slot = self.slots[(self.copied % _SLOTS) * self.slot_bytes :]
+        for piece, offset in zip(self.pieces[bucket.first :], bucket.offsets, strict=False):
+            num_bytes = piece.rows * piece.columns * itemsize
+            values = slot[offset : offset + num_bytes].view(self.dtype).view(piece.rows, piece.columns)
+            _rectangle(self.matrices[piece.parameter], piece).copy_(values)
+        if self.slots.device != self.matrices[self.pieces[0].parameter].device:
+            torch.cuda.synchronize()  # the slot must have been read before the sender may fill it again
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            raise WeightSyncError(f"receiving weights: {self}: {error}") from error
+        self.copied += 1
+        return self.copied == len(self.buckets)
+
+
+def _greet(connection: socket.socket, missing: Mapping[int, _Inlet], transfer: Transfer, who: str) -> _Inlet:
+    hello, memories, _, _ = socket.recv_fds(connection, 4096, 1)
+    if not hello or not memories:
+        raise WeightSyncError(f"receiving weights: {who}: a trainer rank went away while connecting")
+    said = json.loads(hello)
+    inlet = missing.get(said["rank"])
+    try:
+        if inlet is None or inlet.connection is not None:
+            raise WeightSyncError(f"receiving weights: {who}: trainer rank {said['rank']} is not expected")
+        if said["plan"] != transfer.plan:
+            raise WeightSyncError(f"receiving weights: {inlet}: trainer and engine follow different plans")
+        inlet.connection, inlet.slot_bytes = connection, said["slot_bytes"]
+        inlet.slots = _map(memories[0], _SLOTS * inlet.slot_bytes)
+    finally:
+        os.close(memories[0])
+    return inlet
+
+
+def _buckets(pieces: Sequence[Piece], itemsize: int, slot_bytes: int) -> list[_Bucket]:
+    """The same cut on both sides: pieces in order, as many as fit a slot, at least one."""
+    buckets, first, offsets, end = [], 0, [], 0
+    for index, piece in enumerate(pieces):
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        size = piece.rows * piece.columns * itemsize
+        if offsets and start + size > slot_bytes:
+            buckets.append(_Bucket(first, tuple(offsets), end))
+            first, offsets, start = index, [], 0
+        offsets.append(start)
+        end = start + size
+    buckets.append(_Bucket(first, tuple(offsets), end))
+    return buckets
+
+
+def _rectangle(matrix: Tensor, piece: Piece) -> Tensor:
+    return matrix[piece.row : piece.row + piece.rows, piece.column : piece.column + piece.columns]
+
+
+def _map(memory: int, num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 on shared memory, which is unmapped when the tensor goes."""
+    return torch.frombuffer(mmap.mmap(memory, num_bytes), dtype=torch.uint8)
+
+
+def _wait(
+    poll: select.poll, transfer: Transfer, deadline: float, phase: str, waiting: Collection[_Outlet | _Inlet]
+) -> list[tuple[int, int]]:
+    """Sockets that can be read; raises at the deadline, or when the sync has failed elsewhere."""
+    while True:
+        left = deadline - time.monotonic()
+        ready = poll.poll(max(0.0, min(left, _CHECK_SECONDS)) * 1000)
+        if ready:
+            return ready
+        if left <= _CHECK_SECONDS:
+            raise _late(phase, transfer, waiting)
+        transfer.check(phase, str(next(iter(waiting))))
+
+
+@contextmanager
+def _marking_failure(transfer: Transfer) -> Iterator[None]:
+    try:
+        yield
+    except TransferStoppedError:
+        raise
+    except BaseException:
+        transfer.give_up()
+        raise
+
+
+def _late(phase: str, transfer: Transfer, waiting: Collection[_Outlet | _Inlet]) -> WeightSyncError:
+    shown = "; ".join(str(end) for end in list(waiting)[:5]) + (
+        f"; and {len(waiting) - 5} more" if len(waiting) > 5 else ""
+    )
+    return WeightSyncError(f"{phase}: not done within {transfer.deadline_seconds:g} s: {shown}")

@@ -1,0 +1,202 @@
+"""DirectSync into a real engine from trainer shards of many layouts, whose ranks are threads of the test process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hapo.config import WeightSyncConfig
+from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import Parameter, SendingTask
+from megatron_hapo.resharding.transfer import Transfer, send
+from megatron_hapo.weight_buckets import EngineCut
+from megatron_hapo.weight_sync import DirectSync
+from sglang_ext.receive import Request
+from tests.resharding.test_plan import cut
+from tests.sglang_ext.engine_process import RemoteEngine, running_engine
+from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.tiny_model import write_tiny_qwen3
+
+LAYOUTS = [
+    {"tp": 1, "pp": 1, "dp": 1},
+    {"tp": 2, "pp": 1, "dp": 1},
+    {"tp": 1, "pp": 2, "dp": 1},
+    {"tp": 2, "pp": 2, "dp": 2},
+]
+
+
+class ThreadedTrainer:
+    """The trainer's side of the protocol over the shards of a checkpoint."""
+
+    def __init__(self, folder: Path, *, engine_tp: int, tp: int, pp: int, dp: int):
+        self.shape = read_shape(folder)
+        self._cut = EngineCut(engine_tp, self.shape.num_heads, self.shape.num_kv_heads)
+        sizes = matrix_sizes(self.shape)
+        state = load_reference(folder).state_dict()
+        whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
+        self._parameters: dict[int, tuple[Parameter, ...]] = {}
+        self.matrices: dict[int, dict[str, torch.Tensor]] = {}
+        for shard in trainer_shards(self.shape, tp=tp, pp=pp, dp=dp):
+            for rank in shard.ranks:
+                self._parameters[rank] = shard.parameters
+                held = cut(whole, shard.parameters)
+                self.matrices[rank] = {name: torch.tensor(value, dtype=torch.float32) for name, value in held.items()}
+
+    def own_parameters(self) -> list[tuple[Parameter, ...]]:
+        return [self._parameters[rank] for rank in sorted(self._parameters)]
+
+    def sees(self, path: Path) -> bool:
+        return path.exists()
+
+    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
+        self._tasks = tasks
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
+        errors: list[Exception] = []
+
+        def one(rank: int, task: SendingTask) -> None:
+            try:
+                send(task.channels, self.matrices[rank], transfer)
+            except Exception as error:
+                errors.append(error)
+
+        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self._tasks)]
+        for thread in ranks:
+            thread.start()
+        for thread in ranks:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [
+            partial_checksums(
+                task.own_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
+                dtype=getattr(torch, transfer.dtype),
+            )
+            for rank, task in enumerate(self._tasks)
+        ]  # fmt: skip
+
+
+class OneEngine:
+    """The pool's side of the protocol over an engine process."""
+
+    def __init__(self, engine: RemoteEngine):
+        self.engine, self.version = engine, 0
+
+    def sees(self, path: Path) -> bool:
+        return path.exists()
+
+    def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+        self.engine.begin_weight_update()
+        self.engine.receive_weights(requests[0])
+
+    def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
+        if checksums:
+            self.engine.verify(checksums)
+        self.engine.end_weight_update(policy_version)
+        self.version = policy_version
+
+
+def make_sync(
+    trainer: ThreadedTrainer,
+    pool: OneEngine,
+    folder: Path,
+    path: Path,
+    *,
+    tp: int = 1,
+    timeout: float = 60,
+    dtype="float32",
+) -> DirectSync:
+    folder.mkdir()
+    config: Any = SimpleNamespace(
+        weight_sync=WeightSyncConfig(bucket_bytes=20_000, verify_every=1, timeout_seconds=timeout),
+        rollout=SimpleNamespace(engines=1, tp=tp, dtype=dtype),
+        model=SimpleNamespace(path=path),
+    )
+    return DirectSync(config, trainer, pool, folder=folder)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A running engine with other weights than the checkpoints that will be sent."""
+    folder = tmp_path_factory.mktemp("models")
+    start = write_tiny_qwen3(folder / "start", tied=request.param, seed=9)
+    news = [write_tiny_qwen3(folder / f"new{seed}", tied=request.param, seed=seed) for seed in range(len(LAYOUTS))]
+    with running_engine(start) as engine:
+        yield {"pool": OneEngine(engine), "news": news}
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=lambda i: "-".join(f"{k}{v}" for k, v in LAYOUTS[i].items()))
+def test_engine_holds_the_trainers_weights(case: dict[str, Any], tmp_path: Path, index: int) -> None:
+    """`verify` compares every parameter bit for bit; greedy tokens equal transformers'."""
+    new, pool = case["news"][index], case["pool"]
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[index]), pool, tmp_path / "s", new)
+    sync.sync(policy_version=10 * index + 1)
+    sync.sync(policy_version=10 * index + 2)
+    assert_greedy_equals(pool.engine, load_reference(new), version=10 * index + 2)
+
+
+def test_a_corrupted_bucket_is_found_by_parameter(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, pool = case["news"][0], case["pool"]
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[3]), pool, tmp_path / "s", new)
+    original = transfer_module._Outlet._tell
+
+    def corrupt(outlet: transfer_module._Outlet, number: int) -> None:
+        if outlet._channel.source_rank == 0 and number == 0:
+            outlet._slots[3] ^= 1
+        original(outlet, number)
+
+    version = pool.version
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_module._Outlet, "_tell", corrupt)
+        with pytest.raises(WeightSyncError, match=r"the engine's rank 0 holds other values than the trainer sent"):
+            sync.sync(policy_version=77)
+    assert pool.version == version
+    pool.engine.end_weight_update(version)  # closes the update, as a run would not do
+    sync.sync(policy_version=78)
+    assert_greedy_equals(pool.engine, load_reference(new), version=78)
+
+
+def test_a_trainer_rank_that_does_not_send_is_named_and_the_version_stays(case: dict[str, Any], tmp_path: Path) -> None:
+    new, pool = case["news"][0], case["pool"]
+    trainer = ThreadedTrainer(new, engine_tp=1, **LAYOUTS[1])
+    sync = make_sync(trainer, pool, tmp_path / "s", new, timeout=2)
+    trainer._tasks = trainer._tasks[:1]
+    version = pool.version
+    with pytest.raises(
+        WeightSyncError, match=r"not done within 2 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
+    ):
+        sync.sync(policy_version=77)
+    assert pool.version == version
+    pool.engine.end_weight_update(version)
+
+
+def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any], tmp_path: Path) -> None:
+    other = write_tiny_qwen3(tmp_path / "other", intermediate=192)
+    pool = case["pool"]
+    sync = make_sync(ThreadedTrainer(other, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "s", other)
+    with pytest.raises(WeightSyncError, match=r"down_proj.weight: the plan has \(64, 192\), the model \(64, 128\)"):
+        sync.sync(policy_version=77)
+    pool.engine.end_weight_update(pool.version)
+
+
+@pytest.mark.slow
+def test_two_engine_ranks(tmp_path: Path) -> None:
+    start, new = write_tiny_qwen3(tmp_path / "start", seed=9), write_tiny_qwen3(tmp_path / "new", seed=1)
+    with running_engine(start, tp=2) as engine:
+        pool = OneEngine(engine)
+        for index, layout in enumerate((LAYOUTS[0], LAYOUTS[3])):
+            trainer = ThreadedTrainer(new, engine_tp=2, **layout)
+            make_sync(trainer, pool, tmp_path / f"s{index}", new, tp=2).sync(policy_version=index + 1)
+            assert_greedy_equals(engine, load_reference(new), version=index + 1)

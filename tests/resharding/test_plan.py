@@ -1,0 +1,190 @@
+"""The plan: every engine element comes once, from any layout to any other, evenly from all replicas."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_hapo.model.families import Shape
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import Block, Parameter, Plan, Shard, make_plan
+
+SHAPE = Shape(
+    family="qwen3",
+    num_layers=4,
+    hidden_size=24,
+    ffn_size=48,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=6,
+    vocab_size=101,
+    tied_embeddings=False,
+    qk_norm=True,
+    qkv_bias=True,
+    norm_eps=1e-6,
+    rope_base=1e6,
+    max_positions=512,
+)
+
+Weights = dict[str, np.ndarray]
+
+
+def random_tensors(shape: Shape, seed: int = 0) -> Weights:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(size) for name, size in matrix_sizes(shape).items()}
+
+
+def cut(tensors: Weights, parameters: tuple[Parameter, ...]) -> Weights:
+    """The reference: what a rank with these parameters holds; padding is NaN."""
+    held = {}
+    for p in parameters:
+        held[p.name] = np.full((p.rows, p.columns), np.nan)
+        for b in p.blocks:
+            part = tensors[b.tensor][b.row : b.row + b.rows, b.column : b.column + b.columns]
+            held[p.name][b.at_row : b.at_row + b.rows, b.at_column : b.at_column + b.columns] = part
+    return held
+
+
+def carry_out(plan: Plan, sources: dict[int, Weights], engine: list[tuple[Parameter, ...]]) -> list[list[Weights]]:
+    """What every engine rank holds after all copies, asserting that none writes where another did."""
+    engines = [
+        [{p.name: np.full((p.rows, p.columns), np.nan) for p in rank} for rank in engine] for _ in range(plan.engines)
+    ]
+    for channel in plan.channels():
+        for source, target in zip(channel.sources, channel.targets, strict=True):
+            values = sources[channel.source_rank][source.parameter]
+            values = values[source.row : source.row + source.rows, source.column : source.column + source.columns]
+            place = engines[channel.engine][channel.engine_rank][target.parameter]
+            place = place[target.row : target.row + target.rows, target.column : target.column + target.columns]
+            assert place.shape == values.shape
+            assert np.isnan(place).all()
+            place[...] = values
+    return engines
+
+
+def held_by_ranks(shards: list[Shard], tensors: Weights) -> dict[int, Weights]:
+    held: dict[int, Weights] = {}
+    for shard in shards:
+        for rank in shard.ranks:
+            held.setdefault(rank, {}).update(cut(tensors, shard.parameters))
+    return held
+
+
+def plan_of(shape: Shape, shards: list[Shard], engine: list[tuple[Parameter, ...]], engines: int, limit: int) -> Plan:
+    return make_plan(shards, engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=limit)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_layout_to_any_layout(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = replace(
+        SHAPE,
+        tied_embeddings=rng.random() < 0.5,
+        qk_norm=rng.random() < 0.5,
+        qkv_bias=rng.random() < 0.5,
+        vocab_size=rng.choice([64, 101, 130, 200]),
+    )
+    tensors = random_tensors(shape, seed)
+    tp, pp, dp = rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([1, 2, 3])
+    shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp, spec=rng.choice(["te", "local"]))
+    engine = engine_parameters(shape, rng.choice([1, 2, 4, 8]))
+    plan = plan_of(shape, shards, engine, rng.choice([1, 2, 5]), rng.choice([50, 500, 1 << 20]))
+    expected = [cut(tensors, parameters) for parameters in engine]
+    for ranks in carry_out(plan, held_by_ranks(shards, tensors), engine):
+        for got, want in zip(ranks, expected, strict=True):
+            for name in want:
+                np.testing.assert_array_equal(got[name], want[name], err_msg=name)  # NaN equals NaN: padding untouched
+
+
+@pytest.mark.parametrize("engine_tp", [1, 2, 4])
+def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
+    """A -> B -> A; without replicated KV heads each engine layout is a source layout too."""
+    tensors = random_tensors(SHAPE)
+    a = trainer_shards(SHAPE, tp=2, pp=2, dp=1)
+    b = engine_parameters(SHAPE, engine_tp)
+    (there,) = carry_out(plan_of(SHAPE, a, b, 1, 300), held_by_ranks(a, tensors), b)
+    back_shards = [Shard((rank,), parameters) for rank, parameters in enumerate(b)]
+    for shard in a:
+        # One rank of A is no whole engine, so tensors that it lacks would be unused: plan its own tensors only.
+        own = {block.tensor for parameter in shard.parameters for block in parameter.blocks}
+        sources = [
+            Shard(s.ranks, tuple(p for p in s.parameters if {x.tensor for x in p.blocks} <= own)) for s in back_shards
+        ]
+        plan = plan_of(SHAPE, sources, [shard.parameters], 1, 300)
+        ((back,),) = carry_out(plan, dict(enumerate(there)), [shard.parameters])
+        for name, want in cut(tensors, shard.parameters).items():
+            np.testing.assert_array_equal(back[name], want)
+
+
+def test_senders_share_the_load_evenly() -> None:
+    shards = trainer_shards(SHAPE, tp=2, pp=2, dp=4)
+    for engines in (1, 3, 4, 8):
+        traffic = plan_of(SHAPE, shards, engine_parameters(SHAPE, 2), engines, 64).traffic()
+        sent = traffic.sum((1, 2)).reshape(2, 4, 2)  # stage, replica, tp rank
+        total = sum(rows * columns for rows, columns in matrix_sizes(SHAPE).values())
+        assert traffic.sum() >= engines * total * 2
+        assert (np.ptp(sent, axis=1) <= 0.1 * sent.mean(axis=1) + 256).all()
+
+
+def test_each_engine_has_its_own_replica_where_there_are_enough() -> None:
+    traffic = plan_of(SHAPE, trainer_shards(SHAPE, tp=1, pp=1, dp=4), engine_parameters(SHAPE, 2), 4, 1 << 20).traffic()
+    np.testing.assert_array_equal(traffic.sum(2) > 0, np.eye(4, dtype=bool))
+
+
+def simple(*blocks: tuple[int, int, int, int]) -> Parameter:
+    """A 4 x 4 parameter of blocks (row, column, rows, columns) that lie where they come from."""
+    return Parameter("p", 4, 4, tuple(Block("t", *block, block[0], block[1]) for block in blocks))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ([simple((0, 0, 2, 4))], simple((0, 0, 4, 4)), r"trainer's t: 8 of 16 elements come from nowhere"),
+        ([simple((0, 0, 3, 4)), simple((2, 0, 2, 4))], simple((0, 0, 4, 4)), r"trainer's t: rows 2..3 come more than"),
+        ([simple((0, 0, 4, 3)), simple((0, 2, 4, 2))], simple((0, 0, 4, 4)), r"trainer's t: columns 2..3 of rows"),
+        ([simple((0, 0, 4, 4))], simple((0, 0, 2, 4)), r"engine rank 0, p: 8 of 16 elements come from nowhere"),
+        ([simple((0, 0, 4, 4))], simple((0, 0, 4, 4), (0, 0, 4, 4)), r"engine rank 0, p: columns 0..4"),
+        ([simple((0, 0, 4, 4))], simple((1, 0, 4, 4)), r"engine rank 0, p: takes Block.*of a tensor of 4 x 4"),
+    ],
+)
+def test_what_is_not_written_exactly_once_is_refused(source: list[Parameter], target: Parameter, message: str) -> None:
+    shards = [Shard((rank,), (parameter,)) for rank, parameter in enumerate(source)]
+    with pytest.raises(ValueError, match=message):
+        make_plan(shards, [(target,)], {"t": (4, 4)}, engines=1, itemsize=2, max_copy_bytes=100)
+
+
+def test_a_tensor_that_one_side_lacks_is_named() -> None:
+    shards, engine = trainer_shards(SHAPE, tp=1, pp=1, dp=1), engine_parameters(SHAPE, 1)
+    with pytest.raises(ValueError, match=r"no engine parameter takes the trainer's lm_head.weight"):
+        plan_of(SHAPE, shards, engine_parameters(replace(SHAPE, tied_embeddings=True), 1), 1, 1000)
+    (shard,) = shards
+    with pytest.raises(ValueError, match=r"no trainer rank holds lm_head.weight"):
+        plan_of(SHAPE, [Shard(shard.ranks, shard.parameters[:-1])], engine, 1, 1000)
+
+
+def test_engines_that_the_model_does_not_split_over_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"8 attention heads do not split over the engine's tp=3"):
+        engine_parameters(SHAPE, 3)
+
+
+def test_a_dense_model_of_235b_is_planned_in_seconds() -> None:
+    shape = replace(
+        SHAPE, num_layers=96, hidden_size=12288, ffn_size=49152, num_heads=96, num_kv_heads=8, head_dim=128,
+        vocab_size=151936,
+    )  # fmt: skip
+    start = time.process_time()
+    plan = make_plan(
+        trainer_shards(shape, tp=8, pp=8, dp=8),
+        engine_parameters(shape, 16),
+        matrix_sizes(shape),
+        engines=16,
+        itemsize=2,
+        max_copy_bytes=64 << 20,
+    )
+    traffic = plan.traffic()
+    assert time.process_time() - start < 10
+    assert traffic.shape == (512, 16, 16)

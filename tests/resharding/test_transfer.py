@@ -1,0 +1,202 @@
+"""Shared-memory transfer between threads that play trainer and engine ranks: values, checksums, deadlines, deaths."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hapo.checksum import tensor_checksum
+from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.model.families import Shape, hf_tensor_shapes
+from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, make_plan
+from megatron_hapo.resharding.transfer import Transfer, as_matrix, receive, send
+from megatron_hapo.weight_buckets import EngineCut
+from tests.resharding.test_plan import SHAPE, cut, random_tensors
+
+_numbers = itertools.count()
+
+
+def make_transfer(folder: Path, **changes: object) -> Transfer:
+    transfer = Transfer(
+        folder=str(folder), number=next(_numbers), plan="p", dtype="bfloat16", slot_bytes=700, deadline_seconds=20
+    )
+    return replace(transfer, **changes)  # type: ignore[arg-type]
+
+
+class Sides:
+    """Trainer ranks and engine ranks with real tensors, and the plan between them."""
+
+    def __init__(self, shape: Shape, *, tp: int, pp: int, dp: int, engine_tp: int, engines: int, dtype: torch.dtype):
+        self.shape, self.engine_tp = shape, engine_tp
+        self.shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp)
+        self.engine = engine_parameters(shape, engine_tp)
+        self.plan: Plan = make_plan(
+            self.shards, self.engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=700
+        )
+        tensors = random_tensors(shape)
+        self.sources: dict[int, dict[str, Tensor]] = {}
+        for shard in self.shards:
+            for rank in shard.ranks:
+                self.sources[rank] = {n: torch.tensor(v).to(dtype) for n, v in cut(tensors, shard.parameters).items()}
+        self.expected = [self._tensors(tensors, rank, dtype) for rank in self.engine]
+        self.targets = {
+            (engine, rank): {p.name: torch.full((p.rows, p.columns), 7.0).bfloat16() for p in parameters}
+            for engine in range(engines)
+            for rank, parameters in enumerate(self.engine)
+        }
+        self.outgoing: dict[int, list[Channel]] = defaultdict(list)
+        self.incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
+        for channel in self.plan.channels():
+            self.outgoing[channel.source_rank].append(channel)
+            self.incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
+
+    @staticmethod
+    def _tensors(tensors, parameters: tuple[Parameter, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {n: torch.tensor(v).to(dtype).bfloat16().nan_to_num(7.0) for n, v in cut(tensors, parameters).items()}
+
+    def run(self, transfer: Transfer, *, without: tuple[int, ...] = ()) -> None:
+        calls: list[Callable[[], object]] = [
+            (lambda rank=rank, channels=channels: send(channels, self.sources[rank], transfer))
+            for rank, channels in self.outgoing.items()
+            if rank not in without
+        ]
+        calls += [
+            (
+                lambda key=key: receive(
+                    self.incoming[key], self.targets[key], transfer, engine=key[0], engine_rank=key[1]
+                )
+            )
+            for key in self.targets
+        ]
+        with ThreadPoolExecutor(len(calls)) as threads:
+            futures = [threads.submit(call) for call in calls]
+        errors = [future.exception() for future in futures]
+        self.errors = [str(error) for error in errors if error]
+        for error in errors:
+            if error is not None and not isinstance(error, WeightSyncError):
+                raise error
+
+
+CASES = [
+    {"tp": 1, "pp": 1, "dp": 1, "engine_tp": 1, "engines": 1},
+    {"tp": 2, "pp": 2, "dp": 1, "engine_tp": 1, "engines": 1},
+    {"tp": 2, "pp": 2, "dp": 2, "engine_tp": 2, "engines": 2},
+    {"tp": 1, "pp": 2, "dp": 2, "engine_tp": 8, "engines": 1},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case, dtype) -> None:
+    shape = replace(SHAPE, tied_embeddings=case["tp"] == 2)
+    sides = Sides(shape, **case, dtype=dtype)
+    sides.run(make_transfer(tmp_path))
+    assert not sides.errors
+    for (_, rank), held in sides.targets.items():
+        for name, want in sides.expected[rank].items():
+            assert torch.equal(held[name], want), name
+    assert not list(tmp_path.iterdir())
+    # The trainer's checksums, each rank adding its blocks, are those of the slices of whole tensors.
+    engine_cut = EngineCut(case["engine_tp"], shape.num_heads, shape.num_kv_heads)
+    sums = merge_checksums(
+        partial_checksums(
+            blocks, sides.sources[rank], shapes=hf_tensor_shapes(shape), cut=engine_cut, dtype=torch.bfloat16
+        )
+        for rank, blocks in sides.plan.own_blocks().items()
+    )
+    wholes = {name: torch.tensor(value).to(dtype).bfloat16() for name, value in random_tensors(shape).items()}
+    assert sums == {
+        name: engine_cut.checksums(name, whole.view(hf_tensor_shapes(shape)[name])) for name, whole in wholes.items()
+    }
+    assert sums["model.norm.weight"] == [tensor_checksum(wholes["model.norm.weight"])] * case["engine_tp"]
+
+
+def small(tmp_path: Path, **changes: object) -> tuple[Sides, Transfer]:
+    sides = Sides(SHAPE, tp=2, pp=1, dp=1, engine_tp=1, engines=1, dtype=torch.float32)
+    return sides, make_transfer(tmp_path, **changes)
+
+
+def test_a_sender_that_never_comes_is_named_with_its_parameter(tmp_path) -> None:
+    sides, transfer = small(tmp_path, deadline_seconds=0.5)
+    sides.run(transfer, without=(1,))
+    assert sides.errors == [
+        "receiving weights: not done within 0.5 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
+    ]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".failed"]
+
+
+def test_an_engine_that_never_comes_is_named(tmp_path) -> None:
+    sides, transfer = small(tmp_path, deadline_seconds=0.3)
+    sides.targets = {}
+    sides.run(transfer)
+    late = r"connecting: not done within 0.3 s: trainer rank \d to engine 0, rank 0: model.embed_tokens.weight"
+    assert any(re.fullmatch(late, error) for error in sides.errors)
+    assert len(sides.errors) == 2
+
+
+def test_an_engine_that_dies_in_mid_sync_is_noticed_at_once(tmp_path, monkeypatch) -> None:
+    sides, transfer = small(tmp_path, deadline_seconds=60)
+    original, taken = transfer_module._Inlet.take_one, itertools.count()
+
+    def dies(inlet: transfer_module._Inlet) -> bool:
+        if next(taken) == 5:
+            raise WeightSyncError("died")
+        return original(inlet)
+
+    monkeypatch.setattr(transfer_module._Inlet, "take_one", dies)
+    start = time.monotonic()
+    sides.run(transfer)
+    assert time.monotonic() - start < 20
+    assert len(sides.errors) == 3
+    assert any("trainer rank 0 to engine 0, rank 0: " in error for error in sides.errors)
+    monkeypatch.undo()
+    sides.run(replace(transfer, number=next(_numbers)))  # nothing is left over from the failed one
+    assert not sides.errors
+
+
+def test_a_trainer_rank_that_is_slower_than_the_deadline_is_named(tmp_path, monkeypatch) -> None:
+    sides, transfer = small(tmp_path, deadline_seconds=0.6)
+    original = transfer_module._Outlet.pack_one
+
+    def slow(outlet: transfer_module._Outlet) -> bool:
+        if outlet._channel.source_rank == 1 and outlet._packed == 2:
+            time.sleep(1.5)
+        return original(outlet)
+
+    monkeypatch.setattr(transfer_module._Outlet, "pack_one", slow)
+    sides.run(transfer)
+    assert any("receiving weights: not done within 0.6 s: trainer rank 1 to engine 0" in e for e in sides.errors)
+
+
+def send_in_vain(sides: Sides, transfer: Transfer) -> None:
+    with pytest.raises(WeightSyncError):
+        send(sides.outgoing[0], sides.sources[0], transfer)
+
+
+def test_different_plans_do_not_talk(tmp_path) -> None:
+    sides, transfer = small(tmp_path)
+    other = replace(transfer, plan="q")
+    stranger = threading.Thread(target=send_in_vain, args=(sides, other))
+    stranger.start()
+    with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*follow different plans"):
+        receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, engine=0, engine_rank=0)
+    stranger.join(30)
+
+
+def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(WeightSyncError, match="not contiguous"):
+        as_matrix(torch.zeros(4, 4).t())
