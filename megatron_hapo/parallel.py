@@ -22,9 +22,14 @@ class ParallelLayout:
     pp_size: int
     pp_rank: int
     pp_group: dist.ProcessGroup
+    cp_size: int
+    cp_rank: int
+    cp_group: dist.ProcessGroup
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """All ranks that hold different tokens of a mini-batch and the same parameters."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -36,28 +41,49 @@ class ParallelLayout:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank."""
-        return self.is_last_stage and self.tp_rank == 0
+        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank, first cp rank."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is of the first of the grids that hold the same parameters."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
 
-def initialize(*, tp: int, pp: int, device: torch.device, seed: int, timeout_seconds: float) -> ParallelLayout:
+def initialize(
+    *, tp: int, pp: int, cp: int = 1, device: torch.device, seed: int, timeout_seconds: float
+) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once."""
     parallel_state.initialize_model_parallel(
-        tp, pp, distributed_timeout_minutes=max(1, round(timeout_seconds / 60)), create_gloo_process_groups=False
+        tp,
+        pp,
+        context_parallel_size=cp,
+        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        create_gloo_process_groups=False,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(
         device=device,
         tp_size=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        tp_group=_group(parallel_state.get_tensor_model_parallel_group()),
         pp_size=pp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        pp_group=_group(parallel_state.get_pipeline_model_parallel_group()),
+        cp_size=cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=_group(parallel_state.get_context_parallel_group()),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=_group(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    """Narrows the type of what Megatron returns."""
+    assert isinstance(group, dist.ProcessGroup), f"not a process group: {group}"
+    return group
 
 
 def init_distributed(

@@ -122,7 +122,7 @@ def write_stage(model: GPTModel, shape: Shape, layout: ParallelLayout, folder: P
     Returns:
         Tensor name to file name, on tensor-parallel rank 0; None elsewhere.
     """
-    if layout.dp_rank:
+    if not layout.is_first_replica:
         return None
     weight_map: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
