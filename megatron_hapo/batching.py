@@ -1,10 +1,12 @@
 """A mini-batch to packed micro-batches: which rank takes which responses, and the tensors of one micro-batch. Pure.
 
-`B` responses, `T` packed tokens, `N` response tokens.
+`B` responses, `T` packed tokens, `N` response tokens. With context parallelism `T` and `N` are those of one rank's
+slice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,18 +66,28 @@ def _first_fit(rows: Sequence[int], lengths_B: np.ndarray, max_tokens: int) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Sequences laid end to end, on the device; only positions that predict a response token reach the output head."""
+    """Sequences laid end to end, on the device; only positions that predict a response token reach the output head.
+
+    The tensors hold this context-parallel rank's slice, cut by `zigzag`; without context parallelism that is
+    everything.
+    """
 
     rows: list[int]
-    """Rows of the batch it came from, in the order of the arrays below."""
+    """Rows of the batch it came from, in the order of the sequences; the same on all context-parallel ranks."""
+    sequence_lengths: list[int]
+    """Of the whole sequences, padding included; a last sequence may be padding alone."""
+    num_response_tokens: int
+    """Of the whole sequences."""
     input_ids: Tensor
-    """[1, T] int64, padded at the end to a multiple that sequence parallelism needs."""
+    """[1, T] int64."""
     position_ids: Tensor
     """[1, T] int64, from 0 in each sequence."""
-    sequence_lengths: list[int]
-    """With the padding as a last sequence of its own."""
     predicting_positions: Tensor
-    """[N] int64: position whose output predicts the response token."""
+    """[N] int64: position in the slice whose output predicts the response token."""
+    response_index: Tensor
+    """[N] int64: place of each token among the num_response_tokens of the whole sequences."""
+    response_rows: Tensor
+    """[N] int64: index into `rows`."""
     targets: Tensor
     """[N] int64, the response tokens."""
     temperatures: Tensor
@@ -83,38 +95,86 @@ class MicroBatch:
     advantages: Tensor
     """[N] float32."""
     old_log_probs: Tensor | None
+    """[N] float32."""
     modulation: Tensor | None
+    """[N] float32."""
+    weights: Tensor | None
+    """[N] float32."""
+    reasoning: Tensor | None
+    """[N] bool."""
 
 
-def pack(batch: TrainBatch, rows: list[int], *, device: torch.device, multiple: int = 1) -> MicroBatch:
-    """The micro-batch of these rows; total tokens are padded up to a multiple, and to at least one multiple."""
+def pack(
+    batch: TrainBatch, rows: list[int], *, device: torch.device, multiple: int = 1, cp_size: int = 1, cp_rank: int = 0
+) -> MicroBatch:
+    """The micro-batch of these rows: one context-parallel rank's slice of it.
+
+    Args:
+        multiple: every rank's slice is padded at its end to a multiple of this (sequence parallelism), at least to one.
+        cp_size: with more than 1 each sequence is padded at its end to a multiple of 2 cp_size, so that `zigzag` can
+            cut it. Padding stands behind the sequence's tokens, where the causal mask hides it from them.
+    """
     part = batch.select(rows)
-    lengths = part.sequence_lengths
-    total = int(lengths.sum())
-    padding = -total % multiple if total else multiple
-    ends = np.cumsum(lengths)
+    chunks = 1 if cp_size == 1 else 2 * cp_size
+    lengths = -(-part.sequence_lengths // chunks) * chunks
+    total, whole = int(lengths.sum()), math.lcm(chunks, cp_size * multiple)
+    padding = -total % whole if total else whole
     sequence_lengths = [*lengths.tolist(), padding] if padding else lengths.tolist()
-    positions = [
-        np.arange(end - response - 1, end - 1) for end, response in zip(ends, part.response_lengths, strict=True)
-    ]
-    predicting = np.concatenate([np.zeros(0, dtype=np.int64), *positions])
-    token_ids = np.concatenate([part.token_ids, np.zeros(padding, dtype=part.token_ids.dtype)])
+
+    starts = np.cumsum(lengths) - lengths
+    token_ids = np.zeros(total + padding, dtype=part.token_ids.dtype)
+    token_ids[_spans(starts, part.sequence_lengths)] = part.token_ids
+    predicting = _spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
+
+    here = zigzag(sequence_lengths, cp_size=cp_size, cp_rank=cp_rank)
+    place = np.full(total + padding, -1)
+    place[here] = np.arange(len(here))
+    kept = np.flatnonzero(place[predicting] >= 0)
 
     def to_device(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
 
-    def optional(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else to_device(array, torch.float32)
+    def per_token(array: np.ndarray | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return None if array is None else to_device(array[kept], dtype)
 
+    row_of_token = np.repeat(np.arange(len(rows)), part.response_lengths)
     return MicroBatch(
         rows=list(rows),
-        input_ids=to_device(token_ids, torch.int64)[None],
-        position_ids=to_device(np.concatenate([np.arange(n) for n in sequence_lengths]), torch.int64)[None],
         sequence_lengths=sequence_lengths,
-        predicting_positions=to_device(predicting, torch.int64),
-        targets=to_device(part.token_ids[predicting + 1], torch.int64),
-        temperatures=to_device(part.temperatures, torch.float32),
-        advantages=to_device(np.repeat(part.advantages, part.response_lengths), torch.float32),
-        old_log_probs=optional(part.old_log_probs),
-        modulation=optional(part.modulation),
+        num_response_tokens=part.num_response_tokens,
+        input_ids=to_device(token_ids[here], torch.int64)[None],
+        position_ids=to_device(_spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here], torch.int64)[None],
+        predicting_positions=to_device(place[predicting[kept]], torch.int64),
+        response_index=to_device(kept, torch.int64),
+        response_rows=to_device(row_of_token[kept], torch.int64),
+        targets=to_device(token_ids[predicting[kept] + 1], torch.int64),
+        temperatures=to_device(part.temperatures[kept], torch.float32),
+        advantages=to_device(part.advantages[row_of_token[kept]], torch.float32),
+        old_log_probs=per_token(part.old_log_probs),
+        modulation=per_token(part.modulation),
+        weights=per_token(part.weights),
+        reasoning=per_token(part.reasoning, torch.bool),
     )
+
+
+def zigzag(sequence_lengths: Sequence[int], *, cp_size: int, cp_rank: int) -> np.ndarray:
+    """Positions in the packed batch of the tokens that a context-parallel rank holds, in its order.
+
+    Each sequence is cut into 2 cp_size chunks; rank r holds the r-th from the front and the r-th from the back, so that
+    causal attention costs all ranks the same. This is Megatron's order for packed sequences.
+    """
+    lengths = np.asarray(sequence_lengths, dtype=np.int64)
+    if cp_size == 1:
+        return np.arange(int(lengths.sum()))
+    assert not (lengths % (2 * cp_size)).any(), f"lengths {sequence_lengths} do not cut into {2 * cp_size} chunks"
+    chunk = lengths // (2 * cp_size)
+    starts = np.cumsum(lengths) - lengths
+    first, last = starts + cp_rank * chunk, starts + (2 * cp_size - 1 - cp_rank) * chunk
+    return _spans(np.stack([first, last], 1).ravel(), np.repeat(chunk, 2))
+
+
+def _spans(starts: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The integers of [start, start + length) of each span, one span after another."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

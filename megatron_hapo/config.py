@@ -40,6 +40,8 @@ class ParallelConfig(Section):
     """Tensor parallel size."""
     pp: PositiveInt = 1
     """Pipeline parallel size."""
+    cp: PositiveInt = 1
+    """Context parallel size: each sequence is cut over so many ranks."""
     dp: PositiveInt = 1
     """Data parallel size."""
     ep: PositiveInt = 1
@@ -50,14 +52,14 @@ class ParallelConfig(Section):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
 
 class TrainerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter and activation dtype; with bfloat16 the optimizer keeps float32 master weights."""
     max_tokens_per_microbatch: PositiveInt = 16384
-    """Token budget of one packed micro-batch on one data parallel rank."""
+    """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
     recompute: Literal["none", "full"] = "none"
@@ -140,15 +142,58 @@ class EntropyConfig(Section):
     authors' released code."""
     floor: PositiveFloat = 1e-6
     """Entropies are raised to this many nats before the logarithm, in trainer and sampler alike."""
+    source: Literal["old", "current", "micro_batch"] = "old"
+    """Entropies behind h in the loss. `old`: of the policy before the step's first update. `current`: of the policy
+    being updated, against the step's statistics. `micro_batch`: as the authors' released code, statistics per
+    micro-batch of current entropies; the result then depends on the layout."""
+    scale_quantile: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the tokens beyond which log entropies no longer stretch the scale of h, at either end, e.g. 0.001;
+    0 takes the largest and the smallest."""
+
+
+class ForkingTokensConfig(Section):
+    """Gradient of the most uncertain tokens of the step only (arXiv:2506.01939)."""
+
+    enabled: bool = False
+    share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the response tokens that is kept (rho)."""
+
+
+class DualConstraintConfig(Section):
+    """Archer's constraints (arXiv:2507.15778): tokens above an entropy quantile of their response are reasoning tokens,
+    the others knowledge tokens, which keep algorithm.clip_low and clip_high."""
+
+    enabled: bool = False
+    quantile: Fraction = 0.8
+    clip_low: Fraction = 0.5
+    """Of reasoning tokens."""
+    clip_high: PositiveFloat = 0.5
+    """Of reasoning tokens."""
+    kl: Annotated[float, Field(ge=0)] = 0.001
+    """Coefficient of the KL of knowledge tokens, to the policy before the step's first update."""
+
+
+class ImportanceCorrectionConfig(Section):
+    """Truncated importance sampling: weights pi_old / pi_engine on the loss."""
+
+    level: Literal["none", "token", "sequence"] = "none"
+    mode: Literal["clip", "mask"] = "clip"
+    """`clip`: at most max_weight. `mask`: weights outside [1 / max_weight, max_weight] become 0."""
+    max_weight: Annotated[float, Field(ge=1)] = 2.0
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["token_level_group_average", "group_mean"] = "token_level_group_average"
-    """`token_level_group_average` (HAPO) or `group_mean` (GRPO)."""
+    advantage: Literal["token_level_group_average", "group_mean", "entropy_driven"] = "token_level_group_average"
+    """`token_level_group_average` (HAPO), `group_mean` (GRPO), or `entropy_driven` (EDGE-GRPO)."""
     norm_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     advantage_fallback: PositiveFloat = 5.0
     """A group with a normalised |advantage| of at least this much takes the GRPO advantage."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or of its whole response (GSPO)."""
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = "token_mean"
+    """Over a mini-batch: mean over tokens (DAPO, HAPO); mean over responses of their token means (GRPO, GSPO); mean
+    over responses of token sums / rollout.max_response_tokens (Dr.GRPO)."""
     clip_low: Fraction = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
@@ -157,6 +202,9 @@ class AlgorithmConfig(Section):
     adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()
     adaptive_clip: AdaptiveClipConfig = AdaptiveClipConfig()
     redistribution: RedistributionConfig = RedistributionConfig()
+    forking_tokens: ForkingTokensConfig = ForkingTokensConfig()
+    dual_constraint: DualConstraintConfig = DualConstraintConfig()
+    importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
 
 
 class DynamicSamplingConfig(Section):
@@ -413,6 +461,13 @@ def _contradictions(config: Config) -> Iterator[Fault]:
             f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
             ("parallel.tp", "parallel.dp"),
         )
+    if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
+        yield Fault(
+            "algorithm.entropy.source",
+            f"must be old or current with parallel.cp={config.parallel.cp}, got micro_batch: no rank sees all of "
+            "its tokens",
+            ("parallel.cp",),
+        )
     if reward.overlong.buffer_tokens >= rollout.max_response_tokens:
         yield Fault(
             "reward.overlong.buffer_tokens",
@@ -460,9 +515,9 @@ def _contradictions(config: Config) -> Iterator[Fault]:
 def _settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fault]:
     """Among `keys`, which the user asked for in so many words, those that this run would ignore."""
     algorithm = config.algorithm
-    uses_entropy = (
-        algorithm.adaptive_temperature.enabled or algorithm.adaptive_clip.enabled or algorithm.redistribution.enabled
-    )
+    uses_h_in_loss = algorithm.adaptive_clip.enabled or algorithm.redistribution.enabled
+    uses_entropy = algorithm.adaptive_temperature.enabled or uses_h_in_loss
+    corrects = algorithm.importance_correction.level != "none"
     ignored = {
         "parallel.sequence_parallel": (
             config.parallel.tp > 1 or not config.parallel.sequence_parallel,
@@ -473,6 +528,20 @@ def _settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fa
             f"algorithm.advantage is {algorithm.advantage}",
         ),
         "algorithm.entropy": (uses_entropy, "no part of the algorithm that uses the entropy is enabled"),
+        "algorithm.entropy.source": (uses_h_in_loss, "no part of the loss that uses the entropy is enabled"),
+        "algorithm.forking_tokens.share": (
+            algorithm.forking_tokens.enabled,
+            "algorithm.forking_tokens.enabled is false",
+        ),
+        **{
+            f"algorithm.dual_constraint.{name}": (
+                algorithm.dual_constraint.enabled,
+                "algorithm.dual_constraint.enabled is false",
+            )
+            for name in ("quantile", "clip_low", "clip_high", "kl")
+        },
+        "algorithm.importance_correction.mode": (corrects, "algorithm.importance_correction.level is none"),
+        "algorithm.importance_correction.max_weight": (corrects, "algorithm.importance_correction.level is none"),
         "algorithm.adaptive_temperature.tau": (
             algorithm.adaptive_temperature.enabled,
             "algorithm.adaptive_temperature.enabled is false",

@@ -13,10 +13,11 @@ from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.metrics import MetricsLogger, StepClock
 from megatron_hapo.prepare import (
     entropy_metrics,
-    minibatch_rows,
+    minibatches,
     mismatch_metrics,
+    weight_metrics,
     with_advantages,
-    with_modulation,
+    with_scores,
 )
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.reward_workers import RewardPool
@@ -79,14 +80,20 @@ class Driver:
         batch = with_advantages(groups, config.algorithm)
         with clock("log_probs"):
             scores = self.trainer.log_probs(batch)
-        batch, self.stats = with_modulation(batch, scores, config.algorithm.entropy)
+        batch, self.stats = with_scores(batch, scores, config.algorithm, group_size=config.batch.samples_per_prompt)
         with clock("update"):
-            minibatches = minibatch_rows(config.batch, seed=config.seed, step=step)
-            updates = [self.trainer.update(batch.select(rows), step=step) for rows in minibatches]
+            parts = minibatches(
+                batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
+                seed=config.seed, step=step,
+            )  # fmt: skip
+            updates = [self.trainer.update(part, step=step) for part in parts]
         with clock("weight_sync"):
             self.weight_sync.sync(policy_version=step)
         means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-        return {**metrics, **entropy_metrics(scores, self.stats), **mismatch_metrics(batch, scores), **means}
+        return {
+            **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
+            **mismatch_metrics(batch, scores), **means,
+        }  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the evaluation prompts: base temperature, no overlong penalty, the same seeds every time."""

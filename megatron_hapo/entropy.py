@@ -27,14 +27,18 @@ class EntropyStats:
     pivot: float
     """Pivot quantile of log entropy."""
     log_max: float
+    """Largest log entropy, or its high quantile."""
     log_min: float
+    """Smallest log entropy, or its low quantile."""
     rms: float
     """Root mean square of log entropy about the pivot; not used by the modulation, exported for the z-score of the
     paper's temperature formula."""
     num_tokens: int
 
 
-def entropy_stats(entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6) -> EntropyStats:
+def entropy_stats(
+    entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6, scale_quantile: float = 0.0
+) -> EntropyStats:
     """Statistics of log entropy over these tokens, bit-identical for every order of them.
 
     The pivot is the k-th smallest log entropy, k = round_half_even(pivot (N - 1)), without interpolation. The released
@@ -44,8 +48,10 @@ def entropy_stats(entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6)
         entropy_N: nats, all valid response tokens of the step (global, not one rank's). float64 stays float64.
         pivot: in (0, 1).
         floor: entropies are raised to this many nats before the logarithm.
+        scale_quantile: in [0, 0.5); with q > 0 log_max and log_min are the quantiles 1 - q and q (never on the other
+            side of the pivot), so that single tokens do not stretch the scale of h; tokens beyond get h = 1 or -1.
     Raises:
-        ValueError: no tokens, an entropy that is not finite, a pivot outside (0, 1).
+        ValueError: no tokens, an entropy that is not finite, a pivot outside (0, 1), a scale_quantile outside [0, 0.5).
     """
     if not 0 < pivot < 1:
         raise ValueError(f"pivot must lie in (0, 1), got {pivot}")
@@ -53,12 +59,20 @@ def entropy_stats(entropy_N: Tensor, *, pivot: float = 0.8, floor: float = 1e-6)
     num_tokens = log_N.numel()
     if num_tokens == 0:
         raise ValueError("entropy statistics need at least one token, got none")
-    k = round(pivot * (num_tokens - 1))  # Python rounds half to even, as the reference does
-    quantile = log_N.kthvalue(k + 1).values
+    if not 0 <= scale_quantile < 0.5:
+        raise ValueError(f"scale_quantile must lie in [0, 0.5), got {scale_quantile}")
+
+    def order_statistic(share: float) -> Tensor:
+        # Python rounds half to even, as the reference does
+        return log_N.kthvalue(round(share * (num_tokens - 1)) + 1).values
+
+    quantile = order_statistic(pivot)
+    log_max = torch.maximum(order_statistic(1 - scale_quantile), quantile)
+    log_min = torch.minimum(order_statistic(scale_quantile), quantile)
     squares_N = (log_N.double() - quantile.double()).square()
     total = int((squares_N * _SQUARES_PER_UNIT).round().long().sum())
     rms = math.sqrt(total / _SQUARES_PER_UNIT / num_tokens)
-    return EntropyStats(float(quantile), float(log_N.max()), float(log_N.min()), rms, num_tokens)
+    return EntropyStats(float(quantile), float(log_max), float(log_min), rms, num_tokens)
 
 
 def entropy_modulation(entropy_N: Tensor, stats: EntropyStats, *, sign: Sign = "signed", floor: float = 1e-6) -> Tensor:

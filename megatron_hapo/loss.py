@@ -13,7 +13,9 @@ MAX_LOG_RATIO = 20.0
 """exp of a larger log-ratio overflows into NaN gradients; beyond this bound the gradient is zero anyway."""
 
 
-def adaptive_clip_range(h_N: Tensor, *, clip_low: float, clip_high: float, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
+def adaptive_clip_range(
+    h_N: Tensor, *, clip_low: float | Tensor, clip_high: float | Tensor, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Per-token clip ranges (low, high): the ratio is kept in [1 - low, 1 + high].
 
     Low widens to clip_low (1 - alpha h) where h <= 0, high to clip_high (1 + alpha h) where h > 0. [N] each.
@@ -49,8 +51,8 @@ def hapo_loss(
     advantages_N: Tensor,
     h_N: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
     clip_alpha: float = 1.0,
     adv_beta: float = 1.0,
     dual_clip: float = 10.0,
@@ -70,6 +72,7 @@ def hapo_loss(
         old_log_probs_N: [N], policy before the step's first update.
         advantages_N: [N].
         h_N: [N], entropy modulation in [-1, 1].
+        clip_low, clip_high: of all tokens, or [N] of each.
         dual_clip: c > 1; a token with negative advantage loses at most c |A|.
         num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
     Returns:

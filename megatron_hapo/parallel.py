@@ -22,9 +22,14 @@ class ParallelLayout:
     pp_size: int
     pp_rank: int
     pp_group: dist.ProcessGroup
+    cp_size: int
+    cp_rank: int
+    cp_group: dist.ProcessGroup
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """All ranks that hold different tokens of a mini-batch and the same parameters."""
     ep_size: int
     """Experts are dealt out over this many of the tp x dp ranks of a pipeline stage, and are not cut further."""
     ep_rank: int
@@ -42,12 +47,17 @@ class ParallelLayout:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank."""
-        return self.is_last_stage and self.tp_rank == 0
+        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank, first cp rank."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is of the first of the grids that hold the same parameters."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
 
 def initialize(
-    *, tp: int, pp: int, ep: int = 1, device: torch.device, seed: int, timeout_seconds: float
+    *, tp: int, pp: int, cp: int = 1, ep: int = 1, device: torch.device, seed: int, timeout_seconds: float
 ) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
@@ -57,6 +67,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tp,
         pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
@@ -71,9 +82,13 @@ def initialize(
         pp_size=pp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
+        cp_size=cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=_one(parallel_state.get_context_parallel_group()),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=_one(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_one(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep_size=ep,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=_one(parallel_state.get_expert_model_parallel_group()),

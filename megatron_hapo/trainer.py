@@ -29,12 +29,13 @@ from megatron_hapo.checkpoint import distributed as checkpoint
 from megatron_hapo.checkpoint.hf import spoken_tensors, write_stage
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
+from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
-from megatron_hapo.loss import hapo_loss
 from megatron_hapo.model.build import build_model, first_layer
 from megatron_hapo.model.families import Placement, hf_tensor_shapes, placement, read_shape
 from megatron_hapo.model.layers import packed_params
+from megatron_hapo.objective import policy_loss
 from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
@@ -110,15 +111,30 @@ class TrainerRank:
         """Score the responses of this rank's data-parallel slice with the current weights.
 
         Returns:
-            On ranks that report (last stage, tp rank 0): rows of the batch, and their scores in that order. Else None.
+            On ranks that report (last stage, tp and cp rank 0): rows of the batch, and their scores in that order. Else
+            None.
         """
         microbatches = self._microbatches(batch)
         collected = self._run(microbatches, self._score, forward_only=True)
+        if not self.layout.is_last_stage:
+            return None
+        columns = self._whole_responses(microbatches, collected).cpu().numpy()
         if not self.layout.reports:
             return None
         rows = [row for microbatch in microbatches for row in microbatch.rows]
-        columns = [torch.cat(parts).cpu().numpy() for parts in zip(*collected, strict=True)]
         return rows, TokenScores(log_probs=columns[0], rollout_temperature_log_probs=columns[1], entropies=columns[2])
+
+    def _whole_responses(self, microbatches: list[MicroBatch], collected: list[tuple[Tensor, ...]]) -> Tensor:
+        """[3, tokens]: the micro-batches' scores with the tokens of the other context-parallel ranks filled in."""
+        parts = []
+        for microbatch, scores in zip(microbatches, collected, strict=True):
+            part = torch.zeros(len(scores), microbatch.num_response_tokens, device=self.layout.device)
+            part[:, microbatch.response_index] = torch.stack(scores)
+            parts.append(part)
+        whole = torch.cat(parts, dim=1)
+        if self.layout.cp_size > 1:
+            dist.all_reduce(whole, group=self.layout.cp_group)
+        return whole
 
     def _score(self, logits_NV: Tensor, microbatch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         base = self.config.rollout.temperature
@@ -142,16 +158,16 @@ class TrainerRank:
     # ----- update
 
     def update(self, batch: TrainBatch, *, step: int) -> dict[str, float] | None:
-        """One optimizer step on a mini-batch that carries old_log_probs, advantages and modulation.
+        """One optimizer step on a mini-batch that carries old_log_probs, advantages and what its loss needs.
 
         Returns:
-            On reporting ranks the mini-batch's metrics, equal on all of them. Else None.
+            On ranks of the last stage the mini-batch's metrics, equal on all of them. Else None.
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are unchanged.
         """
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens)
+        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens, stats=batch.stats)
         collected = self._run(self._microbatches(batch), loss_of, forward_only=False)
         learning_rate = self._set_learning_rate(step)
         # step() would clip by and then apply a NaN norm, so the norm is looked at before it.
@@ -167,7 +183,7 @@ class TrainerRank:
             return None
         sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in collected[0]}
         totals = torch.stack(list(sums.values()))
-        dist.all_reduce(totals, group=self.layout.dp_group)
+        dist.all_reduce(totals, group=self.layout.dp_cp_group)
         means = dict(zip(sums, (totals / batch.num_response_tokens).tolist(), strict=True))
         return {
             "loss/policy": means["loss"] * batch.num_response_tokens,
@@ -180,24 +196,19 @@ class TrainerRank:
             "lr": learning_rate,
         }
 
-    def _loss(self, logits_NV: Tensor, microbatch: MicroBatch, *, num_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        algorithm = self.config.algorithm
-        log_probs_N, _ = self._log_probs_and_entropy(logits_NV, microbatch, self.config.rollout.temperature)
-        assert microbatch.old_log_probs is not None, "update needs a scored batch"
-        assert microbatch.modulation is not None, "update needs the modulation"
-        loss, sums = hapo_loss(
+    def _loss(
+        self, logits_NV: Tensor, microbatch: MicroBatch, *, num_tokens: int, stats: EntropyStats | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs_N, entropies_N = self._log_probs_and_entropy(logits_NV, microbatch, self.config.rollout.temperature)
+        return policy_loss(
             log_probs_N,
-            microbatch.old_log_probs,
-            microbatch.advantages,
-            microbatch.modulation,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            clip_alpha=algorithm.adaptive_clip.alpha if algorithm.adaptive_clip.enabled else 0.0,
-            adv_beta=algorithm.redistribution.beta if algorithm.redistribution.enabled else 0.0,
-            dual_clip=algorithm.dual_clip,
+            entropies_N,
+            microbatch,
+            self.config.algorithm,
             num_tokens=num_tokens,
+            stats=stats,
+            cp_group=self.layout.cp_group if self.layout.cp_size > 1 else None,
         )
-        return loss, {"loss": loss.detach(), **sums}
 
     def _set_learning_rate(self, step: int) -> float:
         """Linear warm-up over steps; step counts from 1, so the first step already moves the weights."""
@@ -261,6 +272,7 @@ class TrainerRank:
         return placement(
             name, self.shape, first_layer=first_layer(self.model),
             tp_rank=self.layout.tp_rank, tp_size=self.layout.tp_size,
+            ep_rank=self.layout.ep_rank, ep_size=self.layout.ep_size,
         )  # fmt: skip
 
     def export_hf(self, folder: Path) -> dict[str, str] | None:
@@ -282,7 +294,17 @@ class TrainerRank:
             max_tokens=self.config.trainer.max_tokens_per_microbatch,
         )
         multiple = self.layout.tp_size if self.model.config.sequence_parallel else 1
-        return [pack(batch, rows, device=self.layout.device, multiple=multiple) for rows in plan[self.layout.dp_rank]]
+        return [
+            pack(
+                batch,
+                rows,
+                device=self.layout.device,
+                multiple=multiple,
+                cp_size=self.layout.cp_size,
+                cp_rank=self.layout.cp_rank,
+            )
+            for rows in plan[self.layout.dp_rank]
+        ]
 
     def _run(
         self, microbatches: list[MicroBatch], on_logits: Callable[[Tensor, MicroBatch], Any], *, forward_only: bool
@@ -298,7 +320,12 @@ class TrainerRank:
                 microbatch.input_ids,
                 microbatch.position_ids,
                 None,
-                packed_seq_params=packed_params(microbatch.sequence_lengths, self.layout.device),
+                packed_seq_params=packed_params(
+                    microbatch.sequence_lengths,
+                    self.layout.device,
+                    cp_size=self.layout.cp_size,
+                    cp_rank=self.layout.cp_rank,
+                ),
                 output_processor=_response_logits,
                 output_processor_context=microbatch.predicting_positions,
                 # The vocabulary-parallel function makes float32 copies of a chunk at a time; a whole one is the

@@ -118,7 +118,13 @@ class TrainBatch:
     old_log_probs: np.ndarray | None = None
     """[N] float32, the trainer's before the step's first update."""
     modulation: np.ndarray | None = None
-    """[N] float32, h_t in [-1, 1]; zero where the method does not use it."""
+    """[N] float32, h_t in [-1, 1], of the old policy's entropies."""
+    weights: np.ndarray | None = None
+    """[N] float32, weight of each token's loss beside 1 / (number of tokens); None: 1."""
+    reasoning: np.ndarray | None = None
+    """[N] bool, Archer's reasoning tokens; None where the method does not tell them apart."""
+    stats: EntropyStats | None = None
+    """Of the whole step, for a loss that recomputes h."""
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -136,7 +142,9 @@ class TrainBatch:
         chosen = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            chosen[field.name] = None if value is None else value[axis.get(field.name, response_tokens)]
+            if isinstance(value, np.ndarray):
+                value = value[axis.get(field.name, response_tokens)]
+            chosen[field.name] = value
         return TrainBatch(**chosen)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.batching import pack, plan_microbatches
+from megatron_hapo.batching import pack, plan_microbatches, zigzag
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 
 
@@ -87,3 +87,40 @@ def test_merged_scores_are_in_batch_order() -> None:
     assert merged.entropies.tolist() == [21, 22, 23, 25, 26, 27]
     with pytest.raises(AssertionError, match="missing or doubled"):
         merge_scores([([2], scores([5, 6, 7]))], batch)
+
+
+def test_a_context_parallel_rank_holds_a_front_and_a_back_chunk_of_each_sequence() -> None:
+    assert zigzag([8, 4], cp_size=2, cp_rank=0).tolist() == [0, 1, 6, 7, 8, 11]
+    assert zigzag([8, 4], cp_size=2, cp_rank=1).tolist() == [2, 3, 4, 5, 9, 10]
+    assert zigzag([3, 2], cp_size=1, cp_rank=0).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("multiple", [1, 3])
+def test_the_slices_hold_every_response_token_once_and_what_predicts_it(cp_size: int, multiple: int) -> None:
+    batch, device = make_batch(), torch.device("cpu")
+    rows = [2, 0]
+    slices = [
+        pack(batch, rows, device=device, multiple=multiple, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)
+    ]
+    assert len({part.input_ids.shape for part in slices}) == 1
+    assert slices[0].input_ids.shape[1] % multiple == 0
+    assert all(length % (2 * cp_size) == 0 for length in slices[0].sequence_lengths) or cp_size == 1
+    index = torch.cat([part.response_index for part in slices])
+    assert sorted(index.tolist()) == list(range(5)) == list(range(slices[0].num_response_tokens))
+    in_order = index.argsort()
+    assert torch.cat([part.targets for part in slices])[in_order].tolist() == [23, 24, 25, 3, 4]
+    assert torch.cat([part.temperatures for part in slices])[in_order].tolist() == [3, 4, 5, 0, 1]
+    assert torch.cat([part.advantages for part in slices])[in_order].tolist() == [2, 2, 2, 0.5, 0.5]
+    assert torch.cat([part.response_rows for part in slices])[in_order].tolist() == [0, 0, 0, 1, 1]
+    predictors = torch.cat([part.input_ids[0, part.predicting_positions] for part in slices])[in_order]
+    assert predictors.tolist() == [22, 23, 24, 2, 3]
+    positions = torch.cat([part.position_ids[0, part.predicting_positions] for part in slices])[in_order]
+    assert positions.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_all_ranks_of_a_context_parallel_group_take_an_empty_micro_batch() -> None:
+    for rank in range(2):
+        part = pack(make_batch(), [], device=torch.device("cpu"), multiple=3, cp_size=2, cp_rank=rank)
+        assert part.input_ids.shape == (1, 6)
+        assert part.targets.shape == (0,)

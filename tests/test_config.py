@@ -82,7 +82,7 @@ def test_all_faults_come_at_once_and_name_their_origin(tmp_path):
 def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
     path = write(tmp_path, MINIMAL.replace("size: 100", "size: 100, max_term: 4") + "clip_high: 0.3\n")
     assert faults_of(path, "algorithm.entropy.pivott=0.7", "parallel.qqq=1") == [
-        "command line: parallel.qqq: unknown key; allowed here: tp, pp, dp, sequence_parallel",
+        "command line: parallel.qqq: unknown key; allowed here: tp, pp, cp, dp, sequence_parallel",
         "command line: algorithm.entropy.pivott: unknown key; did you mean pivot?",
         "run.yaml: data.train.max_term: unknown key; did you mean max_terms?",
         "run.yaml: clip_high: unknown key; did you mean algorithm.clip_high?",
@@ -114,6 +114,18 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
         (
             ["reward.overlong.buffer_tokens=10240"],
             "reward.overlong.buffer_tokens: must be less than rollout.max_response_tokens=10240, got 10240",
+        ),
+        (
+            ["algorithm.entropy.source=micro_batch", "parallel.cp=2"],
+            "algorithm.entropy.source: must be old or current with parallel.cp=2, got micro_batch",
+        ),
+        (
+            ["algorithm.importance_correction.max_weight=3"],
+            "algorithm.importance_correction.max_weight: has no effect: algorithm.importance_correction.level is none",
+        ),
+        (
+            ["algorithm.dual_constraint.kl=0.1"],
+            "algorithm.dual_constraint.kl: has no effect: algorithm.dual_constraint.enabled is false",
         ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),

@@ -42,7 +42,7 @@ def _state(
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": layout.dp_group,
+        "dp_cp_group": layout.dp_cp_group,
     }
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
     state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)

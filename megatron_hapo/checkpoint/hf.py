@@ -82,7 +82,7 @@ def spoken_tensors(model: GPTModel, shape: Shape, layout: ParallelLayout) -> Ite
     """
 
     def spoken(name: str) -> bool:
-        return (layout.expert_dp_rank if is_expert(name) else layout.dp_rank) == 0
+        return layout.expert_dp_rank == 0 if is_expert(name) else layout.is_first_replica
 
     experts_only = layout.tp_rank > 0
     for name, tensor in hf_tensors(model, shape, layout, select=spoken):

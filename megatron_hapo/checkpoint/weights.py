@@ -45,7 +45,7 @@ def save_weights(model: GPTModel, layout: ParallelLayout, folder: Path) -> None:
 
 def sharded_weights(model: GPTModel, layout: ParallelLayout) -> dict[str, Any]:
     """This rank's parameters with their places in the whole, as dist_checkpointing takes them."""
-    return model.sharded_state_dict(metadata={"dp_cp_group": layout.dp_group})
+    return model.sharded_state_dict(metadata={"dp_cp_group": layout.dp_cp_group})
 
 
 def use_plain_results_queue() -> None:

@@ -54,6 +54,7 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
     layout = parallel.initialize(
         tp=config.parallel.tp,
         pp=config.parallel.pp,
+        cp=config.parallel.cp,
         ep=config.parallel.ep,
         device=torch_device,
         seed=config.seed,

@@ -62,6 +62,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
+        context_parallel_size=layout.cp_size,
         sequence_parallel=sequence_parallel and layout.tp_size > 1,
         # Packed micro-batches differ in length; Megatron accepts that for dense models only with this dispatcher.
         variable_seq_lengths=True,

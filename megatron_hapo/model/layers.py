@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_hapo.batching import zigzag
 
 
 class RMSNorm(torch.nn.Module):
@@ -26,12 +30,23 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention over packed sequences (thd), one SDPA call for all sequences of similar length."""
+    """Causal grouped-query attention over packed sequences (thd), one SDPA call for all sequences of similar length.
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any):
+    With context parallelism a rank holds the queries of its slice and gathers the keys and values of all slices.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *_: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **__: Any,
+    ):
         super().__init__()
         assert config.attention_dropout == 0, "attention dropout is not supported"
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -43,29 +58,56 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **__: Any,
     ) -> Tensor:
-        """Args: query [t, heads, d]; key, value [t, kv_heads, d]. Returns: [t, heads * d]."""
+        """Args: query [t, heads, d]; key, value [t, kv_heads, d]. Returns: [t, heads * d].
+
+        All ranks of the context-parallel group call it together.
+        """
         assert attention_mask is None, "packed sequences carry their own mask"
         output = torch.empty_like(query)
         assert isinstance(packed_seq_params, PackedBatchParams)
-        for index, valid in packed_seq_params.padded_groups:
-            # Padding stands behind each sequence, so the causal mask alone hides it from every real token.
-            q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
+        if self.cp_group is not None:
+            key, value = (self._gather(x, packed_seq_params) for x in (key, value))
+        for group in packed_seq_params.padded_groups:
+            q = query[group.index].transpose(1, 2)
+            k, v = (x[group.key_index].transpose(1, 2) for x in (key, value))
             attended = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+                q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=self.softmax_scale, enable_gqa=True
             )
-            output = output.index_put((index[valid],), attended.transpose(1, 2)[valid])
+            output = output.index_put((group.index[group.valid],), attended.transpose(1, 2)[group.valid])
         return output.flatten(1)
+
+    def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
+        """The slices of all ranks in the sequences' order; the backward sums and scatters the gradients."""
+        return gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[params.gathered_order]
+
+
+@dataclass(frozen=True)
+class PaddedGroup:
+    """Sequences of similar lengths as a padded rectangle."""
+
+    index: Tensor
+    """[sequences, longest] positions of the queries in this rank's slice; its sequence's first where there is none."""
+    valid: Tensor
+    """[sequences, longest] bool: which of them are real."""
+    key_index: Tensor
+    """[sequences, longest key] positions of the keys in the packed batch."""
+    mask: Tensor | None
+    """[sequences, 1, longest, longest key] bool, which keys a query sees. None is the plain causal mask: padding stands
+    behind each sequence, so that mask alone hides it from every real token."""
 
 
 class PackedBatchParams(PackedSeqParams):
     """Packed sequence boundaries, and the same sequences as a few padded rectangles, made once per micro-batch."""
 
-    padded_groups: list[tuple[Tensor, Tensor]]
-    """For each group of similar lengths: [sequences, longest] positions in the packed batch, and which are real."""
+    padded_groups: list[PaddedGroup]
+    gathered_order: Tensor
+    """Where each token of the packed batch stands in the gathered slices."""
 
 
-def packed_params(sequence_lengths: list[int], device: torch.device) -> PackedBatchParams:
-    """Boundaries of sequences laid end to end."""
+def packed_params(
+    sequence_lengths: list[int], device: torch.device, *, cp_size: int = 1, cp_rank: int = 0
+) -> PackedBatchParams:
+    """Boundaries of sequences laid end to end; the lengths are those of the whole sequences."""
     lengths = torch.tensor(sequence_lengths, dtype=torch.int32)
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
     longest = int(lengths.max())
@@ -76,19 +118,37 @@ def packed_params(sequence_lengths: list[int], device: torch.device) -> PackedBa
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    params.padded_groups = _padded_groups(lengths, device)
+    slices = [torch.from_numpy(zigzag(sequence_lengths, cp_size=cp_size, cp_rank=rank)) for rank in range(cp_size)]
+    params.gathered_order = torch.cat(slices).argsort().to(device)
+    params.padded_groups = [
+        _padded_group(lengths.long(), rows, slices[cp_rank] if cp_size > 1 else None, cp_size, device)
+        for rows in _similar(lengths)
+    ]
     return params
 
 
-def _padded_groups(lengths: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _similar(lengths: Tensor) -> list[Tensor]:
     """Sequences whose lengths share a power of two: padding at most doubles a group, and groups are few."""
-    starts = lengths.cumsum(0) - lengths
-    groups = []
     size_class = torch.ceil(torch.log2(lengths.float().clamp_min(1)))
-    for size in size_class.unique():
-        rows = size_class == size
-        offset = torch.arange(int(lengths[rows].max()))[None]
-        valid = offset < lengths[rows, None]
-        index = (starts[rows, None] + offset).where(valid, 0)
-        groups.append((index.to(device), valid.to(device)))
-    return groups
+    return [size_class == size for size in size_class.unique()]
+
+
+def _padded_group(
+    lengths: Tensor, rows: Tensor, slice_positions: Tensor | None, cp_size: int, device: torch.device
+) -> PaddedGroup:
+    index, valid = _rectangle(lengths, rows)
+    if slice_positions is None:
+        index, valid = index.to(device), valid.to(device)
+        return PaddedGroup(index, valid, index, None)
+    query_index, query_valid = _rectangle(lengths // cp_size, rows)
+    sees = slice_positions[query_index][:, :, None] >= index[:, None, :]
+    mask = (sees & valid[:, None, :])[:, None]
+    return PaddedGroup(*(x.to(device) for x in (query_index, query_valid, index, mask)))
+
+
+def _rectangle(lengths: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in the packed batch of the sequences `rows`, and which are real; the others point at their start."""
+    starts = (lengths.cumsum(0) - lengths)[rows, None]
+    offset = torch.arange(int(lengths[rows].max()))[None]
+    valid = offset < lengths[rows, None]
+    return (starts + offset).where(valid, starts), valid

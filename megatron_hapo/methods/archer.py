@@ -1,0 +1,42 @@
+"""Archer: wide clipping and no KL for reasoning tokens, narrow clipping and KL for knowledge tokens.
+
+A token of response i is a reasoning token if its entropy exceeds the 0.8 quantile of that response's entropies, else a
+knowledge token. Everything else is DAPO's:
+
+    L = -1/sum |o_i| sum_i sum_t min(r A, clip(r, 1 - eps_it, 1 + eps_it) A) - kl_it D_it
+
+with eps = 0.5, kl = 0 for reasoning tokens and eps = 0.2, kl = 0.001 for knowledge tokens, D the k3 estimate of the KL.
+Decided here: entropies are the old policy's; the quantile is the k-th smallest, k = round_half_even(0.8 (n - 1)),
+without interpolation; D is taken to the policy before the step's first update, because no separate reference policy is
+kept (the paper's is the starting model). At the first update of a step D and its gradient are therefore zero.
+
+Source: arXiv:2507.15778, section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_hapo.loss import MAX_LOG_RATIO
+
+
+def reasoning_mask(entropies_N: Tensor, lengths_B: Tensor, *, quantile: float = 0.8) -> Tensor:
+    """Whether each token's entropy exceeds the quantile of its own response. [N] bool
+
+    Raises:
+        ValueError: a quantile outside (0, 1).
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
+    masks = [torch.zeros(0, dtype=torch.bool)]
+    for entropies in entropies_N.split(lengths_B.tolist()):
+        if len(entropies):
+            masks.append(entropies > entropies.kthvalue(round(quantile * (len(entropies) - 1)) + 1).values)
+    return torch.cat(masks)
+
+
+def kl_to_old_policy(log_probs_N: Tensor, old_log_probs_N: Tensor) -> Tensor:
+    """k3 estimate of each token's KL(current || old), at least 0, differentiable in log_probs. [N]"""
+    log_ratio_N = (old_log_probs_N - log_probs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(log_ratio_N) - log_ratio_N

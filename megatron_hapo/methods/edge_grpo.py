@@ -1,0 +1,38 @@
+"""EDGE-GRPO's entropy-driven advantage: confident answers count more, right or wrong.
+
+    A_i' = A_i / (P_i / mean P),   P_i the mean token entropy of response i
+
+A_i is GRPO's advantage. Decided here: the mean of P runs over the response's group (the released code takes whatever
+the devices hold together); P_i / mean P is kept in [0.1, 10], the bounds in the released code's comment, since a
+certain response has P_i = 0; entropies are the old policy's, so A' is a constant of the step. The paper's other half,
+guided error correction, rewrites wrong responses with reference solutions; prompts here need none, and it is left out.
+
+Source: arXiv:2507.21848, section 4.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BOUNDS = (0.1, 10.0)
+
+
+def entropy_driven_advantage(advantages_B: Tensor, entropies_N: Tensor, lengths_B: Tensor, groups_B: Tensor) -> Tensor:
+    """Each response's advantage divided by its share of the group's mean entropy. [B]
+
+    Args:
+        advantages_B: [B].
+        entropies_N: [N] nats, the responses' tokens in order.
+        lengths_B: [B] int64 response tokens.
+        groups_B: [B] integers, equal for responses to one prompt.
+    """
+    rows_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
+    sums_B = torch.zeros(len(lengths_B), dtype=torch.float64).index_add_(0, rows_N, entropies_N.double())
+    means_B = sums_B / lengths_B.clamp_min(1)
+    shares_B = torch.ones_like(means_B)
+    for group in groups_B.unique():
+        rows = (groups_B == group) & (lengths_B > 0)
+        if rows.any() and means_B[rows].mean() > 0:
+            shares_B[rows] = means_B[rows] / means_B[rows].mean()
+    return (advantages_B.double() / shares_B.clamp(*BOUNDS)).to(advantages_B.dtype)

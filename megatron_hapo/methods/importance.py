@@ -1,0 +1,52 @@
+"""Truncated importance sampling: corrects for tokens having been sampled by the engine, not by the trainer's policy.
+
+    w = pi_old(o_t) / pi_engine(o_t),   pi_engine at the temperature T_t that sampled the token
+
+The numerator is at the base temperature, the policy that is trained, so w corrects the adaptive temperature as well as
+the engine's arithmetic. A response's weight is the product over its tokens. `clip` takes min(w, max_weight); `mask`
+gives weight 0 where w lies outside [1 / max_weight, max_weight], else w. The weight is a constant of the step.
+
+Source: "Your efficient RL framework secretly brings you off-policy RL training" (Yao et al. 2025, token level, clip);
+sequence level and masks as in later work on the same mismatch, "When speed kills stability" (Liu et al. 2025).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_hapo.loss import MAX_LOG_RATIO
+
+
+def importance_weights(
+    old_log_probs_N: Tensor,
+    rollout_log_probs_N: Tensor,
+    lengths_B: Tensor,
+    *,
+    level: Literal["token", "sequence"],
+    mode: Literal["clip", "mask"],
+    max_weight: float,
+) -> Tensor:
+    """Weight of each token's loss. [N] float32
+
+    Args:
+        old_log_probs_N: [N] the trainer's, before the step's first update, at the base temperature.
+        rollout_log_probs_N: [N] the engine's, at each token's own temperature.
+        lengths_B: [B] int64 response tokens.
+    Raises:
+        ValueError: max_weight is less than 1.
+    """
+    if max_weight < 1:
+        raise ValueError(f"max_weight must be at least 1, got {max_weight}")
+    log_weight_N = old_log_probs_N.double() - rollout_log_probs_N.double()
+    if level == "sequence":
+        rows_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
+        sums_B = torch.zeros(len(lengths_B), dtype=torch.float64).index_add_(0, rows_N, log_weight_N)
+        log_weight_N = sums_B[rows_N]
+    weights_N = log_weight_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if mode == "clip":
+        return weights_N.clamp_max(max_weight).float()
+    inside_N = (weights_N <= max_weight) & (weights_N >= 1 / max_weight)
+    return weights_N.where(inside_N, 0).float()
