@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_hapo.config import parse_bytes
 from megatron_hapo.model.families import Shape, read_shape
 from megatron_hapo.sizing.memory import (
     GIB,
@@ -16,7 +17,6 @@ from megatron_hapo.sizing.memory import (
     head_bytes,
     optimizer_bytes_per_element,
     optimizer_elements,
-    parse_bytes,
     trainer_memory,
 )
 from megatron_hapo.sizing.parameters import Layout, model_parameters, stage_parameters

@@ -8,7 +8,6 @@ sequences; no term is quadratic in the length, because attention keeps its log-s
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -257,17 +256,3 @@ def kv_bytes_per_token(shape: Shape, *, tp: int, bytes_per_element: int = 2) -> 
     """Keys and values of all layers on one engine rank; a rank holds at least one key-value head."""
     heads = max(1, shape.num_kv_heads // tp)
     return 2 * shape.num_layers * heads * shape.head_dim * bytes_per_element
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size like 80GiB, 141GB or 1024.
-
-    Raises:
-        ValueError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text)
-    if match is None:
-        raise ValueError(f"must be a size like 80GiB or 141GB, got {text!r}")
-    number, prefix, binary = match.groups()
-    exponent = "KMGT".index(prefix) + 1 if prefix else 0
-    return round(float(number) * (1024 if binary else 1000) ** exponent)

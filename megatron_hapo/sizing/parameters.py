@@ -43,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters on one rank. Data-parallel ranks share dense and expert parameters in groups of two sizes."""
+    """Numbers of parameters on one rank; dense and expert ones have replicas on different numbers of ranks."""
 
     dense: int
     expert: int

@@ -72,15 +72,14 @@ class Rejection:
     reason: str
 
 
-def search(
-    shape: Shape, workload: Workload, cluster: Cluster, limits: Limits
-) -> tuple[list[Plan], list[Rejection]]:
+def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
     """Plans, the shortest step first, one for each (tp, pp, cp, ep) and engine tp; and what was rejected.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
     """
-    engines, rejections = _engine_choices(shape, workload, cluster, limits)
+    engines, rejected_engines = _engine_choices(shape, workload, cluster, limits)
+    rejections = [*rejected_engines]
     best: dict[tuple[int, ...], Plan] = {}
     nearest: tuple[int, str] | None = None
     for trainer_gpus in _trainer_shares(cluster):
@@ -104,8 +103,10 @@ def search(
                 if key not in best or plan.time.total < best[key].time.total:
                     best[key] = plan
     if not best:
-        nearest_text = f"; nearest: {nearest[1]}" if nearest else "".join(f"; {r.what}: {r.reason}" for r in rejections[:3])
-        raise HapoError(f"no layout of {cluster.gpus} GPUs of {cluster.gpu_bytes / GIB:.0f} GiB fits{nearest_text}")
+        head = f"no layout of {cluster.gpus} GPUs of {cluster.gpu_bytes / GIB:.0f} GiB fits"
+        if not engines:
+            raise HapoError(f"{head} an engine: {rejected_engines[-1].what}: {rejected_engines[-1].reason}")
+        raise HapoError(f"{head}; nearest: {nearest[1]}" if nearest else head)
     return sorted(best.values(), key=lambda plan: plan.time.total), _deduplicated(rejections)
 
 

@@ -212,12 +212,7 @@ def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, eng
     context = workload.mean_prompt_tokens + workload.token_mean_length / 2
     tokens = responses * workload.mean_response_tokens
     caches = tokens * context * kv_bytes_per_token(shape, tp=tp) / bandwidth
-    products = (
-        tokens
-        * model_flops(shape, tokens=1, length=0, response_share=1)
-        / tp
-        / (MATMUL_EFFICIENCY * gpu.flops)
-    )
+    products = tokens * model_flops(shape, tokens=1, length=0, response_share=1) / tp / (MATMUL_EFFICIENCY * gpu.flops)
     prompts = workload.prompts_per_step / engines * workload.mean_prompt_tokens
     prefill = prompts * model_flops(shape, tokens=1, length=0, response_share=0) / tp / (MATMUL_EFFICIENCY * gpu.flops)
     return iterations * (weights / bandwidth + overhead) + caches + products + prefill
