@@ -61,10 +61,12 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     except KeyError as error:
         yield Fault("model.path", f"{folder / 'config.json'} has no {error.args[0]}")
         return
-    layout_faults = [*_layout_faults(config, shape)]
-    yield from layout_faults
-    if not layout_faults:
-        yield from _memory_faults(config, shape)
+    yield from check_layout(config, shape)
+
+
+def check_layout(config: Config, shape: Shape) -> list[Fault]:
+    """Why a model of this shape does not split over the layout, or does not fit its GPUs; empty where it does."""
+    return [*_layout_faults(config, shape)] or [*_memory_faults(config, shape)]
 
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:

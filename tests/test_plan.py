@@ -104,7 +104,7 @@ def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "64 x h100 of 80 GiB, disaggregated" in out
     for word in ("weights", "grads", "optim.", "activ.", "logits", "KV", "sync", "MFU", "largest part is"):
-        assert word in out
+        assert word in " ".join(out.split()), word
     assert "…" not in out
 
 
@@ -189,9 +189,7 @@ def test_train_refuses_what_cannot_fit(
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=9GiB", *fits]) == cli.EXIT_FAULT
     first, second = capsys.readouterr().err.splitlines()
     assert "parallel: does not fit" in first
-    assert (
-        "rollout.tp: does not fit: at tp=2 the weights take 7.6 GiB of a GPU of 16.0 GiB" in second or "tp=2" in first
-    )
+    assert "rollout.tp: does not fit: at tp=2 the weights take 7.6 GiB of a GPU of 9.0 GiB" in second
     assert check_run(load_config("run.yaml", ["device=cpu", "rollout.kv_cache_tokens=600", "rollout.tp=8"])) == []
 
 

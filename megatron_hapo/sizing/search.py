@@ -47,6 +47,8 @@ class Limits:
     memory_fraction: float = 0.8
     max_running_requests: int = 256
     bucket_bytes: int = 512 << 20
+    replicate_kv_heads: bool = False
+    """Whether an engine may have more ranks than the model has key-value heads, each head on several of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,7 @@ def _engine_choices(
     """(tp, memory, running requests) of engines that hold the model and one longest response."""
     choices, rejections = [], []
     for tp in _divisors(cluster.nvlink_size):
-        fault = _tp_fault(shape, tp)
+        fault = _tp_fault(shape, tp, replicate=limits.replicate_kv_heads)
         if fault:
             rejections.append(Rejection(f"rollout.tp={tp}", fault))
             continue
@@ -228,12 +230,13 @@ def _microbatches(workload: Workload, layout: Layout) -> int:
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 
-def _tp_fault(shape: Shape, tp: int) -> str | None:
-    sizes = {
-        "attention heads": shape.num_heads,
-        "key-value heads": shape.num_kv_heads,
-        "feed-forward units": shape.ffn_size,
-    }
+def _tp_fault(shape: Shape, tp: int, *, replicate: bool = False) -> str | None:
+    sizes = {"attention heads": shape.num_heads, "feed-forward units": shape.ffn_size}
+    if not (replicate and tp % shape.num_kv_heads == 0):
+        sizes["key-value heads"] = shape.num_kv_heads
+    moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
+    if moe:
+        sizes["feed-forward units of an expert"] = moe.ffn_size
     bad = [f"{size} {what}" for what, size in sizes.items() if size % tp]
     return f"{' and '.join(bad)} do not split over tp={tp}" if bad else None
 
