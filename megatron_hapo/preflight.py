@@ -25,7 +25,7 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
     Raises:
         ConfigError: with all faults at once, those of the config and those of the files.
     """
-    draft = read_config(path, overrides)
+    draft = read_config(path, [*overrides, *settings.automatic_layout(path, overrides)])
     if draft.config is not None:
         draft = draft.with_checks(check_run(draft.config))
     return draft.accept()

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_hapo import cli
-from megatron_hapo.config import load_config
+from megatron_hapo.config import Config, load_config
 from megatron_hapo.errors import HapoError
+from megatron_hapo.preflight import check_run
 from megatron_hapo.sizing import settings
 from megatron_hapo.sizing.memory import GIB
 from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
 from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
-from tests.test_cli import run_folder  # noqa: F401  # a fixture
+from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
 from tests.test_sizing_memory import QWEN3_8B
 
 HF_CONFIGS = Path(__file__).parent / "data/hf_configs"
@@ -178,8 +179,6 @@ def test_train_refuses_what_cannot_fit(
 ) -> None:
     """Before anything is loaded; on a CPU nothing is refused."""
     write_model(run_folder)
-    from megatron_hapo.preflight import check_run
-
     fits = ["parallel.tp=4", "parallel.dp=4", "rollout.tp=2"]
     assert check_run(load_config("run.yaml", ["device=cuda", "parallel.gpu_memory=80GiB", *fits])) == []
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=80GiB"]) == cli.EXIT_FAULT
@@ -200,3 +199,23 @@ def test_planning_imports_no_torch() -> None:
         "assert not {'torch', 'megatron', 'sglang', 'ray', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(
+    run_folder: Path,  # noqa: F811
+    started: list[Config],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_model(run_folder)
+    (run_folder / "auto.yaml").write_text("base: run.yaml\nparallel: auto\ndevice: cuda\n")
+    monkeypatch.setattr(settings, "local_gpus", lambda: [])
+    assert cli.main(["train", "auto.yaml"]) == cli.EXIT_FAULT
+    assert "auto.yaml: parallel: auto asks for the GPUs of this machine" in capsys.readouterr().err
+    monkeypatch.setattr(settings, "local_gpus", lambda: [80 * GIB] * 8)
+    assert cli.main(["train", "auto.yaml", "seed=3"]) == 0
+    (config,) = started
+    assert config.seed == 3
+    assert config.parallel.world_size + config.rollout.engines * config.rollout.tp <= 8
+    assert config.parallel.world_size > 1
+    assert check_run(config) == []

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
-from megatron_hapo.config import Config, ParallelConfig, TrainerConfig, parse_bytes
+from megatron_hapo.config import Config, ParallelConfig, TrainerConfig, load_config, parse_bytes
+from megatron_hapo.config_sources import read_sources
 from megatron_hapo.errors import HapoError
+from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import Spec
 from megatron_hapo.sizing.parameters import Layout
-from megatron_hapo.sizing.search import Limits, Plan
-from megatron_hapo.sizing.throughput import Workload
+from megatron_hapo.sizing.search import Cluster, Limits, Plan, search
+from megatron_hapo.sizing.throughput import GPUS, Workload
 
 MEAN_OVER_MAX = 0.25
 """Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
@@ -118,3 +123,35 @@ def local_gpus() -> list[int]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [int(line) << 20 for line in answer.split() if line.isdigit()]
+
+
+def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
+    """What `parallel: auto` stands for on this machine, as key=value settings; nothing where a config does not say so.
+
+    It sets the trainer's sizes, micro-batches and recomputation, and the number and size of the engines.
+
+    Raises:
+        HapoError: no GPU is visible here, or nothing fits; ConfigError: the config has faults.
+    """
+    if read_sources(Path(path), overrides)[0].get("parallel") != "auto":
+        return []
+    config = load_config(path, [*overrides, "parallel={}"])
+    gpus = local_gpus()
+    if not gpus:
+        raise HapoError(
+            f"{path}: parallel: auto asks for the GPUs of this machine, and nvidia-smi shows none; "
+            "`megatron-hapo plan CONFIG --gpus N --write FILE` makes a layout for other machines"
+        )
+    cluster = Cluster(gpus=len(gpus), gpu_bytes=min(gpus), gpu=GPUS["h100"], nvlink_size=len(gpus))
+    limits = replace(limits_of(config), spec=spec_here(config))
+    plans, _ = search(read_shape(config.model.path), workload_of(config), cluster, limits)
+    plan = next((plan for plan in plans if not inexpressible(plan)), None)
+    if plan is None:
+        raise HapoError(f"{path}: parallel: auto: every layout that fits needs {', '.join(inexpressible(plans[0]))}")
+    return [
+        f"{section}.{key}={str(value).lower()}"
+        for section, values in plan_settings(plan).items()
+        for key, value in values.items()
+        # A setting of the command line must have an effect.
+        if not (key == "sequence_parallel" and plan.layout.tp == 1)
+    ]
