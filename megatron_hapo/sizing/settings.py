@@ -28,13 +28,15 @@ PLANNED_SIZES = ("tp", "pp", "cp", "ep", "dp")
 
 def layout_of(config: Config) -> Layout:
     """The trainer's layout that a config asks for."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     known = ParallelConfig.model_fields.keys() & set(PLANNED_SIZES)
     return Layout(
         **{name: getattr(config.parallel, name) for name in known},
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         recompute=config.trainer.recompute,
-        tokens_per_microbatch=config.trainer.max_tokens_per_microbatch,
+        # A sequence longer than the budget stands alone in a micro-batch of its own.
+        tokens_per_microbatch=max(longest, config.trainer.max_tokens_per_microbatch),
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
     )
 
