@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hapo.errors import HapoError
+from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
+from megatron_hapo.sizing.command import run as plan_command
 
 EXIT_FAULT = 2
 """The run cannot work as it was asked for: a fault of the config, the data or a part of the run, told in one line."""
@@ -62,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         parser_of.add_argument("--verify", action="store_true", help="compare the logits of both sides")
         parser_of.set_defaults(run=_convert)
+
+    plan = commands.add_parser(
+        "plan", help="choose a layout", description="Which layouts fit, how fast they would be, and why others do not."
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=plan_command)
 
     report = commands.add_parser(
         "report", help="curves of one run or several", description="Draw the curves of runs, several over each other."

@@ -5,13 +5,14 @@ A config is a YAML file; `base:` names the file (or files) that it builds on, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_hapo.config_faults import Fault, schema_faults
 from megatron_hapo.config_sources import COMMAND_LINE, read_sources
@@ -19,6 +20,25 @@ from megatron_hapo.errors import ConfigError
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size like 80GiB, 141GB or 1024.
+
+    Raises:
+        ValueError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text)
+    if match is None:
+        raise ValueError(f"must be a size like 80GiB or 141GB, got {text!r}")
+    number, prefix, binary = match.groups()
+    exponent = "KMGT".index(prefix) + 1 if prefix else 0
+    return round(float(number) * (1024 if binary else 1000) ** exponent)
+
+
+def _byte_size(text: str) -> str:
+    parse_bytes(text)
+    return text
 
 
 class Section(BaseModel):
@@ -49,6 +69,9 @@ class ParallelConfig(Section):
     of a pipeline stage; within such a group each expert stands on one rank, whole."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
+    gpu_memory: Annotated[str, AfterValidator(_byte_size)] | None = None
+    """Memory of one GPU, e.g. 80GiB. A layout that cannot fit is refused before anything is loaded. `None`: as the
+    driver of this machine says, if there is one."""
 
     @property
     def world_size(self) -> int:

@@ -14,6 +14,10 @@ from megatron_hapo.data import file_faults
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
 from megatron_hapo.reward import import_reasoning_gym
+from megatron_hapo.sizing import settings
+from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory
+from megatron_hapo.sizing.parameters import model_parameters
+from megatron_hapo.sizing.search import too_large
 
 
 def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -22,7 +26,7 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
     Raises:
         ConfigError: with all faults at once, those of the config and those of the files.
     """
-    draft = read_config(path, overrides)
+    draft = read_config(path, [*overrides, *settings.automatic_layout(path, overrides)])
     if draft.config is not None:
         draft = draft.with_checks(check_run(draft.config))
     return draft.accept()
@@ -58,7 +62,12 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     except KeyError as error:
         yield Fault("model.path", f"{folder / 'config.json'} has no {error.args[0]}")
         return
-    yield from _layout_faults(config, shape)
+    yield from check_layout(config, shape)
+
+
+def check_layout(config: Config, shape: Shape) -> list[Fault]:
+    """Why a model of this shape does not split over the layout, or does not fit its GPUs; empty where it does."""
+    return [*_layout_faults(config, shape)] or [*_memory_faults(config, shape)]
 
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
@@ -83,6 +92,44 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
             f"max_prompt_tokens + max_response_tokens = {longest} is more than the model's {shape.max_positions} "
             "positions (max_position_embeddings in its config.json)",
             ("model.path", "rollout.max_prompt_tokens"),
+        )
+
+
+def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
+    """Why trainer or engines cannot fit their GPUs; nothing on a CPU, or where the size of a GPU is not known."""
+    gpu_bytes = settings.gpu_memory(config)
+    if gpu_bytes is None:
+        return
+    rollout = config.rollout
+    trainer = trainer_memory(
+        shape,
+        settings.layout_of(config),
+        gpu_bytes=gpu_bytes,
+        spec=settings.spec_here(config),
+        bucket_bytes=config.weight_sync.bucket_bytes,
+    )
+    if trainer.total > gpu_bytes:
+        yield Fault(
+            "parallel",
+            f"does not fit: a trainer rank {too_large(trainer, gpu_bytes)}; `megatron-hapo plan` finds layouts that do",
+            ("model.path", "trainer", "rollout.max_response_tokens"),
+        )
+    engine = engine_memory(
+        shape,
+        tp=rollout.tp,
+        gpu_bytes=gpu_bytes,
+        memory_fraction=rollout.memory_fraction,
+        num_parameters=model_parameters(shape),
+        bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
+    )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if engine.kv_tokens < longest:
+        yield Fault(
+            "rollout.tp",
+            f"does not fit: at tp={rollout.tp} the weights take {engine.weights / GIB:.1f} GiB of a GPU of "
+            f"{gpu_bytes / GIB:.1f} GiB, which leaves a KV cache of {max(0, engine.kv_tokens)} tokens at "
+            f"rollout.memory_fraction={rollout.memory_fraction}; one response may need {longest}",
+            ("model.path", "rollout.memory_fraction", "rollout.max_response_tokens"),
         )
 
 

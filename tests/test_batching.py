@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,30 @@ def test_all_ranks_of_a_context_parallel_group_take_an_empty_micro_batch() -> No
         part = pack(make_batch(), [], device=torch.device("cpu"), multiple=3, cp_size=2, cp_rank=rank)
         assert part.input_ids.shape == (1, 6)
         assert part.targets.shape == (0,)
+
+
+def long_tailed_lengths(number: int, seed: int) -> np.ndarray:
+    """Prompt and response together: log-normal responses (mean about 2,900, one in 40 cut off at 12,288)."""
+    generator = np.random.default_rng(seed)
+    responses = np.minimum(generator.lognormal(7.5, 1.0, number).astype(int) + 1, 12288)
+    return responses + generator.integers(60, 1024, number)
+
+
+@pytest.mark.parametrize("budget", [13312, 16384, 32768])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_large_step_is_balanced_full_and_planned_in_time(seed: int, budget: int) -> None:
+    """8,192 responses on 64 ranks: imbalance at most 1.02, filler below 1 %, planned in less than a second."""
+    lengths, ranks = long_tailed_lengths(8192, seed), 64
+    started = time.process_time()
+    plan = plan_microbatches(lengths, dp_size=ranks, max_tokens=budget)
+    assert time.process_time() - started < 1
+    tokens = np.array([[lengths[rows].sum() for rows in microbatches] for microbatches in plan])
+    loads = tokens.sum(1)
+    assert loads.max() / loads.mean() <= 1.02
+    # An empty micro-batch costs a pass of its own; each rank's tokens are padded to a multiple of tp = 8.
+    filler = (tokens == 0).mean() + (-tokens % 8).sum() / tokens.sum()
+    assert filler < 0.01
+    # No rank could do with fewer: the fullest one needs this many at least.
+    assert tokens.shape[1] <= np.ceil(loads.max() / budget) + 1
+    # Experts make the ranks wait for each other in every micro-batch: the n-th ones are alike in size.
+    assert tokens.max(0).sum() / tokens.mean(0).sum() < 1.02

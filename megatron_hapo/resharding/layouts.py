@@ -128,8 +128,10 @@ def engine_parameters(shape: Shape, tp: int) -> list[tuple[Parameter, ...]]:
     """The parameters of each of an engine's `tp` ranks, under SGLang's names.
 
     Raises:
-        ValueError: the model does not split over tp. Tensors that this layout does not know are left to `make_plan`.
+        ValueError: the model does not split over tp, or has experts, whose layout in the engine is not described here.
     """
+    if shape.moe is not None:
+        raise ValueError("the engine's layout of mixture-of-experts models is not known to the plan")
     return [tuple(_engine_rank(shape, tp, rank)) for rank in range(tp)]
 
 

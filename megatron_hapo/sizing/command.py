@@ -1,0 +1,110 @@
+"""`megatron-hapo plan`: from its arguments to ranked layouts."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, parse_bytes
+from megatron_hapo.errors import HapoError
+from megatron_hapo.model.families import Shape, read_shape
+from megatron_hapo.sizing.report import plans_as_json, print_plans, write_plan
+from megatron_hapo.sizing.search import Cluster, Limits, search
+from megatron_hapo.sizing.settings import MEAN_OVER_MAX, MEAN_PROMPT_TOKENS, limits_of, recompute_choices, workload_of
+from megatron_hapo.sizing.throughput import GPUS, Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `plan` takes."""
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--model", type=Path, metavar="HF_CONFIG", help="model folder or config.json; replaces the config's model.path"
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of trainer and engines together")
+    parser.add_argument("--gpu-memory", default="80GiB", help="memory of one GPU (default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="for its rates (default: %(default)s)")
+    parser.add_argument("--nvlink-size", type=int, default=8, help="GPUs of an NVLink domain (default: %(default)s)")
+    parser.add_argument(
+        "--placement", choices=("disaggregated", "colocated"), default="disaggregated",
+        help="GPUs of their own for trainer and engines, or the same in turn (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--max-prompt", type=int, help="tokens; replaces the config's")
+    parser.add_argument("--max-response", type=int, help="tokens; replaces the config's")
+    parser.add_argument("--mean-response", type=float, help="expected tokens; default: a quarter of the longest")
+    parser.add_argument("--top", type=int, default=8, help="plans to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the best plan as a config on top of CONFIG")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the plans.
+
+    Raises:
+        HapoError: what was asked for cannot be planned, or nothing fits.
+    """
+    if arguments.config is None and arguments.model is None:
+        raise HapoError("plan: name a CONFIG or a model with --model")
+    for name in ("gpus", "nvlink_size", "top"):
+        if getattr(arguments, name) < 1:
+            raise HapoError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(arguments, name)}")
+    config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
+    shape = shape_at(arguments.model or config.model.path)  # type: ignore[union-attr]  # one of the two is there
+    try:
+        gpu_bytes = parse_bytes(arguments.gpu_memory)
+    except ValueError as error:
+        raise HapoError(f"--gpu-memory: {error}") from None
+    cluster = Cluster(
+        gpus=arguments.gpus, gpu_bytes=gpu_bytes, gpu=GPUS[arguments.gpu], nvlink_size=arguments.nvlink_size,
+        placement=arguments.placement,
+    )  # fmt: skip
+    limits = Limits(max_cp=8, recompute=recompute_choices()) if config is None else limits_of(config)
+    # SGLang can do it, `train` cannot yet: show such a plan, but do not write it.
+    limits = replace(limits, replicate_kv_heads=arguments.write is None)
+    workload = _workload(config, arguments)
+    if workload.longest > shape.max_positions:
+        raise HapoError(
+            f"prompt and response of {workload.longest} tokens are more than the model's {shape.max_positions} "
+            "positions; lower --max-response"
+        )
+    plans, rejections = search(shape, workload, cluster, limits)
+    if arguments.json:
+        print(plans_as_json(plans, rejections, top=arguments.top))
+    else:
+        print_plans(plans, rejections, cluster, top=arguments.top)
+    if arguments.write is not None:
+        write_plan(plans, arguments.write, base=arguments.config, cluster=cluster)
+
+
+def shape_at(path: Path) -> Shape:
+    """The shape of a model folder, or of a config.json under any name."""
+    if not path.is_file():
+        return read_shape(path)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder) / "config.json")
+        return read_shape(Path(folder))
+
+
+def _workload(config: Config | None, arguments: argparse.Namespace) -> Workload:
+    rollout, batch = RolloutConfig(), BatchConfig()
+    if config is not None:
+        rollout, batch = config.rollout, config.batch
+    lengths = {
+        "max_prompt_tokens": arguments.max_prompt or rollout.max_prompt_tokens,
+        "max_response_tokens": arguments.max_response or rollout.max_response_tokens,
+    }
+    mean = arguments.mean_response or MEAN_OVER_MAX * lengths["max_response_tokens"]
+    if config is not None:
+        config = config.model_copy(update={"rollout": rollout.model_copy(update=lengths)})
+        return workload_of(config, mean_response_tokens=mean)
+    return Workload(
+        prompts_per_step=batch.prompts_per_step,
+        samples_per_prompt=batch.samples_per_prompt,
+        prompts_per_minibatch=batch.prompts_per_minibatch,
+        mean_prompt_tokens=min(MEAN_PROMPT_TOKENS, lengths["max_prompt_tokens"]),
+        mean_response_tokens=mean,
+        **lengths,
+    )

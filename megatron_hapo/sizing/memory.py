@@ -1,0 +1,258 @@
+"""Bytes on one GPU: what a trainer rank and an engine rank hold, and the peak of each phase of a step.
+
+Letters in the formulas: `h` hidden size, `q` and `k` width of all query heads and of all key heads, `f` feed-forward
+units, `t` tokens of a micro-batch on the rank, `w` bytes of an activation. Everything is in bytes.
+Source of the approach: Korthikanti et al., arXiv:2205.05198, section 4, with grouped queries, gated units and packed
+sequences; no term is quadratic in the length, because attention keeps its log-sum-exp only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hapo.model.families import Shape, padded_vocab_size
+from megatron_hapo.sizing.parameters import Layout, experts, stage_layers, stage_parameters
+
+GIB = 1 << 30
+
+Spec = Literal["te", "local", "local_cpu"]
+"""Layers of Transformer Engine; of torch on a GPU; of torch on a CPU, where RMSNorm is not one fused operator."""
+
+FIXED_RESERVE_BYTES = 3 * GIB
+"""CUDA context, NCCL's buffers, cuBLAS work space."""
+FRAGMENTATION = 0.05
+"""Share of the GPU's memory that the caching allocator cannot hand out."""
+EXPERT_IMBALANCE = 1.25
+"""Tokens of the busiest expert rank over the mean."""
+PADDING_OF_GROUPS = 1.33
+"""The local attention pads sequences of similar length: to twice the tokens at worst, to about this on average."""
+HEAD_CHUNKS = 3
+"""Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerMemory:
+    """The bytes of one trainer rank, part by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Float32 master weights and Adam's two moments."""
+    activations: int
+    """What the backward pass needs, of all micro-batches in flight, and the largest temporary of a layer."""
+    logits_head: int
+    optimizer_step: int
+    """Temporaries of the optimizer step."""
+    sync_buckets: int
+    """Gathered tensors and the bucket under way while weights go to the engines."""
+    reserve: int
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes beyond weights, gradients, optimizer and reserve in each phase; only the largest counts."""
+        return {
+            "update": self.activations + self.logits_head,
+            "optimizer step": self.optimizer_step,
+            "weight sync": self.sync_buckets,
+        }
+
+    @property
+    def total(self) -> int:
+        """At the peak of the step."""
+        return self.weights + self.gradients + self.optimizer + self.reserve + max(self.phases.values())
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """Name and bytes of the largest part at the peak."""
+        peak = max(self.phases, key=self.phases.__getitem__)
+        present = {"update": ("activations", "logits_head"), "optimizer step": ("optimizer_step",)}
+        names = ["weights", "gradients", "optimizer", *present.get(peak, ("sync_buckets",))]
+        name = max(names, key=lambda part: getattr(self, part))
+        return name.replace("_", " "), getattr(self, name)
+
+
+def trainer_memory(
+    shape: Shape,
+    layout: Layout,
+    *,
+    gpu_bytes: int = 0,
+    spec: Spec = "te",
+    num_microbatches: int | None = None,
+    response_share: float = 1.0,
+    bucket_bytes: int = 512 << 20,
+) -> TrainerMemory:
+    """The bytes of the fullest rank.
+
+    Args:
+        gpu_bytes: memory of a GPU; fixes the share lost to fragmentation. 0 (a CPU): no reserve at all.
+        num_microbatches: of a mini-batch on one rank; None: at least as many as pipeline stages.
+        response_share: of the tokens of a micro-batch; only response tokens reach the output head.
+    """
+    stages = [
+        _stage_memory(shape, layout, stage, gpu_bytes, spec, num_microbatches, response_share, bucket_bytes)
+        for stage in range(layout.pp)
+    ]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage_memory(
+    shape: Shape,
+    layout: Layout,
+    stage: int,
+    gpu_bytes: int,
+    spec: Spec,
+    num_microbatches: int | None,
+    response_share: float,
+    bucket_bytes: int,
+) -> TrainerMemory:
+    parameters = stage_parameters(shape, layout, stage)
+    sharded = optimizer_elements(shape, layout, stage)
+    in_flight = min(layout.pp - stage, num_microbatches or layout.pp)
+    last = stage == layout.pp - 1
+    return TrainerMemory(
+        weights=layout.bytes_per_parameter * parameters.total,
+        gradients=4 * parameters.total,
+        optimizer=optimizer_bytes_per_element(layout) * sharded,
+        activations=activation_bytes(shape, layout, stage, in_flight=in_flight, spec=spec),
+        logits_head=head_bytes(shape, layout, rows=round(response_share * layout.tokens_per_rank)) if last else 0,
+        # torch's multi-tensor Adam makes one temporary as large as a moment; Transformer Engine's and apex's do not.
+        optimizer_step=0 if spec == "te" else 4 * sharded,
+        sync_buckets=sync_bytes(shape, layout, bucket_bytes=bucket_bytes),
+        reserve=FIXED_RESERVE_BYTES + round(FRAGMENTATION * gpu_bytes) if gpu_bytes else 0,
+    )
+
+
+def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
+    """Parameters whose optimizer state a rank holds: all of its own, or its share with the distributed optimizer.
+
+    Dense parameters are shared over dp x cp ranks, expert parameters over those of them with the same experts.
+    """
+    parameters = stage_parameters(shape, layout, stage)
+    if not layout.distributed_optimizer:
+        return parameters.total
+    replicas = layout.dp * layout.cp
+    return -(-parameters.dense // replicas) + -(-parameters.expert // (replicas // layout.ep))
+
+
+def optimizer_bytes_per_element(layout: Layout) -> int:
+    """Two float32 moments; a float32 master weight where the weight itself is not float32."""
+    return 12 if layout.bytes_per_parameter == 2 else 8
+
+
+def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
+    """Logits of `rows` response tokens: 2.75 bytes an element in bfloat16, and what surrounds them.
+
+    The gradient overwrites the logits. Chunks of a sixteenth of the rows, at most 1,024, are worked on in float32.
+    Beside them: the hidden states of all tokens (gathered under sequence parallelism), those of the chosen rows and
+    their gradient, and the gradient of the output weight before it is added to the float32 buffer.
+    """
+    w, h = layout.bytes_per_parameter, shape.hidden_size
+    columns = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp
+    chunk = min(1024, -(-rows // 16))
+    logits = rows * columns * w + HEAD_CHUNKS * 4 * chunk * columns
+    gathered = layout.tokens_per_rank * h * w if layout.sequence_shards > 1 else 0
+    return logits + gathered + 2 * rows * h * w + columns * h * w
+
+
+def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:
+    """A whole tensor gathered from the tp ranks, its copy in the engines' order, and a bucket."""
+    largest = shape.vocab_size * shape.hidden_size * layout.bytes_per_parameter
+    return bucket_bytes + (2 if layout.tp > 1 else 1) * largest
+
+
+def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: int, spec: Spec) -> int:
+    """At the peak of a stage that has `in_flight` micro-batches between their forward and their backward pass.
+
+    With full recomputation every layer keeps its input, and one layer at a time has all of its activations.
+    """
+    tokens = layout.tokens_per_rank
+    layers = stage_layers(shape, layout, stage)
+    saved = [layer_activation_bytes(shape, layout, layer, spec=spec) for layer in layers]
+    temporary = max(layer_temporary_bytes(shape, layout, layer, spec=spec) for layer in layers)
+    w, h = layout.bytes_per_parameter, shape.hidden_size
+    residual = w * h / layout.sequence_shards
+    ends = residual * (stage == 0) + _norm(h, w, spec) / layout.sequence_shards * (stage == layout.pp - 1)
+    if layout.recompute == "full":
+        kept, working = residual * len(layers) + ends, max(saved) + temporary
+    else:
+        kept, working = sum(saved) + ends, temporary
+    return round(tokens * (in_flight * kept + working))
+
+
+def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
+    """What a layer's backward pass needs of one token of the rank.
+
+    Attention: two norms, the input of the qkv product, its output, queries, keys and values again after their norm and
+    rotation, the attention's output. Feed-forward: its input, the gate and up products, what the activation saves.
+    """
+    w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.tp
+    q, k = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
+    fused = spec == "te"
+    hidden = (2 * _norm(h, w, spec) + 2 * w * h) / layout.sequence_shards
+    attention = w * (q + 2 * k)
+    if shape.qk_norm:
+        attention += 8 * (q + k) if spec == "local_cpu" else w * (0 if fused else q + k)
+    padding = PADDING_OF_GROUPS if spec == "local" else 1.0
+    attention += w * padding * (2 * q + 2 * k)
+    if not fused:
+        # The output before padding is taken off, and cosines and sines, which every sequence makes anew.
+        attention += w * (q + 4 * shape.head_dim)
+    moe = experts(shape, layer)
+    # The local spec keeps silu(gate), up + 0 and their product; the fused operator only the product.
+    units = 3 if fused else 5
+    if moe is None:
+        return hidden + attention + w * units * shape.ffn_size / tp
+    routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h + units * moe.ffn_size / tp)
+    return hidden + attention + routed + 8 * moe.num_experts / layout.sequence_shards
+
+
+def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
+    """The largest gradients that live at once in a layer's backward pass, for one token: of gate and up, and h."""
+    moe = experts(shape, layer)
+    units = shape.ffn_size if moe is None else moe.top_k * EXPERT_IMBALANCE * moe.ffn_size
+    return layout.bytes_per_parameter * (2 * units / layout.tp + shape.hidden_size)
+
+
+def _norm(h: int, w: int, spec: Spec) -> int:
+    """What RMSNorm saves beside its output: its input, or, in torch's unfused form, float32 input and quotient."""
+    return 8 * h if spec == "local_cpu" else w * h
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """The bytes of one engine rank."""
+
+    weights: int
+    kv_cache: int
+    """What is left of the engine's share of the GPU."""
+    kv_tokens: int
+    """Tokens that the cache holds."""
+    runtime: int
+    """Activations of the largest batch, CUDA graphs, and the reserve."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.runtime
+
+
+def engine_memory(
+    shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2
+) -> EngineMemory:
+    """The bytes of an engine rank; kv_tokens is negative where not even the weights fit.
+
+    SGLang takes `memory_fraction` of the GPU for weights and cache, and leaves the rest to activations and graphs.
+    """
+    weights = bytes_per_element * num_parameters // tp
+    share = round(memory_fraction * gpu_bytes)
+    per_token = kv_bytes_per_token(shape, tp=tp, bytes_per_element=bytes_per_element)
+    room = share - weights
+    return EngineMemory(
+        weights=weights, kv_cache=max(0, room), kv_tokens=room // per_token, runtime=gpu_bytes - max(share, weights)
+    )
+
+
+def kv_bytes_per_token(shape: Shape, *, tp: int, bytes_per_element: int = 2) -> int:
+    """Keys and values of all layers on one engine rank; a rank holds at least one key-value head."""
+    heads = max(1, shape.num_kv_heads // tp)
+    return 2 * shape.num_layers * heads * shape.head_dim * bytes_per_element

@@ -1,0 +1,114 @@
+"""How many parameters a rank of a layout holds, counted from a model's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_hapo.model.families import Shape, padded_vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the trainer is laid out over its GPUs, and how much one of them works on at a time."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    """Experts are dealt out over so many of the dp x cp ranks; an expert is cut over tp like all else."""
+    dp: int = 1
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+    recompute: Literal["none", "full"] = "none"
+    tokens_per_microbatch: int = 16384
+    """Of one data-parallel rank, before context parallelism cuts it."""
+    bytes_per_parameter: int = 2
+    """Of weights and activations: 2 for bfloat16 (with float32 master weights), 4 for float32."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def tokens_per_rank(self) -> int:
+        return -(-self.tokens_per_microbatch // self.cp)
+
+    @property
+    def sequence_shards(self) -> int:
+        """Over how many ranks norms and residuals are cut."""
+        return self.tp if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters on one rank; dense and expert ones have replicas on different numbers of ranks."""
+
+    dense: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
+    """Parameters of a rank of a pipeline stage, as Megatron allocates them.
+
+    With tied embeddings the last stage holds a copy of the embedding, if it is not the first stage too.
+    """
+    dense = expert = 0
+    for layer in stage_layers(shape, layout, stage):
+        dense += _attention(shape, layout.tp) + 2 * shape.hidden_size
+        moe = experts(shape, layer)
+        if moe is None:
+            dense += 3 * shape.hidden_size * shape.ffn_size // layout.tp
+        else:
+            dense += shape.hidden_size * moe.num_experts  # the router
+            expert += moe.num_experts // layout.ep * 3 * shape.hidden_size * moe.ffn_size // layout.tp
+    vocabulary = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp * shape.hidden_size
+    first, last = stage == 0, stage == layout.pp - 1
+    if first:
+        dense += vocabulary
+    if last:
+        dense += shape.hidden_size
+        if not (shape.tied_embeddings and first):
+            dense += vocabulary
+    return Parameters(dense, expert)
+
+
+def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
+    """The layers of a pipeline stage."""
+    number = shape.num_layers // layout.pp
+    return range(stage * number, (stage + 1) * number)
+
+
+def model_parameters(shape: Shape) -> int:
+    """Of the whole model, without padding and copies."""
+    return stage_parameters(shape, Layout(), 0).total
+
+
+def experts(shape: Shape, layer: int) -> Any | None:
+    """The experts of a layer (num_experts, ffn_size, top_k), or None where it has an ordinary feed-forward block."""
+    moe = getattr(shape, "moe", None)
+    return None if moe is None or layer in moe.dense_layers else moe
+
+
+def active_parameters(shape: Shape, layer: int) -> int:
+    """Parameters of one layer that one token meets in a matrix multiplication."""
+    attention = _attention(shape, 1)
+    moe = experts(shape, layer)
+    if moe is None:
+        return attention + 3 * shape.hidden_size * shape.ffn_size
+    return attention + shape.hidden_size * (moe.num_experts + 3 * moe.top_k * moe.ffn_size)
+
+
+def _attention(shape: Shape, tp: int) -> int:
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    number = (2 * queries + 2 * keys) * shape.hidden_size // tp
+    if shape.qkv_bias:
+        number += (queries + 2 * keys) // tp
+    if shape.qk_norm:
+        number += 2 * shape.head_dim
+    return number

@@ -1,0 +1,128 @@
+"""Plans as a table, as JSON, and as a config file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hapo.errors import HapoError
+from megatron_hapo.sizing.memory import GIB
+from megatron_hapo.sizing.parameters import Layout
+from megatron_hapo.sizing.search import Cluster, Plan, Rejection, describe
+from megatron_hapo.sizing.settings import PLANNED_SIZES, inexpressible, plan_settings
+
+MIN_WIDTH = 110
+TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
+ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
+
+
+def print_plans(
+    plans: Sequence[Plan],
+    rejections: Sequence[Rejection],
+    cluster: Cluster,
+    *,
+    top: int,
+    console: Console | None = None,
+) -> None:
+    """The best plans with their times and the bytes of each part, then why other layouts do not fit."""
+    # A table of this width reads better wrapped by a narrow terminal than with its words cut off.
+    console = console or Console(width=max(MIN_WIDTH, Console().width))
+    console.print(_time_table(plans[:top], title(cluster)), _memory_table(plans[:top]))
+    if rejections:
+        console.print(f"{len(rejections)} layouts do not fit, among them:")
+        for rejection in rejections[:top]:
+            console.print(f"  {rejection.what}: {rejection.reason}", highlight=False)
+
+
+def _time_table(plans: Sequence[Plan], heading: str) -> Table:
+    table = Table(
+        title=heading,
+        caption="seconds of a step; engines as number x tp",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    table.add_column("#")
+    table.add_column("trainer", no_wrap=True)
+    for name in ("tokens", "recomp.", "engines", "gener.", "score", "update", "step", "bubble", "MFU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, plan in enumerate(plans, 1):
+        layout, time = plan.layout, plan.time
+        seconds = (f"{value:.0f}" for value in (time.generate, time.log_probs, time.update, time.total))
+        table.add_row(
+            str(number), short(layout), str(layout.tokens_per_microbatch), layout.recompute,
+            f"{plan.engines}x{plan.rollout_tp}", *seconds, f"{time.bubble_share:.0%}", f"{time.mfu:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _memory_table(plans: Sequence[Plan]) -> Table:
+    caption = "GiB of the fullest trainer rank, at most one phase's temporaries at a time | of an engine rank"
+    table = Table(caption=caption, box=SIMPLE_HEAD)
+    table.add_column("#")
+    for name in ("weights", "grads", "optim.", "activ.", "logits", "sync", "reserve", "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("| weights", "KV", "running"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, plan in enumerate(plans, 1):
+        trainer = (f"{getattr(plan.trainer, name) / GIB:.1f}" for name in TRAINER_PARTS)
+        engine = (f"{getattr(plan.engine, name) / GIB:.1f}" for name in ("weights", "kv_cache"))
+        table.add_row(str(number), *trainer, *engine, str(plan.running_requests))
+    return table
+
+
+def short(layout: Layout) -> str:
+    """tp2 dp12: the sizes above one."""
+    sizes = [f"{name}{size}" for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1]
+    return " ".join(sizes) or "dp1"
+
+
+def title(cluster: Cluster) -> str:
+    """64 x h100 of 80 GiB, disaggregated."""
+    return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
+
+
+def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int) -> str:
+    """The same as JSON; sizes in bytes, times in seconds."""
+    return json.dumps(
+        {"plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": [asdict(r) for r in rejections]}, indent=1
+    )
+
+
+def write_plan(plans: Sequence[Plan], path: Path, *, base: Path | None, cluster: Cluster) -> Plan:
+    """Write the best plan that a config can express, on top of `base`; returns it.
+
+    Raises:
+        HapoError: no plan can be expressed, or the engines are to share the trainer's GPUs, which no setting says.
+    """
+    if cluster.placement == "colocated":
+        raise HapoError("--write: the config has no setting for colocated engines; plan with --placement disaggregated")
+    plan = next((plan for plan in plans if not inexpressible(plan)), None)
+    if plan is None:
+        raise HapoError(f"--write: every plan needs what the config has no setting for, e.g. {inexpressible(plans[0])}")
+    settings: dict[str, Any] = plan_settings(plan)
+    if base is not None:
+        settings = {"base": os.path.relpath(base, path.parent), **settings}
+    header = f"# {title(cluster)}: {describe(plan.layout)}; {plan.trainer.total / GIB:.1f} GiB a trainer GPU.\n"
+    path.write_text(header + OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return plan
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "layout": asdict(plan.layout),
+        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests},
+        "trainer_bytes": {name: getattr(plan.trainer, name) for name in (*TRAINER_PARTS, "optimizer_step")},
+        "engine_bytes": {name: getattr(plan.engine, name) for name in ENGINE_PARTS},
+        "kv_tokens": plan.engine.kv_tokens,
+        "seconds": {**asdict(plan.time), "total": plan.time.total},
+    }

@@ -1,0 +1,159 @@
+"""Between a run's config and the planner: what a config asks for, and a plan as settings of a config."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_hapo.config import Config, ParallelConfig, TrainerConfig, load_config, parse_bytes
+from megatron_hapo.config_sources import read_sources
+from megatron_hapo.errors import HapoError
+from megatron_hapo.model.families import read_shape
+from megatron_hapo.sizing.memory import Spec
+from megatron_hapo.sizing.parameters import Layout
+from megatron_hapo.sizing.search import Cluster, Limits, Plan, search
+from megatron_hapo.sizing.throughput import GPUS, Workload
+
+MEAN_OVER_MAX = 0.25
+"""Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
+tokens in the authors' curves."""
+MEAN_PROMPT_TOKENS = 200
+PLANNED_SIZES = ("tp", "pp", "cp", "ep", "dp")
+
+
+def layout_of(config: Config) -> Layout:
+    """The trainer's layout that a config asks for."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    known = ParallelConfig.model_fields.keys() & set(PLANNED_SIZES)
+    return Layout(
+        **{name: getattr(config.parallel, name) for name in known},
+        sequence_parallel=config.parallel.sequence_parallel,
+        distributed_optimizer=config.trainer.distributed_optimizer,
+        recompute=config.trainer.recompute,
+        # A sequence longer than the budget stands alone in a micro-batch of its own.
+        tokens_per_microbatch=max(longest, config.trainer.max_tokens_per_microbatch),
+        bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
+    )
+
+
+def workload_of(config: Config, *, mean_response_tokens: float | None = None) -> Workload:
+    """A step of the run; without a better word the mean response is a quarter of the longest."""
+    batch, rollout = config.batch, config.rollout
+    return Workload(
+        prompts_per_step=batch.prompts_per_step,
+        samples_per_prompt=batch.samples_per_prompt,
+        prompts_per_minibatch=batch.prompts_per_minibatch,
+        mean_prompt_tokens=min(MEAN_PROMPT_TOKENS, rollout.max_prompt_tokens),
+        mean_response_tokens=mean_response_tokens or MEAN_OVER_MAX * rollout.max_response_tokens,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_response_tokens=rollout.max_response_tokens,
+    )
+
+
+def limits_of(config: Config) -> Limits:
+    """What a plan for this run may use."""
+    return Limits(
+        max_cp=8,
+        recompute=recompute_choices(),
+        bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
+        spec="local" if config.model.spec == "local" else "te",
+        memory_fraction=config.rollout.memory_fraction,
+        max_running_requests=config.rollout.max_running_requests,
+        bucket_bytes=config.weight_sync.bucket_bytes,
+    )
+
+
+def recompute_choices() -> tuple[Any, ...]:
+    """Those of the config that the memory model knows."""
+    return tuple(
+        name for name in get_args(TrainerConfig.model_fields["recompute"].annotation) if name in {"none", "full"}
+    )
+
+
+def spec_here(config: Config) -> Spec:
+    """The layers that a GPU of this machine would run."""
+    if config.model.spec == "auto":
+        return "te" if importlib.util.find_spec("transformer_engine") else "local"
+    return config.model.spec
+
+
+def plan_settings(plan: Plan) -> dict[str, Any]:
+    """The settings of a config that make this plan.
+
+    Raises:
+        HapoError: the plan needs a size that the config has no setting for.
+    """
+    if missing := inexpressible(plan):
+        raise HapoError(f"the config has no setting for {', '.join(missing)}")
+    layout = plan.layout
+    sizes = [name for name in PLANNED_SIZES if name in ParallelConfig.model_fields]
+    return {
+        "parallel": {**{name: getattr(layout, name) for name in sizes}, "sequence_parallel": layout.sequence_parallel},
+        "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
+        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp},
+    }
+
+
+def inexpressible(plan: Plan) -> list[str]:
+    """parallel.cp=2 and the like: sizes above one that the config has no setting for."""
+    unknown = [name for name in PLANNED_SIZES if name not in ParallelConfig.model_fields]
+    return [f"parallel.{name}={size}" for name in unknown if (size := getattr(plan.layout, name)) > 1]
+
+
+def gpu_memory(config: Config) -> int | None:
+    """Bytes of a GPU: as the config says, else as the driver of this machine says; None on a CPU or if unknown."""
+    if config.device == "cpu":
+        return None
+    if config.parallel.gpu_memory is not None:
+        return parse_bytes(config.parallel.gpu_memory)
+    return min(local_gpus(), default=None)
+
+
+def local_gpus() -> list[int]:
+    """Bytes of each GPU of this machine, from nvidia-smi, so that torch need not be imported."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) << 20 for line in answer.split() if line.isdigit()]
+
+
+def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
+    """What `parallel: auto` stands for on this machine, as key=value settings; nothing where a config does not say so.
+
+    It sets the trainer's sizes, micro-batches and recomputation, and the number and size of the engines.
+
+    Raises:
+        HapoError: no GPU is visible here, or nothing fits; ConfigError: the config has faults.
+    """
+    if read_sources(Path(path), overrides)[0].get("parallel") != "auto":
+        return []
+    config = load_config(path, [*overrides, "parallel={}"])
+    gpus = local_gpus()
+    if not gpus:
+        raise HapoError(
+            f"{path}: parallel: auto asks for the GPUs of this machine, and nvidia-smi shows none; "
+            "`megatron-hapo plan CONFIG --gpus N --write FILE` makes a layout for other machines"
+        )
+    cluster = Cluster(gpus=len(gpus), gpu_bytes=min(gpus), gpu=GPUS["h100"], nvlink_size=len(gpus))
+    limits = replace(limits_of(config), spec=spec_here(config))
+    plans, _ = search(read_shape(config.model.path), workload_of(config), cluster, limits)
+    plan = next((plan for plan in plans if not inexpressible(plan)), None)
+    if plan is None:
+        raise HapoError(f"{path}: parallel: auto: every layout that fits needs {', '.join(inexpressible(plans[0]))}")
+    return [
+        f"{section}.{key}={str(value).lower()}"
+        for section, values in plan_settings(plan).items()
+        for key, value in values.items()
+        # A setting of the command line must have an effect.
+        if not (key == "sequence_parallel" and plan.layout.tp == 1)
+    ]

@@ -1,0 +1,221 @@
+"""The planner: what fits, in which order, why the rest does not, and what the command prints and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_hapo import cli
+from megatron_hapo.config import Config, load_config
+from megatron_hapo.errors import HapoError
+from megatron_hapo.preflight import check_run
+from megatron_hapo.sizing import settings
+from megatron_hapo.sizing.memory import GIB
+from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
+from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
+from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
+from tests.test_sizing_memory import QWEN3_8B
+
+HF_CONFIGS = Path(__file__).parent / "data/hf_configs"
+QWEN3_8B_CONFIG = str(HF_CONFIGS / "Qwen--Qwen3-8B.json")
+WORKLOAD = Workload(
+    prompts_per_step=512,
+    samples_per_prompt=16,
+    prompts_per_minibatch=32,
+    mean_prompt_tokens=200,
+    mean_response_tokens=3000,
+    max_prompt_tokens=1024,
+    max_response_tokens=12288,
+)
+
+
+def plans_for(gpus: int, *, gib: int = 80, placement: Placement = "disaggregated", max_cp: int = 1) -> list[Plan]:
+    cluster = Cluster(gpus=gpus, gpu_bytes=gib * GIB, gpu=GPUS["h100"], placement=placement)
+    return search(QWEN3_8B, WORKLOAD, cluster, Limits(max_cp=max_cp))[0]
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 512])
+def test_every_plan_fits_its_gpus_and_the_longest_sequence(gpus: int) -> None:
+    plans = plans_for(gpus, max_cp=4)
+    assert plans == sorted(plans, key=lambda plan: plan.time.total)
+    for plan in plans:
+        assert plan.trainer.total <= 80 * GIB
+        assert plan.layout.world_size + plan.engines * plan.rollout_tp <= gpus
+        assert plan.layout.tokens_per_microbatch >= WORKLOAD.longest
+        assert plan.layout.tp <= 8
+        assert QWEN3_8B.num_layers % plan.layout.pp == 0
+        assert plan.engine.kv_tokens >= WORKLOAD.longest
+        assert 0 < plan.time.mfu < 0.6
+
+
+def test_more_gpus_and_shared_gpus_are_faster() -> None:
+    times = [plans_for(gpus)[0].time.total for gpus in (8, 64, 512)]
+    assert times == sorted(times, reverse=True)
+    # In turn on all GPUs beats half idle on each half, as long as nothing overlaps.
+    assert plans_for(64, placement="colocated")[0].time.total < times[1]
+
+
+def test_what_does_not_fit_is_told_with_its_largest_part() -> None:
+    cluster = Cluster(gpus=8, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
+    _, rejections = search(QWEN3_8B, WORKLOAD, cluster, Limits())
+    reasons = {rejection.what: rejection.reason for rejection in rejections}
+    alone = reasons["tp=1 pp=1 cp=1 ep=1 dp=1, 13312 tokens, recompute none"]
+    assert "of 80.0 GiB; the largest part is optimizer with 91.5 GiB" in alone
+
+
+def test_a_model_that_fits_nowhere_is_one_error() -> None:
+    with pytest.raises(HapoError, match=r"no layout of 2 GPUs of 80 GiB fits; nearest: .* the largest part is"):
+        plans_for(2)
+    with pytest.raises(HapoError, match=r"fits an engine: rollout.tp=8: weights of 1.9 GiB leave room for 0 tokens"):
+        plans_for(8, gib=2)
+
+
+def test_no_more_data_parallel_ranks_than_responses() -> None:
+    cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
+    plans, rejections = search(QWEN3_8B, replace(WORKLOAD, prompts_per_minibatch=1), cluster, Limits())
+    assert max(plan.layout.dp for plan in plans) <= 16
+    assert any("a mini-batch has 16 responses, fewer than dp=" in rejection.reason for rejection in rejections)
+
+
+def test_a_token_costs_two_operations_a_weight_and_the_attention() -> None:
+    """8.19 billion parameters, of which the embedding is no product; norms are not counted by hand here."""
+    flops = model_flops(QWEN3_8B, tokens=1, length=0, response_share=1)
+    assert flops == pytest.approx(2 * (8.19e9 - 151936 * 4096), rel=0.001)
+    attention = model_flops(QWEN3_8B, tokens=1, length=1000, response_share=1) - flops
+    assert attention == 2 * 1000 * 4096 * 36
+
+
+def test_generation_waits_for_the_longest_response_and_gains_from_more_engines() -> None:
+    def seconds(**options: int) -> float:
+        return generate_seconds(QWEN3_8B, WORKLOAD, GPUS["h100"], **{"tp": 1, "engines": 8, "running": 256, **options})
+
+    assert seconds(engines=16) < seconds() < seconds(running=64)
+    # However many engines there are: every token of the longest response reads all weights once.
+    least = WORKLOAD.max_response_tokens * 2 * decode_parameters(QWEN3_8B, tokens=1) / GPUS["h100"].memory_bandwidth
+    assert seconds(engines=4096) > least
+
+
+def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", QWEN3_8B_CONFIG, "--gpus", "64", "--max-response", "12288"]) == 0
+    out = capsys.readouterr().out
+    assert "64 x h100 of 80 GiB, disaggregated" in out
+    for word in ("weights", "grads", "optim.", "activ.", "logits", "KV", "sync", "MFU", "largest part is"):
+        assert word in " ".join(out.split()), word
+    assert "…" not in out
+
+
+def test_json_is_the_same_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", QWEN3_8B_CONFIG, "--gpus", "8", "--json", "--top", "2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["plans"]) == 2
+    best = answer["plans"][0]
+    assert best["trainer_bytes"]["total"] <= 80 * GIB
+    assert {"reason", "what"} == answer["rejected"][0].keys()
+
+
+def test_the_written_config_is_the_best_plan_that_a_config_can_say(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run_folder / "plans").mkdir()
+    command = [
+        "plan",
+        "run.yaml",
+        "--model",
+        QWEN3_8B_CONFIG,
+        "--gpus",
+        "16",
+        "--write",
+        "plans/planned.yaml",
+        "--json",
+    ]
+    assert cli.main([*command, "--write", "plans/planned.yaml", "--json"]) == 0
+    config = load_config("plans/planned.yaml", [f"model.path={QWEN3_8B_CONFIG}"])
+    assert config.name == "small"
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    layout = settings.layout_of(config)
+    assert layout.world_size + config.rollout.engines * config.rollout.tp <= 16
+    assert layout.tokens_per_microbatch >= 500
+    assert any(plan["layout"]["tp"] == layout.tp for plan in plans)
+
+
+BAD_PLANS = {
+    "nothing to plan": (["--gpus", "8"], "plan: name a CONFIG or a model with --model"),
+    "no size": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--gpu-memory", "eighty"],
+        "--gpu-memory: must be a size like 80GiB or 141GB, got 'eighty'",
+    ),
+    "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
+    "too long": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
+        "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",
+    ),
+    "no setting for it": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--placement", "colocated", "--json", "--write", "x.yaml"],
+        "--write: the config has no setting for colocated engines; plan with --placement disaggregated",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLANS)
+def test_what_cannot_be_planned_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD_PLANS[case]
+    assert cli.main(["plan", *arguments]) == cli.EXIT_FAULT
+    assert capsys.readouterr().err == message + "\n"
+
+
+def write_model(folder: Path) -> None:
+    (folder / "model/config.json").write_text(Path(QWEN3_8B_CONFIG).read_text())
+
+
+def test_train_refuses_what_cannot_fit(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is loaded; on a CPU nothing is refused."""
+    write_model(run_folder)
+    fits = ["parallel.tp=4", "parallel.dp=4", "rollout.tp=2"]
+    assert check_run(load_config("run.yaml", ["device=cuda", "parallel.gpu_memory=80GiB", *fits])) == []
+    assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=80GiB"]) == cli.EXIT_FAULT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("command line: parallel: does not fit: a trainer rank needs 2")
+    assert "GiB a GPU of 80.0 GiB; the largest part is activations with" in line
+    assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=9GiB", *fits]) == cli.EXIT_FAULT
+    first, second = capsys.readouterr().err.splitlines()
+    assert "parallel: does not fit" in first
+    assert "rollout.tp: does not fit: at tp=2 the weights take 7.6 GiB of a GPU of 9.0 GiB" in second
+    assert check_run(load_config("run.yaml", ["device=cpu", "rollout.kv_cache_tokens=600", "rollout.tp=8"])) == []
+
+
+def test_planning_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom megatron_hapo import cli\n"
+        f"assert cli.main(['plan', '--model', {QWEN3_8B_CONFIG!r}, '--gpus', '8', '--json']) == 0\n"
+        "assert not {'torch', 'megatron', 'sglang', 'ray', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(
+    run_folder: Path,  # noqa: F811
+    started: list[Config],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_model(run_folder)
+    (run_folder / "auto.yaml").write_text("base: run.yaml\nparallel: auto\ndevice: cuda\n")
+    monkeypatch.setattr(settings, "local_gpus", lambda: [])
+    assert cli.main(["train", "auto.yaml"]) == cli.EXIT_FAULT
+    assert "auto.yaml: parallel: auto asks for the GPUs of this machine" in capsys.readouterr().err
+    monkeypatch.setattr(settings, "local_gpus", lambda: [80 * GIB] * 8)
+    assert cli.main(["train", "auto.yaml", "seed=3"]) == 0
+    (config,) = started
+    assert config.seed == 3
+    assert config.parallel.world_size + config.rollout.engines * config.rollout.tp <= 8
+    assert config.parallel.world_size > 1
+    assert check_run(config) == []
