@@ -57,7 +57,8 @@ MODELS = {
 @pytest.fixture
 def shape_of(tmp_path: Path):
     def read(model: str) -> Shape:
-        shutil.copy(CONFIGS / f"{model}.json", tmp_path / "config.json")
+        (path,) = CONFIGS.glob(f"*--{model}.json")
+        shutil.copy(path, tmp_path / "config.json")
         return read_shape(tmp_path)
 
     return read

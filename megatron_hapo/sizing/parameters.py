@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_hapo.model.families import Shape, padded_vocab_size
+from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,9 @@ def model_parameters(shape: Shape) -> int:
     return stage_parameters(shape, Layout(), 0).total
 
 
-def experts(shape: Shape, layer: int) -> Any | None:
+def experts(shape: Shape, layer: int) -> MoeShape | None:
     """The experts of a layer (num_experts, ffn_size, top_k), or None where it has an ordinary feed-forward block."""
-    moe = getattr(shape, "moe", None)
-    return None if moe is None or layer in moe.dense_layers else moe
+    return None if shape.moe is None or layer in shape.moe.dense_layers else shape.moe
 
 
 def active_parameters(shape: Shape, layer: int) -> int:
