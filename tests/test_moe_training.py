@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import run_ranks
-from tests.test_trainer import all_weights, first_report, train_on
+from tests.test_trainer import first_report, train_on, whole
 from tests.tiny_families import write_family
 
 LAYOUTS = [{"dp": 2, "ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}]
@@ -26,7 +26,7 @@ def test_every_expert_layout_updates_as_one_process(tmp_path: Path) -> None:
         )
         for got, want in zip(first_report(views, "updates"), single["updates"], strict=True):
             assert got == pytest.approx(want, rel=1e-4, abs=1e-6), layout
-        weights = all_weights(views)
+        weights = whole(views, "weights")
         assert weights.keys() == single["weights"].keys(), layout
         for name, want in single["weights"].items():
             np.testing.assert_allclose(weights[name], want, atol=1e-4, err_msg=f"{layout} {name}")

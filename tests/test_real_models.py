@@ -171,13 +171,9 @@ def test_every_element_of_a_large_model_has_its_place(
 def rotary_frequencies(folder: Path) -> list[float]:
     """transformers' own, with llama3's scaling where the config asks for it."""
     from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = AutoConfig.from_pretrained(folder)
-    rope_type = config.rope_parameters["rope_type"]
-    compute = ROPE_INIT_FUNCTIONS.get(rope_type, LlamaRotaryEmbedding.compute_default_rope_parameters)
-    return compute(config, "cpu")[0].tolist()
+    return LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq.tolist()
 
 
 _SHAPES: dict[Shape, dict[str, tuple[int, ...]]] = {}
