@@ -82,7 +82,7 @@ def test_all_faults_come_at_once_and_name_their_origin(tmp_path):
 def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
     path = write(tmp_path, MINIMAL.replace("size: 100", "size: 100, max_term: 4") + "clip_high: 0.3\n")
     assert faults_of(path, "algorithm.entropy.pivott=0.7", "parallel.qqq=1") == [
-        "command line: parallel.qqq: unknown key; allowed here: tp, pp, dp, sequence_parallel",
+        "command line: parallel.qqq: unknown key; allowed here: tp, pp, dp, ep, sequence_parallel",
         "command line: algorithm.entropy.pivott: unknown key; did you mean pivot?",
         "run.yaml: data.train.max_term: unknown key; did you mean max_terms?",
         "run.yaml: clip_high: unknown key; did you mean algorithm.clip_high?",
