@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.data import PromptSampler
 from megatron_hapo.entropy import EntropyStats
+from megatron_hapo.evaluation import evaluate
 from megatron_hapo.metrics import MetricsLogger, StepClock
 from megatron_hapo.prepare import (
     entropy_metrics,
@@ -21,10 +22,8 @@ from megatron_hapo.prepare import (
 )
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.rollout import collect_groups, generate_scored
+from megatron_hapo.rollout import collect_groups
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
-
-EVAL_SEED = 1 << 40  # apart from every training step's
 
 
 @dataclass(kw_only=True)
@@ -51,14 +50,14 @@ class Driver:
         config, step = self.config, self._resume()
         self.weight_sync.sync(policy_version=step)
         if step == 0 and self._evaluates(0):
-            self.logger.log(0, self.evaluate())
+            self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
         while step < config.steps and not self.stop_requested:
             step += 1
             clock = StepClock()
             metrics = self.train_step(step, clock)
             if self._evaluates(step):
                 with clock("eval"):
-                    metrics |= self.evaluate()
+                    metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     self._save(step)
@@ -94,18 +93,6 @@ class Driver:
             **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
             **mismatch_metrics(batch, scores), **means,
         }  # fmt: skip
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on the evaluation prompts: base temperature, no overlong penalty, the same seeds every time."""
-        config = self.config
-        sampling = replace(
-            self._sampling(0), samples=config.eval.samples, temperature=config.eval.temperature,
-            top_p=config.eval.top_p, seed=config.seed + EVAL_SEED, adaptive=None,
-        )  # fmt: skip
-        groups = generate_scored(self.pool, self.rewards, self.eval_prompts, sampling, StepClock())
-        correct = [score.correct for group in groups for score in group.scores]
-        lengths = [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
-        return {"eval/accuracy": float(np.mean(correct)), "eval/response_length": float(np.mean(lengths))}
 
     def _sampling(self, step: int) -> Sampling:
         rollout, algorithm = self.config.rollout, self.config.algorithm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
@@ -118,7 +120,15 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             checkpoints=checkpoints,
         )
         driver.run()
-        yield {"config": config, "driver": driver, "recorder": recorder, "trainer": trainer, "prompts": evaluation}
+        yield {
+            "config": config,
+            "driver": driver,
+            "recorder": recorder,
+            "trainer": trainer,
+            "prompts": evaluation,
+            "weight_sync": weight_sync,
+            "rewards": rewards,
+        }
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "_".join(layout))
@@ -256,6 +266,18 @@ def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
         trained["prompts"][:1], replace(trained["driver"]._sampling(0), samples=1)
     )[0]
     assert rollout.policy_version == 9
+
+
+def test_the_rehearsal_finds_every_part_sound(trained: dict[str, Any]) -> None:
+    run = trained
+    findings = rehearse(
+        run["config"], run["trainer"], run["recorder"], run["weight_sync"], run["rewards"], run["prompts"]
+    )
+    assert {finding.verdict for finding in findings} <= {"ok", "warning"}  # a random model is never right
+    told = "\n".join(finding.message for finding in findings)
+    assert "every engine holds the trainer's weights" in told
+    assert re.search(r"^log-probs of engine and trainer differ by \S+e-0[4-9] on average", told, re.MULTILINE)
+    assert re.search(r"^at the adaptive temperature, log-probs .* differ by \S+e-0[4-9] on average", told, re.MULTILINE)
 
 
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
