@@ -243,6 +243,23 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
         assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
+def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    values = make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump()
+    values |= {"steps": 3, "async": {"max_staleness": 1}}
+    values["algorithm"]["importance_correction"] = {"level": "token"}
+    with finished_run(Config.model_validate(values), pool) as run:
+        before, *steps = metrics_of(run)
+        versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
+    assert before["step"] == 0
+    assert [row["rollout/staleness"] for row in steps] == [0, 1, 1]
+    # evaluation, steps 1 and 2 from the first weights, evaluation, step 3 from the second, two evaluations
+    assert sorted(versions[:3], key=str) == [{0}, {0}, {0}]
+    assert versions[3:] == [{1}, {1}, {2}, {3}]
+    for row in steps:
+        assert row["weights/max"] <= 2
+        assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
+
+
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
     """Ray, trainer ranks, engine: every listening socket of this process and its descendants."""
     import psutil
