@@ -71,7 +71,7 @@ def _serve(connection: Connection, scorers: Any, timeout_seconds: float) -> None
     while True:
         try:
             jobs: list[Job] = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the pool closed its end, or was killed with an answer unread
             return
         needed = {scorers.resolve_scorer(job.scorer, job.data_source) for job in jobs}
         for scorer in needed - loaded:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +144,23 @@ def local_ray() -> Iterator[None]:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
         options |= {"address": "local", "include_dashboard": False}
+    _end_on_sigterm()
     ray.init(**options)
+    _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM ends the process as Ctrl-C does: whatever was started is closed."""
+
+    def on_signal(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_signal)
 
 
 @contextlib.contextmanager

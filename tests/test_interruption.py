@@ -1,0 +1,49 @@
+"""A run that is told to end before it has begun to train."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.test_loop import make_config
+
+
+def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump(mode="json")))
+    command = [sys.executable, "-m", "megatron_hapo", "train", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        started = _wait_for_an_actor(run.pid)
+        run.send_signal(signal.SIGTERM)
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "SIGTERM received" not in errors  # the stack that Ray prints
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
+def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
+    """Everything that the run has started, once its first actor is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        descendants = psutil.Process(pid).children(recursive=True)
+        if any(
+            "ray::" in " ".join(_command(process)) and "Actor" in " ".join(_command(process)) for process in descendants
+        ):
+            return descendants
+        time.sleep(0.2)
+    raise AssertionError("no actor has started")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
