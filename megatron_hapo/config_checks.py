@@ -28,6 +28,10 @@ def contradictions(config: Config) -> Iterator[Fault]:
             ("algorithm.advantage",),
         )
     parallel = config.parallel
+    if parallel.pp == 1:
+        for name, none in (("vpp", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
+            if (given := getattr(parallel, name)) != none:
+                yield Fault(f"parallel.{name}", f"needs parallel.pp of at least 2, got {given}", ("parallel.pp",))
     if parallel.tp * parallel.dp % parallel.ep:
         yield Fault(
             "parallel.ep",

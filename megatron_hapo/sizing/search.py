@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing.memory import GIB, EngineMemory, Spec, TrainerMemory, engine_memory, trainer_memory
-from megatron_hapo.sizing.parameters import Layout, experts, model_parameters
+from megatron_hapo.sizing.parameters import Layout, Recompute, experts, model_parameters
 from megatron_hapo.sizing.throughput import (
     Gpu,
     StepTime,
@@ -41,7 +41,7 @@ class Limits:
     """What the plan may use, as the config knows it."""
 
     max_cp: int = 1
-    recompute: tuple[Literal["none", "full"], ...] = ("none", "full")
+    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -115,6 +115,8 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
 def describe(layout: Layout) -> str:
     """tp=2 pp=1 cp=1 ep=1 dp=4, 16384 tokens, recompute none."""
     sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "cp", "ep", "dp"))
+    if layout.vpp > 1:
+        sizes = sizes.replace(" cp=", f" vpp={layout.vpp} cp=")
     return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}"
 
 
@@ -219,10 +221,11 @@ def _layouts(
                 if dp % ep or (moe and moe.num_experts % ep):
                     continue
                 grid = Layout(tp=tp, pp=pp, cp=cp, ep=ep, dp=dp, bytes_per_parameter=limits.bytes_per_parameter)
-                for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
+                chunks = [vpp for vpp in (1, 2, 4) if pp > 1 and shape.num_layers % (pp * vpp) == 0] or [1]
+                for vpp, factor, recompute in itertools.product(chunks, (1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
                     budget = -(-factor * workload.longest // 1024) * 1024
-                    yield replace(grid, tokens_per_microbatch=budget, recompute=recompute)
+                    yield replace(grid, vpp=vpp, tokens_per_microbatch=budget, recompute=recompute)
 
 
 def _microbatches(workload: Workload, layout: Layout) -> int:

@@ -23,7 +23,7 @@ MEAN_OVER_MAX = 0.25
 """Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
 tokens in the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
-PLANNED_SIZES = ("tp", "pp", "cp", "ep", "dp")
+PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "ep", "dp")
 
 
 def layout_of(config: Config) -> Layout:
@@ -32,6 +32,8 @@ def layout_of(config: Config) -> Layout:
     known = ParallelConfig.model_fields.keys() & set(PLANNED_SIZES)
     return Layout(
         **{name: getattr(config.parallel, name) for name in known},
+        first_stage_layers=config.parallel.first_stage_layers,
+        last_stage_layers=config.parallel.last_stage_layers,
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         recompute=config.trainer.recompute,
@@ -69,10 +71,8 @@ def limits_of(config: Config) -> Limits:
 
 
 def recompute_choices() -> tuple[Any, ...]:
-    """Those of the config that the memory model knows."""
-    return tuple(
-        name for name in get_args(TrainerConfig.model_fields["recompute"].annotation) if name in {"none", "full"}
-    )
+    """Those of the config."""
+    return get_args(TrainerConfig.model_fields["recompute"].annotation)
 
 
 def spec_here(config: Config) -> Spec:
