@@ -104,6 +104,9 @@ class TrainerConfig(Section):
     """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
+    overlap_communication: bool = False
+    """Reduce gradients while the last micro-batch's backward pass runs; with distributed_optimizer, gather the updated
+    weights while the next forward pass runs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it. `selective`: feed-forward blocks, and the inner part
     of the attention where it is not fused. `full`: whole layers, of which only the inputs are kept."""

@@ -100,6 +100,10 @@ def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fau
             config.parallel.tp > 1 or not config.parallel.sequence_parallel,
             "parallel.tp is 1",
         ),
+        "trainer.overlap_communication": (
+            config.parallel.dp * config.parallel.cp > 1 or not config.trainer.overlap_communication,
+            "parallel.dp and parallel.cp are 1",
+        ),
         "algorithm.advantage_fallback": (
             algorithm.advantage == "token_level_group_average",
             f"algorithm.advantage is {algorithm.advantage}",

@@ -15,7 +15,7 @@ class Pipeline:
 
     pp: int = 1
     vpp: int = 1
-    """Chunks of a stage: of the pp x vpp runs that the layers are cut into, stage s holds runs s, s + pp, s + 2 pp ..."""
+    """Chunks of a stage: of the pp x vpp runs that the layers are cut into, stage s holds s, s + pp, s + 2 pp ..."""
     first_stage_layers: int | None = None
     """Layers of the first stage, where it has not as many as the others (it holds the embedding too)."""
     last_stage_layers: int | None = None

@@ -73,17 +73,29 @@ class TrainerRank:
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
+        overlap, sharded = config.trainer.overlap_communication, config.trainer.distributed_optimizer
+        self._gathers_late = overlap and sharded
         self._megatron_config = megatron_config = self.model[0].config
         self._ddp = [
             DistributedDataParallel(
                 megatron_config,
                 DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=config.trainer.distributed_optimizer
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=sharded,
+                    overlap_grad_reduce=overlap,
+                    overlap_param_gather=self._gathers_late,
                 ),
                 Float16Module(megatron_config, chunk) if bf16 else chunk,
+                # Of the chunks of an interleaved pipeline one is communicated while another computes.
+                disable_bucketing=number > 0,
             )
-            for chunk in self.model
+            for number, chunk in enumerate(self.model)
         ]
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in self._ddp]
+            megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if self._gathers_late:
+            self._gather_output_head_in_time()
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -95,7 +107,8 @@ class TrainerRank:
                 clip_grad=config.optimizer.clip_grad,
                 bf16=bf16,
                 params_dtype=dtype,
-                use_distributed_optimizer=config.trainer.distributed_optimizer,
+                use_distributed_optimizer=sharded,
+                overlap_param_gather=self._gathers_late,
             ),
             self._ddp,
             use_gloo_process_groups=False,
@@ -105,6 +118,18 @@ class TrainerRank:
         megatron_config.finalize_model_grads_func = lambda model, num_tokens=None, **rest: finalize_model_grads(
             model, None, **rest
         )
+
+    def _gather_output_head_in_time(self) -> None:
+        """Megatron waits for a layer's weights when the layer is called; the output processor never calls its own."""
+        model, ddp = self.model[-1], self._ddp[-1]
+        if model.post_process:
+            wait_for = ddp._make_forward_pre_hook()
+            model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait_for(model.output_layer))
+
+    def _finish_gathering(self) -> None:
+        """Before weights are read outside a forward pass; the ranks of a dp x cp group call it together."""
+        for chunk in self._ddp if self._gathers_late else ():
+            chunk.start_param_sync(force_sync=True)
 
     # ----- forward pass
 
@@ -233,6 +258,7 @@ class TrainerRank:
             max_bytes=config.weight_sync.bucket_bytes,
             checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
         )
+        self._finish_gathering()
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
             yield from bucket.add(name, tensor.to(dtype))
         yield from bucket.rest()
@@ -254,6 +280,7 @@ class TrainerRank:
             What this rank adds to the checksums of the engines' slices, if the sync is verified.
         """
         assert self._sending is not None, "prepare_sending comes first"
+        self._finish_gathering()
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
         with torch.no_grad():
             send(self._sending.channels, matrices, transfer)
@@ -274,9 +301,11 @@ class TrainerRank:
 
     def export_hf(self, folder: Path) -> dict[str, str] | None:
         """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""
+        self._finish_gathering()
         return write_stage(self.model, self.shape, self.layout, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
+        self._finish_gathering()
         checkpoint.save(self.model, self._optimizer, self.layout, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
