@@ -462,12 +462,11 @@ def test_a_checkpoint_resumes_at_another_layout(all_trained: dict[str, Any]) -> 
             assert_close(whole(views, "later_weights"), whole(saved, "later_weights"), layout)
 
 
-def learn(rank: int, model: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def learn(model: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from megatron_hapo.trainer import TrainerRank
 
     config = make_config(model, {"tp": 1})
-    grid = make_grid(config)
-    trainer = TrainerRank(config, grid)
+    trainer = TrainerRank(config, make_grid(config))
     batch = make_batch()
 
     def score() -> np.ndarray:
@@ -481,21 +480,12 @@ def learn(rank: int, model: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return before, score(), np.repeat(batch.advantages, batch.response_lengths)
 
 
-def test_an_update_raises_responses_with_positive_advantage(tiny_qwen3: Path) -> None:
-    """Catches a flipped sign or a mix-up of rows, which equal layouts would not show."""
-    before, after, advantages = run_ranks(1, learn, tiny_qwen3)[0]
-    change = after - before
-    for sign in (1, -1):
-        assert (sign * change[np.sign(advantages) == sign]).mean() > 0.01
-
-
-def diverge(rank: int, model: Path) -> tuple[str, bool]:
+def diverge(model: Path) -> tuple[str, bool]:
     from megatron_hapo.errors import TrainingError
     from megatron_hapo.trainer import TrainerRank
 
     config = make_config(model, {"tp": 1})
-    grid = make_grid(config)
-    trainer = TrainerRank(config, grid)
+    trainer = TrainerRank(config, make_grid(config))
     before = weights_of(trainer)
     batch = make_batch()
     zeros = np.zeros(batch.num_response_tokens, np.float32)
@@ -509,8 +499,72 @@ def diverge(rank: int, model: Path) -> tuple[str, bool]:
     return message, all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_non_finite_gradient_stops_before_the_optimizer(tiny_qwen3: Path) -> None:
-    message, unchanged = run_ranks(1, diverge, tiny_qwen3)[0]
+def take_small_steps(model: Path) -> list[dict[str, float]]:
+    """After each of some bfloat16 updates whose steps are far below its resolution: how far master and weight are."""
+    from megatron_hapo.trainer import TrainerRank
+
+    config = make_config(model, {"tp": 1}, lr=1e-6)
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"dtype": "bfloat16"})})
+    trainer = TrainerRank(config, make_grid(config))
+    parameters = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+
+    def masters() -> torch.Tensor:
+        return torch.cat([parameter.main_param.detach().clone() for parameter in parameters])  # type: ignore[attr-defined]
+
+    def weights() -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten().clone() for parameter in parameters])
+
+    first_masters, first_weights = masters(), weights()
+    batch = make_batch()
+    scored = replace(
+        batch, old_log_probs=batch.rollout_log_probs - 5, modulation=np.zeros_like(batch.rollout_log_probs)
+    )
+    seen = []
+    for step in range(4):
+        trainer.update(scored, step=step + 1)
+        seen.append(
+            {
+                "moved": float((masters() - first_masters).abs().mean()),
+                "changed": float((weights() != first_weights).float().mean()),
+                "rounded": float((weights() == masters().bfloat16()).float().mean()),
+            }
+        )
+    return seen
+
+
+def on_one_rank(rank: int, model: Path) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    seen = {}
+    for check in (learn, diverge, take_small_steps):
+        seen[check.__name__] = check(model)
+        parallel_state.destroy_model_parallel()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_qwen3: Path) -> dict[str, Any]:
+    return run_ranks(1, on_one_rank, tiny_qwen3)[0]
+
+
+def test_an_update_raises_responses_with_positive_advantage(one_rank: dict[str, Any]) -> None:
+    """Catches a flipped sign or a mix-up of rows, which equal layouts would not show."""
+    before, after, advantages = one_rank["learn"]
+    change = after - before
+    for sign in (1, -1):
+        assert (sign * change[np.sign(advantages) == sign]).mean() > 0.01
+
+
+def test_a_non_finite_gradient_stops_before_the_optimizer(one_rank: dict[str, Any]) -> None:
+    message, unchanged = one_rank["diverge"]
     assert "step 7" in message
     assert "nan" in message
     assert unchanged
+
+
+def test_float32_masters_keep_steps_that_bfloat16_would_lose(one_rank: dict[str, Any]) -> None:
+    steps = one_rank["take_small_steps"]
+    assert 0.5e-6 < steps[0]["moved"] < 1.1e-6  # Adam's first step is the learning rate
+    assert steps[0]["changed"] < 0.01
+    assert steps[3]["moved"] > 2.5 * steps[0]["moved"]
+    assert all(step["rounded"] == 1 for step in steps)

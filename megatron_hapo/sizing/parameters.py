@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
@@ -69,6 +70,7 @@ class Parameters:
         return self.dense + self.expert
 
 
+@lru_cache(maxsize=1024)
 def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
     """Parameters of a rank of a pipeline stage, as Megatron allocates them.
 
@@ -99,6 +101,7 @@ def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
     return [layer for chunk in layout.pipeline.chunks(shape.num_layers, stage) for layer in chunk]
 
 
+@lru_cache(maxsize=64)
 def model_parameters(shape: Shape) -> int:
     """Of the whole model, without padding and copies."""
     return stage_parameters(shape, Layout(), 0).total

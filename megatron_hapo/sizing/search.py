@@ -96,11 +96,14 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                 if nearest is None or memory.total < nearest[0]:
                     nearest = (memory.total, f"{describe(layout)}: {reason}")
                 continue
+            training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
             for rollout_tp, engine, running in engines:
                 left = cluster.gpus if cluster.placement == "colocated" else cluster.gpus - trainer_gpus
                 if left < rollout_tp:
                     continue
-                plan = _plan(shape, workload, cluster, layout, memory, rollout_tp, engine, running, left // rollout_tp)
+                plan = _plan(
+                    shape, workload, cluster, layout, memory, training, rollout_tp, engine, running, left // rollout_tp
+                )
                 key = (layout.tp, layout.pp, layout.cp, layout.ep, rollout_tp)
                 if key not in best or plan.time.total < best[key].time.total:
                     best[key] = plan
@@ -135,13 +138,14 @@ def _plan(
     cluster: Cluster,
     layout: Layout,
     memory: TrainerMemory,
+    training: tuple[float, float, float],
     rollout_tp: int,
     engine: EngineMemory,
     running: int,
     engines: int,
 ) -> Plan:
     gpu = cluster.gpu
-    score, update, bubble = train_seconds(shape, layout, workload, gpu, nvlink_size=cluster.nvlink_size)
+    score, update, bubble = training
     # Scoring is one forward pass, an update a forward and a backward pass, which is twice as much.
     useful = 4 * model_flops(
         shape,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing.memory import kv_bytes_per_token
@@ -121,6 +122,7 @@ class StepTime:
         return self.generate + self.log_probs + self.update + self.sync
 
 
+@lru_cache(maxsize=256)
 def model_flops(shape: Shape, *, tokens: float, length: float, response_share: float) -> float:
     """Operations of a forward pass: 2 for each weight a token meets, 2 L q a layer for causal attention, the head."""
     layers = sum(
@@ -152,6 +154,7 @@ def train_seconds(
     return score, workload.minibatches * update, 1 - busy / (slots * max(forward))
 
 
+@lru_cache(maxsize=256)
 def _recomputed_share(shape: Shape, layout: Layout) -> float:
     """Of a forward pass, what the backward pass does again; of selective recomputation the feed-forward blocks."""
     if layout.recompute != "selective":
@@ -212,6 +215,7 @@ def _link(gpu: Gpu, ranks: int, nvlink_size: int) -> float:
     return LINK_EFFICIENCY * (gpu.nvlink_bandwidth if ranks <= nvlink_size else gpu.network_bandwidth)
 
 
+@lru_cache(maxsize=256)
 def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, engines: int, running: int) -> float:
     """Seconds until the last response is done.
 
