@@ -154,7 +154,6 @@ def train_seconds(
     return score, workload.minibatches * update, 1 - busy / (slots * max(forward))
 
 
-@lru_cache(maxsize=256)
 def _recomputed_share(shape: Shape, layout: Layout) -> float:
     """Of a forward pass, what the backward pass does again; of selective recomputation the feed-forward blocks."""
     if layout.recompute != "selective":
