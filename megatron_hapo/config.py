@@ -88,6 +88,10 @@ class TrainerConfig(Section):
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation of whole layers."""
+    output_head: Literal["logits", "fused"] = "logits"
+    """`logits`: the logits of a micro-batch's response tokens exist once, and their gradient overwrites them. `fused`:
+    those of one chunk of tokens at a time, at the cost of a second product in the backward pass: for long responses
+    and large micro-batches."""
     timeout_seconds: PositiveFloat = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 
