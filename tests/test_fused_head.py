@@ -53,7 +53,7 @@ def by_float64(
 
 
 @pytest.mark.parametrize("dtype", MAX_GRADIENT_ERROR)
-@pytest.mark.parametrize(("rows", "vocab"), [(37, 1000), (5, 2000), (1, 300), (33, 7)])
+@pytest.mark.parametrize(("rows", "vocab"), [(37, 1000), (5, 1000), (1, 300), (33, 7)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "per token"])
 @pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
 def test_values_and_gradients_equal_float64(rows, vocab, temperature, chunk_rows, dtype):
