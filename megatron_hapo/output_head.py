@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 
-from megatron_hapo.fused_head import fused_log_probs_and_entropy, fused_scores
+from megatron_hapo.fused_head import CHUNK_BYTES, fused_log_probs_and_entropy, fused_scores
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 
 
@@ -96,8 +96,11 @@ class LogitsHead(OutputHead):
         ]
 
 
+@dataclass(frozen=True)
 class FusedHead(OutputHead):
     """Makes the logits of a chunk of tokens at a time, in the forward and again in the backward pass."""
+
+    chunk_bytes: int = CHUNK_BYTES
 
     def _score(
         self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
@@ -110,6 +113,7 @@ class FusedHead(OutputHead):
                 temperatures=tokens.temperatures,
                 tp_group=self.tp_group,
                 vocab_size=self.vocab_size,
+                chunk_bytes=self.chunk_bytes,
             )
         [temperature] = tokens.temperatures
         scores = fused_log_probs_and_entropy(
@@ -119,6 +123,7 @@ class FusedHead(OutputHead):
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            chunk_bytes=self.chunk_bytes,
             reduce_hidden_gradient=not output_layer.sequence_parallel,
         )
         return [scores]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,13 +19,16 @@ from tests.tiny_model import write_tiny_qwen3
 SINGLE = {"tp": 1}
 LAYOUTS = {
     # Two or three sequences a micro-batch unless the layout says otherwise, so that micro-batches accumulate.
-    1: [SINGLE, {"max_tokens": 1}, {"max_tokens": 10_000}],
+    1: [SINGLE, {"max_tokens": 1}, {"max_tokens": 10_000}, {"output_head": "fused"}],
     2: [
         {"tp": 2, "sequence_parallel": False},
         {"tp": 2, "sequence_parallel": True},
         {"pp": 2},
         {"dp": 2},
         {"cp": 2},
+        {"tp": 2, "sequence_parallel": False, "output_head": "fused"},
+        {"tp": 2, "sequence_parallel": True, "output_head": "fused"},
+        {"pp": 2, "output_head": "fused"},
     ],
     4: [{"tp": 2, "pp": 2, "sequence_parallel": True}],
 }
@@ -36,7 +39,7 @@ ADAM_EPS = 1e-2
 
 def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config:
     layout = dict(layout)
-    max_tokens = layout.pop("max_tokens", 64)
+    max_tokens, output_head = layout.pop("max_tokens", 64), layout.pop("output_head", "logits")
     return Config.model_validate(
         {
             "name": "test",
@@ -44,7 +47,11 @@ def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config
             "device": "cpu",
             "model": {"path": model},
             "parallel": layout,
-            "trainer": {"dtype": "float32", "max_tokens_per_microbatch": max_tokens},
+            "trainer": {
+                "dtype": "float32",
+                "max_tokens_per_microbatch": max_tokens,
+                "output_head": output_head,
+            },
             "optimizer": {"lr": 1e-3, "warmup_steps": 0, "weight_decay": 0.0, **optimizer},
             "rollout": {"temperature": TEMPERATURE, "dtype": "float32"},
             "weight_sync": {"bucket_bytes": 20_000},
@@ -148,6 +155,7 @@ def train_on(rank: int, model: Path, layouts: list[dict[str, Any]], checkpoint: 
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from megatron_hapo.output_head import FusedHead
     from megatron_hapo.trainer import TrainerRank
 
     seen = []
@@ -155,6 +163,8 @@ def train_on(rank: int, model: Path, layouts: list[dict[str, Any]], checkpoint: 
         config = make_config(model, layout, eps=ADAM_EPS)
         grid = make_grid(config)
         trainer = TrainerRank(config, grid)
+        if config.trainer.output_head == "fused":  # several chunks in most micro-batches
+            trainer._output_head = replace(cast(FusedHead, trainer._output_head), chunk_bytes=8000)
         batch = make_batch()
         before = trainer.log_probs(batch)
         scores = [None] * dist.get_world_size()
