@@ -110,6 +110,10 @@ class TrainerConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it. `selective`: feed-forward blocks, and the inner part
     of the attention where it is not fused. `full`: whole layers, of which only the inputs are kept."""
+    output_head: Literal["logits", "fused"] = "logits"
+    """`logits`: the logits of a micro-batch's response tokens exist once, and their gradient overwrites them. `fused`:
+    those of one chunk of tokens at a time, at the cost of a second product in the backward pass: for long responses
+    and large micro-batches."""
     timeout_seconds: PositiveFloat = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 

@@ -16,7 +16,7 @@ from megatron_hapo.methods.archer import reasoning_mask
 from megatron_hapo.methods.dapo import token_mean_weights
 from megatron_hapo.methods.dr_grpo import fixed_length_weights
 from megatron_hapo.methods.edge_grpo import entropy_driven_advantage
-from megatron_hapo.methods.forking_tokens import forking_mask
+from megatron_hapo.methods.forking_tokens import forking_weights
 from megatron_hapo.methods.grpo import sequence_mean_weights
 from megatron_hapo.methods.importance import importance_weights
 from megatron_hapo.rollout import ScoredGroup
@@ -91,8 +91,8 @@ def _step_weights(batch: TrainBatch, scores: TokenScores, algorithm: AlgorithmCo
             max_weight=correction.max_weight,
         )
     if algorithm.forking_tokens.enabled:
-        kept_N = forking_mask(torch.from_numpy(scores.entropies), share=algorithm.forking_tokens.share).float()
-        weights_N = kept_N if weights_N is None else weights_N * kept_N
+        forking_N = forking_weights(torch.from_numpy(scores.entropies), share=algorithm.forking_tokens.share)
+        weights_N = forking_N if weights_N is None else weights_N * forking_N
     return weights_N
 
 

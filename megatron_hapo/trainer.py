@@ -18,8 +18,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -30,11 +28,11 @@ from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
-from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from megatron_hapo.model.build import build_model, named_parameters
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.objective import policy_loss
+from megatron_hapo.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
@@ -67,6 +65,9 @@ class TrainerRank:
             spec=config.model.spec,
         )
         load_weights(self.model, self.shape, layout, config.model.path)
+        self._output_head = OUTPUT_HEADS[config.trainer.output_head](
+            tp_group=layout.tp_group if layout.tp_size > 1 else None, vocab_size=self.shape.vocab_size
+        )
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
         self._sending: SendingTask | None = None
@@ -162,24 +163,10 @@ class TrainerRank:
             dist.all_reduce(whole, group=self.layout.cp_group)
         return whole
 
-    def _score(self, logits_NV: Tensor, microbatch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        base = self.config.rollout.temperature
-        log_probs_N, entropies_N = self._log_probs_and_entropy(logits_NV, microbatch, base)
-        if bool((microbatch.temperatures == base).all()):
-            return log_probs_N, log_probs_N, entropies_N
-        rollout_N, _ = self._log_probs_and_entropy(logits_NV, microbatch, microbatch.temperatures)
+    def _score(self, scores: Tensor, microbatch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        # A rollout at the base temperature needs no second column.
+        (log_probs_N, entropies_N), (rollout_N, _) = scores[0], scores[-1]
         return log_probs_N, rollout_N, entropies_N
-
-    def _log_probs_and_entropy(
-        self, logits_NV: Tensor, microbatch: MicroBatch, temperature: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_log_probs_and_entropy(
-            logits_NV,
-            microbatch.targets,
-            tp_group=self.layout.tp_group if self.layout.tp_size > 1 else None,
-            vocab_size=self.shape.vocab_size,
-            temperature=temperature,
-        )
 
     # ----- update
 
@@ -224,9 +211,9 @@ class TrainerRank:
         }
 
     def _loss(
-        self, logits_NV: Tensor, microbatch: MicroBatch, *, num_tokens: int, stats: EntropyStats | None
+        self, scores: Tensor, microbatch: MicroBatch, *, num_tokens: int, stats: EntropyStats | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs_N, entropies_N = self._log_probs_and_entropy(logits_NV, microbatch, self.config.rollout.temperature)
+        log_probs_N, entropies_N = scores[0]
         return policy_loss(
             log_probs_N,
             entropies_N,
@@ -335,11 +322,11 @@ class TrainerRank:
         ]
 
     def _run(
-        self, microbatches: list[MicroBatch], on_logits: Callable[[Tensor, MicroBatch], Any], *, forward_only: bool
+        self, microbatches: list[MicroBatch], on_scores: Callable[[Tensor, MicroBatch], Any], *, forward_only: bool
     ) -> list[Any]:
-        """Run the schedule; `on_logits` sees each micro-batch's logits on the last stage; results come back in order.
+        """Run the schedule; `on_scores` sees what the output head makes of each micro-batch; results come in order.
 
-        For a backward pass `on_logits` returns the loss and what is to be collected.
+        For a backward pass `on_scores` returns the loss and what is to be collected.
         """
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
@@ -354,15 +341,12 @@ class TrainerRank:
                     cp_size=self.layout.cp_size,
                     cp_rank=self.layout.cp_rank,
                 ),
-                output_processor=_response_logits,
-                output_processor_context=microbatch.predicting_positions,
-                # The vocabulary-parallel function makes float32 copies of a chunk at a time; a whole one is the
-                # classic way to run out of memory.
-                **({"fp32_output": False} if self._megatron_config.bf16 else {}),
+                output_processor=self._output_head,
+                output_processor_context=self._scored_tokens(microbatch, every_temperature=forward_only),
             )
 
-            def on_output(logits_NV: Tensor, non_loss_data: bool = False) -> Any:
-                result = on_logits(logits_NV, microbatch)
+            def on_output(scores: Tensor, non_loss_data: bool = False) -> Any:
+                result = on_scores(scores, microbatch)
                 if non_loss_data:
                     return result
                 loss, collected = result
@@ -383,25 +367,9 @@ class TrainerRank:
                 collect_non_loss_data=forward_only,
             )
 
-
-def _response_logits(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Tensor, **_: Any
-) -> Tensor:
-    """GPTModel's output processor: logits only at the positions that predict a response token. [N, V]
-
-    Under sequence parallelism the hidden states are gathered before the rows are chosen; the gather's backward
-    reduce-scatters the partial gradients of the vocabulary shards, so no further all-reduce is needed there.
-    """
-    sequence_parallel = output_layer.sequence_parallel
-    if sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
-    logits = linear_with_grad_accumulation_and_async_allreduce(
-        input=hidden_states[context],
-        weight=output_layer.weight if output_weight is None else output_weight,
-        bias=None,
-        gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion,
-        allreduce_dgrad=not sequence_parallel and output_layer.tp_group.size() > 1,
-        sequence_parallel=False,
-        tp_group=output_layer.tp_group,
-    )
-    return logits[:, 0]
+    def _scored_tokens(self, microbatch: MicroBatch, *, every_temperature: bool) -> ScoredTokens:
+        """At the base temperature, and at those of the rollout where they are asked for and differ."""
+        temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)
+        if every_temperature and not bool((microbatch.temperatures == temperatures[0]).all()):
+            temperatures += (microbatch.temperatures,)
+        return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatron_hapo.entropy import entropy_modulation, entropy_stats
 from megatron_hapo.loss import hapo_loss
 from megatron_hapo.methods.archer import kl_to_old_policy, reasoning_mask
 from megatron_hapo.methods.edge_grpo import entropy_driven_advantage
-from megatron_hapo.methods.forking_tokens import forking_mask
+from megatron_hapo.methods.forking_tokens import forking_weights
 from megatron_hapo.methods.gspo import sequence_log_ratio
 from megatron_hapo.methods.importance import importance_weights
 from megatron_hapo.objective import policy_loss
@@ -104,15 +105,15 @@ def test_the_aggregation_counts_within_each_minibatch():
 
 def test_forking_tokens_are_the_top_share_with_ties():
     entropies = torch.tensor([0.1, 5.0, 0.3, 0.2, 4.0, 0.0, 0.3, 0.1, 0.2, 0.1])
-    assert forking_mask(entropies, share=0.2).nonzero()[:, 0].tolist() == [1, 4]
-    assert forking_mask(entropies, share=0.3).nonzero()[:, 0].tolist() == [1, 2, 4, 6]
-    assert forking_mask(entropies, share=1.0).all()
-    assert forking_mask(torch.tensor([0.5]), share=0.01).all()
+    assert forking_weights(entropies, share=0.2).nonzero()[:, 0].tolist() == [1, 4]
+    assert forking_weights(entropies, share=0.3).nonzero()[:, 0].tolist() == [1, 2, 4, 6]
+    assert (forking_weights(entropies, share=1.0) == 1).all()
+    assert forking_weights(torch.tensor([0.5]), share=0.01).tolist() == [1]
     with pytest.raises(ValueError, match=r"share must lie in \(0, 1\], got 0"):
-        forking_mask(entropies, share=0)
+        forking_weights(entropies, share=0)
 
 
-def test_forking_tokens_alone_move_the_policy_and_all_tokens_divide():
+def test_forking_tokens_alone_move_the_policy_and_divide():
     batch, scores = scored_batch()
     settings = algorithm(forking_tokens={"enabled": True, "share": 0.25})
     scored, _ = with_scores(batch, scores, settings, group_size=3)
@@ -120,10 +121,12 @@ def test_forking_tokens_alone_move_the_policy_and_all_tokens_divide():
     policy_loss(log_probs, torch.zeros(0), as_microbatch(scored), settings, num_tokens=batch.num_response_tokens)[
         0
     ].backward()
-    kept = forking_mask(torch.from_numpy(scores.entropies), share=0.25)
+    kept = torch.zeros(len(scores.entropies), dtype=torch.bool)
+    kept[torch.from_numpy(scores.entropies).topk(math.ceil(0.25 * len(kept))).indices] = True
     assert (log_probs.grad[~kept] == 0).all()
     advantages = torch.from_numpy(np.repeat(batch.advantages, batch.response_lengths))
-    torch.testing.assert_close(log_probs.grad[kept], -advantages[kept] / batch.num_response_tokens)
+    torch.testing.assert_close(log_probs.grad[kept], -advantages[kept] / kept.sum())
+    assert weight_metrics(scored)["weights/mean"] == pytest.approx(1)
     assert weight_metrics(scored)["weights/zero_fraction"] == pytest.approx(float((~kept).float().mean()))
 
 

@@ -203,6 +203,14 @@ def test_logits_take_two_and_three_quarter_bytes_an_element() -> None:
     assert head_bytes(QWEN3_8B, layout, rows=rows) - around == pytest.approx(2.75 * rows * vocabulary)
 
 
+def test_the_fused_head_takes_a_chunk_however_many_tokens() -> None:
+    from megatron_hapo.fused_head import CHUNK_BYTES
+
+    layout = Layout(tokens_per_microbatch=131_072, output_head="fused")
+    around = 2 * 2 * 131_072 * 4096
+    assert head_bytes(QWEN3_8B, layout, rows=131_072) - around == pytest.approx(1.25 * CHUNK_BYTES)
+
+
 def test_each_size_cuts_what_it_is_to_cut() -> None:
     def parts(**sizes: Any) -> Any:
         return trainer_memory(QWEN3_8B, Layout(**sizes), gpu_bytes=80 * GIB)

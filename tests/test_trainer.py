@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,12 +29,13 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
     # micro-batches accumulate.
     1: {
         "untied": [SINGLE, {"max_tokens": 1}, {"max_tokens": 10_000}, {"recompute": "full"}],
-        "tied": [SINGLE, {"recompute": "selective"}],
+        "tied": [SINGLE, {"recompute": "selective"}, {"output_head": "fused"}],
         "moe": [SINGLE],
     },
     2: {
         "untied": [
             {"tp": 2, "sequence_parallel": False},
+            {"tp": 2, "sequence_parallel": False, "output_head": "fused"},
             {"tp": 2, "sequence_parallel": True, "recompute": "selective"},
             {"pp": 2},
             {"pp": 2, "vpp": 2},
@@ -45,7 +46,9 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
         ],
         "tied": [
             {"tp": 2, "sequence_parallel": True},
+            {"tp": 2, "sequence_parallel": True, "output_head": "fused"},
             {"pp": 2},
+            {"pp": 2, "output_head": "fused"},
             {"pp": 2, "vpp": 2, "recompute": "full"},
             {"dp": 2},
         ],
@@ -86,6 +89,7 @@ def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config
         "recompute": layout.pop("recompute", "none"),
         "overlap_communication": layout.pop("overlap", False),
         "distributed_optimizer": layout.pop("distributed_optimizer", True),
+        "output_head": layout.pop("output_head", "logits"),
     }
     return Config.model_validate(
         {
@@ -226,11 +230,14 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
     """Scores, two updates, weights, a checkpoint, a third update, and one with what other methods read."""
     import torch.distributed as dist
 
+    from megatron_hapo.output_head import FusedHead
     from megatron_hapo.trainer import TrainerRank
 
     config = make_config(model, layout, eps=ADAM_EPS)
     grid = make_grid(config)
     trainer = TrainerRank(config, grid)
+    if config.trainer.output_head == "fused":  # several chunks in most micro-batches
+        trainer._output_head = replace(cast(FusedHead, trainer._output_head), chunk_bytes=8000)
     assert_layers_are_as_planned(trainer)
     batch = make_batch()
     before = trainer.log_probs(batch)

@@ -7,10 +7,12 @@ knowledge token. Everything else is DAPO's:
 
 with eps = 0.5, kl = 0 for reasoning tokens and eps = 0.2, kl = 0.001 for knowledge tokens, D the k3 estimate of the KL.
 Decided here: entropies are the old policy's; the quantile is the k-th smallest, k = round_half_even(0.8 (n - 1)),
-without interpolation; D is taken to the policy before the step's first update, because no separate reference policy is
-kept (the paper's is the starting model). At the first update of a step D and its gradient are therefore zero.
+without interpolation; a token at the quantile is a knowledge token (in the paper a reasoning token), so that a response
+of certain tokens has no reasoning tokens; D is taken to the policy before the step's first update, because no separate
+reference policy is kept (the paper's is the starting model). At the first update of a step D and its gradient are
+therefore zero.
 
-Source: arXiv:2507.15778, section 4.
+Source: arXiv:2507.15778v2, section 4.1, equations 2 to 5; values from section 5.1.
 """
 
 from __future__ import annotations

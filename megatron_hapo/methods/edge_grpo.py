@@ -2,12 +2,12 @@
 
     A_i' = A_i / (P_i / mean P),   P_i the mean token entropy of response i
 
-A_i is GRPO's advantage. Decided here: the mean of P runs over the response's group (the released code takes whatever
-the devices hold together); P_i / mean P is kept in [0.1, 10], the bounds in the released code's comment, since a
-certain response has P_i = 0; entropies are the old policy's, so A' is a constant of the step. The paper's other half,
+A_i is GRPO's advantage, the mean of P runs over the response's group (the released code takes whatever the devices hold
+together). Decided here: P_i / mean P is kept in [0.1, 10], the bounds in the released code's comment, since a certain
+response has P_i = 0; entropies are the old policy's, so A' is a constant of the step. The paper's other half,
 guided error correction, rewrites wrong responses with reference solutions; prompts here need none, and it is left out.
 
-Source: arXiv:2507.21848, section 4.2.
+Source: arXiv:2507.21848, equations 3, 6 and 7 (numbers as other implementations cite them).
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Forking tokens: the policy gradient of the most uncertain tokens only, here on top of DAPO.
 
-    L = -1/sum |o_i| sum_i sum_t [H_it >= tau] min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i)
+    L = -1/N_kept sum_i sum_t [H_it >= tau] min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i)
 
-tau is the entropy that the share rho = 0.2 of the batch's tokens reaches. As in the paper's formula the denominator
-counts all tokens. Decided here: "the batch" is the step's, and the entropies are the old policy's, so that the choice
-depends neither on mini-batches nor on the layout; tokens tied at tau are all kept.
+tau is the entropy that the share rho = 0.2 of the batch's tokens reaches, N_kept the number of tokens that reach it.
+Decided here: "the batch" is the step's, and the entropies are the old policy's, so that the choice depends neither on
+mini-batches nor on the layout; for N_kept a mini-batch counts its tokens times the share that the step kept; tokens
+tied at tau are all kept.
 
-Source: "Beyond the 80/20 rule", arXiv:2506.01939, section 5.1, equations 5 and 6.
+Source: "Beyond the 80/20 rule", arXiv:2506.01939v2, equation 6.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 
-def forking_mask(entropies_N: Tensor, *, share: float = 0.2) -> Tensor:
-    """Whether each token is among the `share` with the highest entropy, at least one token. [N] bool
+def forking_weights(entropies_N: Tensor, *, share: float = 0.2) -> Tensor:
+    """Weights that turn sum / (number of tokens) into the mean over the kept tokens; 0 for the others. [N] float32
+
+    The kept tokens are the `share` with the highest entropy, at least one.
 
     Raises:
         ValueError: a share outside (0, 1].
@@ -26,8 +29,9 @@ def forking_mask(entropies_N: Tensor, *, share: float = 0.2) -> Tensor:
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if not entropies_N.numel():
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0)
     # 0.2 * 5 is 1.0000000000000002: rounding must not add a token.
     count = max(1, math.ceil(share * entropies_N.numel() - 1e-9))
     threshold = entropies_N.topk(count).values[-1]
-    return entropies_N >= threshold
+    kept_N = entropies_N >= threshold
+    return kept_N.float() * (kept_N.numel() / kept_N.sum())

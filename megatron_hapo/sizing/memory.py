@@ -29,6 +29,8 @@ PADDING_OF_GROUPS = 1.33
 """The local attention pads sequences of similar length: to twice the tokens at worst, to about this on average."""
 HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds together."""
+FUSED_CHUNK_BYTES = 256 << 20
+"""Logits that megatron_hapo.fused_head holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +158,19 @@ def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
 
     The gradient overwrites the logits. Chunks of a sixteenth of the rows, at most 1,024, are worked on in float32.
     Beside them: the hidden states of all tokens (gathered under sequence parallelism), those of the chosen rows and
-    their gradient, and the gradient of the output weight before it is added to the float32 buffer.
+    their gradient, and the gradient of the output weight before it is added to the float32 buffer. The fused head holds
+    one chunk of logits, two float32 tiles of a sixteenth of it, and adds to that buffer at once.
     """
     w, h = layout.bytes_per_parameter, shape.hidden_size
     columns = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp
+    gathered = layout.tokens_per_rank * h * w if layout.sequence_shards > 1 else 0
+    hidden = gathered + 2 * rows * h * w
+    if layout.output_head == "fused":
+        chunk = min(rows * columns * w, FUSED_CHUNK_BYTES)
+        return hidden + chunk + 2 * 4 * chunk // w // 16
     chunk = min(1024, -(-rows // 16))
     logits = rows * columns * w + HEAD_CHUNKS * 4 * chunk * columns
-    gathered = layout.tokens_per_rank * h * w if layout.sequence_shards > 1 else 0
-    return logits + gathered + 2 * rows * h * w + columns * h * w
+    return hidden + logits + columns * h * w
 
 
 def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:

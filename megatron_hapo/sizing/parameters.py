@@ -30,6 +30,7 @@ class Layout:
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     recompute: Recompute = "none"
+    output_head: Literal["logits", "fused"] = "logits"
     tokens_per_microbatch: int = 16384
     """Of one data-parallel rank, before context parallelism cuts it."""
     bytes_per_parameter: int = 2

@@ -44,6 +44,7 @@ class Limits:
 
     max_cp: int = 1
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
+    output_head: Literal["logits", "fused"] = "logits"
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -231,8 +232,9 @@ def _layouts(
                 if dp % ep or (moe and moe.num_experts % ep):
                     continue
                 grid = Layout(
-                    tp=tp, **vars(pipeline), cp=cp, ep=ep, dp=dp, bytes_per_parameter=limits.bytes_per_parameter
-                )
+                    tp=tp, **vars(pipeline), cp=cp, ep=ep, dp=dp,
+                    output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
+                )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
                     budget = -(-factor * workload.longest // 1024) * 1024

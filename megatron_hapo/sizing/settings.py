@@ -37,6 +37,7 @@ def layout_of(config: Config) -> Layout:
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         recompute=config.trainer.recompute,
+        output_head=config.trainer.output_head,
         # A sequence longer than the budget stands alone in a micro-batch of its own.
         tokens_per_microbatch=max(longest, config.trainer.max_tokens_per_microbatch),
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
@@ -62,6 +63,7 @@ def limits_of(config: Config) -> Limits:
     return Limits(
         max_cp=8,
         recompute=recompute_choices(),
+        output_head=config.trainer.output_head,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
         spec="local" if config.model.spec == "local" else "te",
         memory_fraction=config.rollout.memory_fraction,
