@@ -10,24 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.model.families import MoeShape, Shape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
+from megatron_hapo.model.families import MoeShape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
+from tests.shapes import TINY
 
-SHAPE = Shape(
-    family="qwen3",
-    num_layers=2,
-    hidden_size=48,
-    ffn_size=96,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    vocab_size=101,
-    tied_embeddings=False,
-    qk_norm=True,
-    qkv_bias=False,
-    norm_eps=1e-6,
-    rope_base=1e6,
-    max_positions=512,
-)
+SHAPE = replace(TINY, num_layers=2, hidden_size=48, ffn_size=96, head_dim=16)
 LAYER_PARAMETERS = {
     "local": ["input_layernorm.weight", "pre_mlp_layernorm.weight"],
     "te": ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"],

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from megatron_hapo.config import parse_bytes
-from megatron_hapo.model.families import Shape, read_shape
+from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import (
     GIB,
     activation_bytes,
@@ -22,25 +22,10 @@ from megatron_hapo.sizing.memory import (
 )
 from megatron_hapo.sizing.parameters import Layout, Recompute, model_parameters, stage_parameters
 from tests.distributed import run_ranks
+from tests.shapes import QWEN3_8B
 from tests.test_trainer import make_batch, make_config, make_grid
 from tests.tiny_model import write_tiny_qwen3
 
-QWEN3_8B = Shape(
-    family="qwen3",
-    num_layers=36,
-    hidden_size=4096,
-    ffn_size=12288,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    tied_embeddings=False,
-    qk_norm=True,
-    qkv_bias=False,
-    norm_eps=1e-6,
-    rope_base=1e6,
-    max_positions=32768,
-)
 SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 32, "intermediate": 768}
 """Query heads are narrower than the hidden size, so that a formula that takes one for the other is seen."""
 HELD = [

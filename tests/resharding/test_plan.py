@@ -12,23 +12,9 @@ import pytest
 from megatron_hapo.model.families import Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Block, Parameter, Plan, Shard, make_plan
+from tests.shapes import TINY
 
-SHAPE = Shape(
-    family="qwen3",
-    num_layers=4,
-    hidden_size=24,
-    ffn_size=48,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=6,
-    vocab_size=101,
-    tied_embeddings=False,
-    qk_norm=True,
-    qkv_bias=True,
-    norm_eps=1e-6,
-    rope_base=1e6,
-    max_positions=512,
-)
+SHAPE = replace(TINY, qkv_bias=True)
 
 Weights = dict[str, np.ndarray]
 
