@@ -121,19 +121,17 @@ def pack(
             cut it. Padding stands behind the sequence's tokens, where the causal mask hides it from them.
     """
     part = batch.select(rows)
-    chunks = 1 if cp_size == 1 else 2 * cp_size
-    lengths = -(-part.sequence_lengths // chunks) * chunks
-    total, whole = int(lengths.sum()), math.lcm(chunks, cp_size * multiple)
-    padding = -total % whole if total else whole
-    sequence_lengths = [*lengths.tolist(), padding] if padding else lengths.tolist()
+    sequence_lengths = padded_lengths(part.sequence_lengths, multiple=multiple, cp_size=cp_size)
+    total = sum(sequence_lengths)
+    lengths = np.asarray(sequence_lengths[: len(part)], dtype=np.int64)
 
     starts = np.cumsum(lengths) - lengths
-    token_ids = np.zeros(total + padding, dtype=part.token_ids.dtype)
+    token_ids = np.zeros(total, dtype=part.token_ids.dtype)
     token_ids[_spans(starts, part.sequence_lengths)] = part.token_ids
     predicting = _spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
 
     here = zigzag(sequence_lengths, cp_size=cp_size, cp_rank=cp_rank)
-    place = np.full(total + padding, -1)
+    place = np.full(total, -1)
     place[here] = np.arange(len(here))
     kept = np.flatnonzero(place[predicting] >= 0)
 
@@ -161,6 +159,15 @@ def pack(
         weights=per_token(part.weights),
         reasoning=per_token(part.reasoning, torch.bool),
     )
+
+
+def padded_lengths(lengths_B: np.ndarray, *, multiple: int, cp_size: int) -> list[int]:
+    """Of the sequences of a packed micro-batch as `pack` lays them out; one more where the end is padding alone."""
+    chunks = 1 if cp_size == 1 else 2 * cp_size
+    lengths = -(-lengths_B // chunks) * chunks
+    total, whole = int(lengths.sum()), math.lcm(chunks, cp_size * multiple)
+    padding = -total % whole if total else whole
+    return [*lengths.tolist(), padding] if padding else lengths.tolist()
 
 
 def zigzag(sequence_lengths: Sequence[int], *, cp_size: int, cp_rank: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.rollout import collect_groups, staleness
 from megatron_hapo.rollout_source import Collected, Generation, RolloutSource
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
+from megatron_hapo.utilization import Utilization
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,7 @@ class Driver:
     eval_prompts: list[Prompt]
     logger: MetricsLogger
     checkpoints: Checkpoints
+    utilization: Utilization
     stats: EntropyStats | None = None
     """Of the previous step, for the sampler; None before the first, which samples at the base temperature."""
     stop_requested: bool = False
@@ -68,8 +70,9 @@ class Driver:
             if config.checkpoint.hf_every and step % config.checkpoint.hf_every == 0:
                 with clock("checkpoint"):
                     self.trainer.export_hf(config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
-            tokens_per_second = metrics["num_response_tokens"] / clock.training_seconds()
-            self.logger.log(step, metrics | clock.metrics() | {"tokens_per_second": tokens_per_second})
+            metrics |= clock.metrics()
+            metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
+            self.logger.log(step, metrics | self.utilization.of_step(metrics))
         if self._saved_step != step:
             self._save(step)
 
@@ -94,6 +97,7 @@ class Driver:
         return {
             **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
             **mismatch_metrics(batch, scores), **means, "rollout/staleness": staleness(groups, step),
+            **self.utilization.of_batches(parts),
         }  # fmt: skip
 
     def _generation(self, step: int) -> Generation:

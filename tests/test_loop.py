@@ -23,9 +23,11 @@ from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.model.families import read_shape
 from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
 LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
@@ -118,6 +120,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             eval_prompts=evaluation,
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
+            utilization=Utilization(config=config, shape=read_shape(config.model.path), peak_flops=None),
         )
         driver.run()
         yield {

@@ -24,11 +24,14 @@ from megatron_hapo.evaluation import evaluate
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.model.families import read_shape
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.rehearsal import Finding, rehearse
 from megatron_hapo.report import write_report
 from megatron_hapo.reward_workers import RewardPool
+from megatron_hapo.sizing.settings import peak_flops
 from megatron_hapo.types import Prompt
+from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import open_weight_sync
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,9 @@ def run_training(config: Config) -> None:
         )
         driver = Driver(
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
+            utilization=Utilization(
+                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(_device(config))
+            ),
             trainer=parts.trainer, pool=parts.pool, weight_sync=parts.weight_sync, rewards=parts.rewards,
         )  # fmt: skip
         with _graceful_stop(driver):

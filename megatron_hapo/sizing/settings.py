@@ -122,15 +122,26 @@ def gpu_memory(config: Config) -> int | None:
 
 def local_gpus() -> list[int]:
     """Bytes of each GPU of this machine, from nvidia-smi, so that torch need not be imported."""
+    return [int(line) << 20 for line in _nvidia_smi("memory.total") if line.isdigit()]
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bfloat16 operations a second of a GPU of this machine; None on a CPU, and for a GPU that GPUS has not."""
+    names = _nvidia_smi("name") if device == "cuda" else []
+    return next((gpu.flops for gpu in GPUS.values() for name in names if gpu.name in name.lower()), None)
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU; nothing where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = [program, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [int(line) << 20 for line in answer.split() if line.isdigit()]
+    return [line.strip() for line in answer.splitlines()]
 
 
 def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
