@@ -76,7 +76,11 @@ def initialize(
 
     Experts stay whole (Megatron's expert_tensor_parallel_size is 1): small ones lose by a cut, and gloo cannot gather
     the tokens that the tp ranks of a cut expert would exchange.
+
+    Raises:
+        ValueError: the sizes do not divide the world, or ep does not divide the ranks that share the experts.
     """
+    check_sizes(dist.get_world_size(), tp=tp, pp=pp, cp=cp, ep=ep)
     parallel_state.initialize_model_parallel(
         tp,
         pp,
@@ -108,6 +112,17 @@ def initialize(
         ep_group=_one(parallel_state.get_expert_model_parallel_group()),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
+
+
+def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
+    """Raise ValueError where so many ranks cannot be laid out like this; dp takes what tp, pp and cp leave."""
+    for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if world_size % (tp * pp * cp):
+        raise ValueError(f"{world_size} ranks are no multiple of tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp}")
+    if world_size // pp % ep:
+        raise ValueError(f"ep must divide the {world_size // pp} ranks of a pipeline stage (tp x cp x dp), got {ep}")
 
 
 def _one(group: object) -> dist.ProcessGroup:
