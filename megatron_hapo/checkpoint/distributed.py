@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,23 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_hapo.checkpoint.weights import use_plain_results_queue
+from megatron_hapo.checkpoint.weights import set_weights, sharded_weights, use_plain_results_queue
 from megatron_hapo.parallel import ParallelLayout
 
 
-def save(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Every rank writes its part; returns when all have."""
     use_plain_results_queue()
     dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
 
-def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Fill model and optimizer of this rank from a checkpoint of any layout."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in parts:
         part._init_optimizer_states_with_dummy_values()
     state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
-    model.load_state_dict(state["model"])
+    set_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for part in parts:
         # Megatron gives all parameters one `step` tensor, and torch's Adam would count it up once for each of them.
@@ -37,14 +38,14 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, 
 
 
 def _state(
-    model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, *, is_loading: bool
+    model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": layout.dp_cp_group,
     }
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {"model": sharded_weights(model, layout, metadata=metadata)}
     state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state
 
