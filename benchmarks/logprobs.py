@@ -1,6 +1,6 @@
 """Time and memory of log-probs and entropies over a sharded vocabulary, against plain float32 autograd.
 
-    python benchmarks/logprobs.py [--tokens 256] [--vocab 151936] [--hidden 512] [--chunk-tokens 32] [--repeats 3]
+    python benchmarks/logprobs.py [--tokens 256] [--vocab 151936] [--hidden 256] [--chunk-tokens 32] [--repeats 3]
 
 Two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states with
 the product by the output weight, where the fused head takes part. Every version does a forward pass and the backward
@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--chunk-tokens", type=int, default=32, help="of the fused head")
     parser.add_argument("--repeats", type=int, default=3)
     sizes = Sizes(**vars(parser.parse_args()))
