@@ -77,7 +77,7 @@ class TrainerRank:
         overlap, sharded = config.trainer.overlap_communication, config.trainer.distributed_optimizer
         self._gathers_late = overlap and sharded
         self._megatron_config = megatron_config = self.model[0].config
-        self._ddp = [
+        self._ddp: list[Any] = [  # Megatron's functions differ in the type of list that they are annotated with
             DistributedDataParallel(
                 megatron_config,
                 DistributedDataParallelConfig(
@@ -125,7 +125,8 @@ class TrainerRank:
         model, ddp = self.model[-1], self._ddp[-1]
         if model.post_process:
             wait_for = ddp._make_forward_pre_hook()
-            model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait_for(model.output_layer))
+            final_norm: Any = model.decoder.final_layernorm
+            final_norm.register_forward_pre_hook(lambda *_: wait_for(model.output_layer))
 
     def _finish_gathering(self) -> None:
         """Before weights are read outside a forward pass; the ranks of a dp x cp group call it together."""

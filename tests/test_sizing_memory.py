@@ -87,7 +87,7 @@ def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]])
             ),
             step=1,
         )
-        parameters = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+        parameters: list[Any] = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
         weights = storages(p.data for p in parameters)
         gradients = storages(p.main_grad for p in parameters)
         optimizer = storages(_optimizer_tensors(trainer._optimizer))
@@ -141,8 +141,8 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompu
     grid = parallel.initialize(tp=1, pp=1, device=torch.device("cpu"), seed=0, timeout_seconds=60)
     shape, peaks = read_shape(model_path), []
     for dtype, recompute in cases:
-        (model,) = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
-        model = model.to(getattr(torch, dtype)).train()
+        chunks: list[Any] = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
+        model = chunks[0].to(getattr(torch, dtype)).train()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.05)
             parameter.grad = torch.zeros_like(parameter)

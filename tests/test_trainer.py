@@ -241,7 +241,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
     assert_layers_are_as_planned(trainer)
     batch = make_batch()
     before = trainer.log_probs(batch)
-    scores = [None] * dist.get_world_size()
+    scores: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(scores, before)
     merged = merge_scores(scores, batch)
     scored = with_everything(batch, merged)
