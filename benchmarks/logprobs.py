@@ -1,19 +1,24 @@
-"""Time and memory of log-probs and entropies from vocabulary-sharded logits, against plain float32 autograd.
+"""Time and memory of log-probs and entropies over a sharded vocabulary, against plain float32 autograd.
 
-    python benchmarks/logprobs.py [--tokens 256] [--vocab 151936] [--repeats 3]
+    python benchmarks/logprobs.py [--tokens 256] [--vocab 151936] [--hidden 256] [--chunk-tokens 32] [--repeats 3]
 
-Every version does a forward pass and the backward pass of both outputs, on one rank and on two gloo ranks, each with
-one thread. Prints a table, and as its last line the same as JSON. Bytes are those of live tensors at the peak, logits
-included, for each element of the rank's logits.
+Two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states with
+the product by the output weight, where the fused head takes part. Every version does a forward pass and the backward
+pass of both outputs. Prints two tables, and as its last line all rows as JSON. Bytes are those of live tensors at the
+peak, for each logit of the rank: with the logits in the first table; in the second beside the hidden states, the weight
+and the float32 buffer that its gradient ends up in, all of which every version is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +30,31 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_hapo.fused_head import fused_log_probs_and_entropy
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from tests.distributed import run_ranks
 from tests.storage import PeakStorage
 
-Version = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+Outputs = tuple[Tensor, Tensor]
 
 
-def in_place(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Sizes:
+    tokens: int
+    vocab: int
+    hidden: int
+    chunk_tokens: int
+    repeats: int
+
+
+# ----- versions
+
+
+def in_place(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Outputs:
     return vocab_parallel_log_probs_and_entropy(logits_NV, targets_N, tp_group=tp_group)
 
 
-def naive(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> tuple[Tensor, Tensor]:
+def naive(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Outputs:
     """What one writes first: everything in float32, differentiated by autograd."""
     if tp_group is None:
         log_p_NV = torch.log_softmax(logits_NV.float(), -1)
@@ -68,57 +86,152 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient, None
 
 
-VERSIONS: dict[str, Version] = {"in place": in_place, "naive float32": naive}
+class _ToEveryRank(torch.autograd.Function):
+    """Each rank computes a part of the logits from the same hidden states, whose gradient is the parts' sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, tp_group: Any) -> Tensor:
+        ctx.tp_group = tp_group
+        return hidden_NH.view_as(hidden_NH)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if ctx.tp_group is not None:
+            dist.all_reduce(gradient, group=ctx.tp_group)
+        return gradient, None
 
 
-def measure(rank: int, world_size: int, tokens: int, vocab: int, repeats: int) -> list[dict[str, Any]]:
-    """One rank's rows. Versions take turns, so that other load meets all of them; the best time counts."""
+FROM_LOGITS: dict[str, Callable[[Tensor, Tensor, Any], Outputs]] = {"in place": in_place, "naive float32": naive}
+
+
+@dataclass
+class Attempt:
+    """One forward and backward pass of a version: its inputs, made anew, and what is done with them."""
+
+    given: list[Tensor]
+    forward: Callable[[], Outputs]
+    finish: Callable[[], None]
+    """After the backward pass; counts like it."""
+
+
+def from_logits(name: str, logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Attempt:
+    leaf_NV = logits_NV.clone().requires_grad_()
+    return Attempt([leaf_NV], lambda: FROM_LOGITS[name](leaf_NV, targets_N, tp_group), lambda: None)
+
+
+def from_hidden(
+    name: str, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, tp_group: Any, *, chunk_bytes: int
+) -> Attempt:
+    """The weight has Megatron's float32 gradient buffer, to which autograd's gradient is added at the end."""
+    hidden_NH = hidden_NH.clone().requires_grad_()
+    weight: Any = torch.nn.Parameter(weight_VH)
+    weight.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
+    given = [hidden_NH, weight, weight.main_grad]
+
+    def fused() -> Outputs:
+        return fused_log_probs_and_entropy(hidden_NH, weight, targets_N, tp_group=tp_group, chunk_bytes=chunk_bytes)
+
+    def whole() -> Outputs:
+        logits_NV = _ToEveryRank.apply(hidden_NH, tp_group) @ weight.t()
+        return FROM_LOGITS[name](logits_NV, targets_N, tp_group)
+
+    def add_gradient() -> None:
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+
+    return Attempt(given, fused if name == "fused" else whole, add_gradient)
+
+
+# ----- measuring
+
+
+def measure(rank: int, world_size: int, sizes: Sizes) -> list[dict[str, Any]]:
+    """One rank's rows."""
     tp_group = dist.group.WORLD if world_size > 1 else None
-    results: dict[tuple[str, str], dict[str, Any]] = {}
+    rows = []
     for dtype in (torch.bfloat16, torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        logits_NV = torch.randn(tokens, vocab, generator=generator).mul_(3).to(dtype).chunk(world_size, 1)[rank].clone()
-        targets_N = torch.randint(0, vocab, (tokens,), generator=generator)
-        for attempt in range(repeats + 1):
-            for name, version in VERSIONS.items():
-                row = results.setdefault(
-                    (name, str(dtype)),
-                    {
-                        "version": name,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "tp": world_size,
-                        "tokens": tokens,
-                        "vocab": vocab,
-                        "forward_seconds": float("inf"),
-                        "total_seconds": float("inf"),
-                    },
-                )
-                leaf_NV = logits_NV.clone().requires_grad_()
-                if attempt == 0:  # counting costs time of its own
-                    row["peak_bytes_per_element"] = peak_bytes(version, leaf_NV, targets_N, tp_group)
-                    continue
-                forward, total = seconds(version, leaf_NV, targets_N, tp_group)
-                row["forward_seconds"] = min(row["forward_seconds"], forward)
-                row["total_seconds"] = min(row["total_seconds"], total)
-    return list(results.values())
+        about = {"dtype": str(dtype).removeprefix("torch."), "tp": world_size}
+        rows += measure_from_logits(rank, dtype, sizes, tp_group, about | {"from": "logits"})
+        rows += measure_from_hidden(rank, dtype, sizes, tp_group, about | {"from": "hidden states"})
+    return rows
 
 
-def seconds(version: Version, logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> tuple[float, float]:
+def measure_from_logits(
+    rank: int, dtype: torch.dtype, sizes: Sizes, tp_group: Any, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(sizes.tokens, sizes.vocab, generator=generator).mul_(3).to(dtype)
+    logits_NV = logits_NV.chunk(about["tp"], 1)[rank].clone()
+    targets_N = torch.randint(0, sizes.vocab, (sizes.tokens,), generator=generator)
+    versions = {name: partial(from_logits, name, logits_NV, targets_N, tp_group) for name in FROM_LOGITS}
+    return compare(versions, about, sizes, tp_group)
+
+
+def measure_from_hidden(
+    rank: int, dtype: torch.dtype, sizes: Sizes, tp_group: Any, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(sizes.tokens, sizes.hidden, generator=generator).to(dtype)
+    weight_VH = torch.randn(sizes.vocab, sizes.hidden, generator=generator).mul_(3 / sizes.hidden**0.5)
+    weight_VH = weight_VH.chunk(about["tp"])[rank].to(dtype).clone()
+    targets_N = torch.randint(0, sizes.vocab, (sizes.tokens,), generator=generator)
+    chunk_bytes = sizes.chunk_tokens * len(weight_VH) * dtype.itemsize
+    versions = {
+        name: partial(from_hidden, name, hidden_NH, weight_VH, targets_N, tp_group, chunk_bytes=chunk_bytes)
+        for name in ("fused", *FROM_LOGITS)
+    }
+    about = about | {"hidden": sizes.hidden, "fused_chunk_tokens": sizes.chunk_tokens}
+    return compare(versions, about, sizes, tp_group)
+
+
+def compare(
+    versions: dict[str, Callable[[], Attempt]], about: dict[str, Any], sizes: Sizes, tp_group: Any
+) -> list[dict[str, Any]]:
+    """Versions take turns, so that other load meets all of them; the best time counts."""
+    rows = {
+        name: {
+            "version": name,
+            **about,
+            "tokens": sizes.tokens,
+            "vocab": sizes.vocab,
+            "forward_seconds": float("inf"),
+            "total_seconds": float("inf"),
+        }
+        for name in versions
+    }
+    elements = sizes.tokens * sizes.vocab // about["tp"]
+    for attempt in range(sizes.repeats + 1):
+        for name, make in versions.items():
+            row = rows[name]
+            if attempt == 0:  # counting costs time of its own
+                row["peak_bytes_per_element"] = round(peak_bytes(make(), about["from"] == "logits") / elements, 3)
+                continue
+            forward, total = seconds(make(), tp_group)
+            row["forward_seconds"] = min(row["forward_seconds"], forward)
+            row["total_seconds"] = min(row["total_seconds"], total)
+    return list(rows.values())
+
+
+def seconds(attempt: Attempt, tp_group: Any) -> tuple[float, float]:
     if tp_group is not None:
         dist.barrier(tp_group)
     start = time.perf_counter()
-    log_probs_N, entropies_N = version(logits_NV, targets_N, tp_group)
+    log_probs_N, entropies_N = attempt.forward()
     forward = time.perf_counter() - start
     (log_probs_N.sum() + entropies_N.sum()).backward()
+    attempt.finish()
     return forward, time.perf_counter() - start
 
 
-def peak_bytes(version: Version, logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> float:
+def peak_bytes(attempt: Attempt, count_given: bool) -> int:
     with PeakStorage() as storage:
-        storage.include(logits_NV)
-        log_probs_N, entropies_N = version(logits_NV, targets_N, tp_group)
+        storage.include(*attempt.given)
+        given = 0 if count_given else storage.live_bytes
+        log_probs_N, entropies_N = attempt.forward()
         (log_probs_N.sum() + entropies_N.sum()).backward()
-    return round(storage.peak_bytes / logits_NV.numel(), 3)
+        attempt.finish()
+    return storage.peak_bytes - given
 
 
 def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -127,10 +240,12 @@ def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [rows[0] | {key: max(row[key] for row in rows) for key in measured} for rows in zip(*ranks, strict=True)]
 
 
-def as_table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    table = Table(title=f"log-probs and entropies: {first['tokens']} tokens, vocabulary {first['vocab']:,}")
-    for name in ("version", "dtype", "TP", "forward s", "forward + backward s", "ns / element", "peak bytes / element"):
+# ----- printing
+
+
+def as_table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    for name in ("version", "dtype", "TP", "forward s", "forward + backward s", "ns / logit", "peak bytes / logit"):
         table.add_column(name, justify="left" if name in ("version", "dtype") else "right")
     for row in rows:
         elements = row["tokens"] * row["vocab"] / row["tp"]
@@ -150,13 +265,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--chunk-tokens", type=int, default=32, help="of the fused head")
     parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    sizes = Sizes(**vars(parser.parse_args()))
+    console, rows = Console(width=120), []
     for world_size in (1, 2):
-        arguments = (world_size, options.tokens, options.vocab, options.repeats)
-        rows += slower_rank(run_ranks(world_size, measure, *arguments, timeout_seconds=600))
-    Console(width=120).print(as_table(rows))
+        rows += slower_rank(run_ranks(world_size, measure, world_size, sizes, timeout_seconds=1800))
+    for source in ("logits", "hidden states"):
+        title = f"from {source}: {sizes.tokens} tokens, vocabulary {sizes.vocab:,}"
+        if source == "hidden states":
+            title += f", hidden size {sizes.hidden}, fused in chunks of {sizes.chunk_tokens} tokens"
+        console.print(as_table([row for row in rows if row["from"] == source], title))
+    console.print(f"load average {os.getloadavg()[0]:.1f}")
     print(json.dumps(rows))
 
 

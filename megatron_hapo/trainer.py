@@ -143,7 +143,8 @@ class TrainerRank:
             None.
         """
         microbatches = self._microbatches(batch)
-        collected = self._run(microbatches, self._score, forward_only=True)
+        adaptive = bool((batch.temperatures != self.config.rollout.temperature).any())
+        collected = self._run(microbatches, self._score, forward_only=True, rollout_temperatures=adaptive)
         if not self.layout.is_last_stage:
             return None
         columns = self._whole_responses(microbatches, collected).cpu().numpy()
@@ -165,7 +166,6 @@ class TrainerRank:
         return whole
 
     def _score(self, scores: Tensor, microbatch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        # A rollout at the base temperature needs no second column.
         (log_probs_N, entropies_N), (rollout_N, _) = scores[0], scores[-1]
         return log_probs_N, rollout_N, entropies_N
 
@@ -323,7 +323,12 @@ class TrainerRank:
         ]
 
     def _run(
-        self, microbatches: list[MicroBatch], on_scores: Callable[[Tensor, MicroBatch], Any], *, forward_only: bool
+        self,
+        microbatches: list[MicroBatch],
+        on_scores: Callable[[Tensor, MicroBatch], Any],
+        *,
+        forward_only: bool,
+        rollout_temperatures: bool = False,
     ) -> list[Any]:
         """Run the schedule; `on_scores` sees what the output head makes of each micro-batch; results come in order.
 
@@ -343,7 +348,7 @@ class TrainerRank:
                     cp_rank=self.layout.cp_rank,
                 ),
                 output_processor=self._output_head,
-                output_processor_context=self._scored_tokens(microbatch, every_temperature=forward_only),
+                output_processor_context=self._scored_tokens(microbatch, rollout_temperatures=rollout_temperatures),
             )
 
             def on_output(scores: Tensor, non_loss_data: bool = False) -> Any:
@@ -368,9 +373,9 @@ class TrainerRank:
                 collect_non_loss_data=forward_only,
             )
 
-    def _scored_tokens(self, microbatch: MicroBatch, *, every_temperature: bool) -> ScoredTokens:
-        """At the base temperature, and at those of the rollout where they are asked for and differ."""
+    def _scored_tokens(self, microbatch: MicroBatch, *, rollout_temperatures: bool) -> ScoredTokens:
+        """At the base temperature first; where asked for, at those of the rollout too."""
         temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)
-        if every_temperature and not bool((microbatch.temperatures == temperatures[0]).all()):
+        if rollout_temperatures:
             temperatures += (microbatch.temperatures,)
         return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures)
