@@ -149,14 +149,28 @@ def local_ray() -> Iterator[None]:
         # for this process, the variable for those that it starts.
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
-        options |= {"address": "local", "include_dashboard": False}
+        # No actor asks for a CPU, and Ray would start an idle worker for each.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": 0}
     _end_on_sigterm()
-    ray.init(**options)
+    _start_ray(options)
     _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    """Ray's processes wait half a minute for each other, which a busy machine may exceed: they get a second chance."""
+    for last in (False, True):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a bare Exception
+            if last or "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray was too slow to start; trying once more")
+            ray.shutdown()
 
 
 def _end_on_sigterm() -> None:
