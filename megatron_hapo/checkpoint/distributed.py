@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
 
 def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Fill model and optimizer of this rank from a checkpoint of any layout."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = _parts(optimizer)
     for part in parts:
         part._init_optimizer_states_with_dummy_values()
     state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
@@ -46,8 +47,34 @@ def _state(
         "dp_cp_group": layout.dp_cp_group,
     }
     state: dict[str, Any] = {"model": sharded_weights(model, layout, metadata=metadata)}
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
+    with _padding_counted(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state
+
+
+@contextlib.contextmanager
+def _padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let Megatron (0.19.2) keep the padding between the gathered buckets of a distributed optimizer.
+
+    It leaves the padding out where it joins them, and then cuts parameters out at places that count it. With more than
+    one bucket, as overlapped communication has, it would write states that are shifted.
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", ())]
+    sizes = [(buffer, buffer.numel) for buffer in buffers]
+    sizes += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
+    kept = [holder.numel_unpadded for holder, _ in sizes]
+    for holder, size in sizes:
+        holder.numel_unpadded = size
+    try:
+        yield
+    finally:
+        for (holder, _), size in zip(sizes, kept, strict=True):
+            holder.numel_unpadded = size
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """One for the experts' parameters and one for the others, if there are experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def keep_torch_adam_steps() -> None:
