@@ -4,9 +4,9 @@
 
 Two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states with
 the product by the output weight, where the fused head takes part. Every version does a forward pass and the backward
-pass of both outputs; "both" is forward and backward. Prints two tables, and as its last line all rows as JSON. Bytes are
-those of live tensors at the peak, for each logit of the rank: with the logits in the first table; in the second beside
-the hidden states, the weight and the float32 buffer that its gradient ends up in, all of which every version is given.
+pass of both outputs; "both" is forward and backward. Prints two tables, and all rows as JSON in the last line. Bytes
+are those of live tensors at the peak, for each logit of the rank: with the logits in the first table; in the second
+beside the hidden states, the weight and the float32 buffer that its gradient ends up in, which every version is given.
 """
 
 from __future__ import annotations
