@@ -4,9 +4,9 @@
 
 Two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states with
 the product by the output weight, where the fused head takes part. Every version does a forward pass and the backward
-pass of both outputs. Prints two tables, and as its last line all rows as JSON. Bytes are those of live tensors at the
-peak, for each logit of the rank: with the logits in the first table; in the second beside the hidden states, the weight
-and the float32 buffer that its gradient ends up in, all of which every version is given.
+pass of both outputs; "both" is forward and backward. Prints two tables, and all rows as JSON in the last line. Bytes
+are those of live tensors at the peak, for each logit of the rank: with the logits in the first table; in the second
+beside the hidden states, the weight and the float32 buffer that its gradient ends up in, which every version is given.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def compare(
             "vocab": sizes.vocab,
             "forward_seconds": float("inf"),
             "total_seconds": float("inf"),
+            "cpu_seconds": float("inf"),
         }
         for name in versions
     }
@@ -207,21 +208,25 @@ def compare(
             if attempt == 0:  # counting costs time of its own
                 row["peak_bytes_per_element"] = round(peak_bytes(make(), about["from"] == "logits") / elements, 3)
                 continue
-            forward, total = seconds(make(), tp_group)
-            row["forward_seconds"] = min(row["forward_seconds"], forward)
-            row["total_seconds"] = min(row["total_seconds"], total)
+            for key, value in seconds(make(), tp_group).items():
+                row[key] = min(row[key], value)
     return list(rows.values())
 
 
-def seconds(attempt: Attempt, tp_group: Any) -> tuple[float, float]:
+def seconds(attempt: Attempt, tp_group: Any) -> dict[str, float]:
+    """Of the forward pass, of both, and the rank's processor time of both, which other load changes less."""
     if tp_group is not None:
         dist.barrier(tp_group)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     log_probs_N, entropies_N = attempt.forward()
     forward = time.perf_counter() - start
     (log_probs_N.sum() + entropies_N.sum()).backward()
     attempt.finish()
-    return forward, time.perf_counter() - start
+    return {
+        "forward_seconds": forward,
+        "total_seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+    }
 
 
 def peak_bytes(attempt: Attempt, count_given: bool) -> int:
@@ -236,7 +241,7 @@ def peak_bytes(attempt: Attempt, count_given: bool) -> int:
 
 def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The ranks' rows as one: what the slowest and the largest rank needs."""
-    measured = ("forward_seconds", "total_seconds", "peak_bytes_per_element")
+    measured = ("forward_seconds", "total_seconds", "cpu_seconds", "peak_bytes_per_element")
     return [rows[0] | {key: max(row[key] for row in rows) for key in measured} for rows in zip(*ranks, strict=True)]
 
 
@@ -245,7 +250,7 @@ def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def as_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for name in ("version", "dtype", "TP", "forward s", "forward + backward s", "ns / logit", "peak bytes / logit"):
+    for name in ("version", "dtype", "TP", "forward s", "both s", "CPU s", "CPU ns / logit", "peak bytes / logit"):
         table.add_column(name, justify="left" if name in ("version", "dtype") else "right")
     for row in rows:
         elements = row["tokens"] * row["vocab"] / row["tp"]
@@ -255,7 +260,8 @@ def as_table(rows: list[dict[str, Any]], title: str) -> Table:
             str(row["tp"]),
             f"{row['forward_seconds']:.2f}",
             f"{row['total_seconds']:.2f}",
-            f"{row['total_seconds'] / elements * 1e9:.1f}",
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['cpu_seconds'] / elements * 1e9:.1f}",
             f"{row['peak_bytes_per_element']:.2f}",
         )
     return table
