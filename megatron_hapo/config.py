@@ -88,6 +88,9 @@ class TrainerConfig(Section):
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation of whole layers."""
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: quantization-aware training. Trainer and engines work with linear weights rounded to float8 (e4m3, one
+    scale a matrix), the optimizer with the exact ones. Activations and the KV cache are not rounded."""
     timeout_seconds: PositiveFloat = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 
