@@ -38,11 +38,12 @@ class Quantization:
     """What is to be quantized, and how.
 
     Formats:
-        fp8: weights and activations e4m3 with one scale a tensor, KV cache e4m3 with one scale a layer; SGLang's and
-            vLLM's `modelopt_fp8`. Queries, keys and values share a weight scale, gate and up too, because SGLang stacks
+        fp8: weights and activations e4m3 with one scale a tensor, KV cache e4m3 with one scale a layer; SGLang's
+            `modelopt_fp8`. Queries, keys and values share a weight scale, gate and up too, because SGLang stacks
             them and rounds again where their scales differ.
         int8: weights with one scale a row, activations rounded token by token as they come (so calibration sets no
-            scale); KV cache as it was. Written as `compressed-tensors`, since no engine loads modelopt's own int8.
+            scale); KV cache as it was. Written as `compressed-tensors` or, with experts, as SGLang's `w8a8_int8`, since
+            no engine loads modelopt's own int8.
         nvfp4: weights and activations e2m1 in blocks of 16, KV cache as in fp8; `modelopt_fp4`. Needs a GPU.
     """
 
@@ -131,7 +132,9 @@ def _calibrate_and_write(job: Quantization, source: Path, folder: Path) -> Agree
         export_hf_checkpoint(model, export_dir=folder)
         quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
         if job.format == "int8":
-            quantization = _as_compressed_tensors(folder, ignore=quantization["ignore"])
+            _rewrite_int8(folder)
+            experts = read_shape(source).moe is not None
+            quantization = _int8_config(ignore=quantization["ignore"], experts=experts)
         # transformers has written the config in its own words; others know those of the original
         copy_companions(source, folder, config_dtype(source))
         config = json.loads((folder / "config.json").read_text())
@@ -238,8 +241,8 @@ def _logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
         return model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
 
 
-def _as_compressed_tensors(folder: Path, *, ignore: Sequence[str]) -> dict[str, Any]:
-    """Rewrite modelopt's int8 tensors, file by file; the quantization_config of the result."""
+def _rewrite_int8(folder: Path) -> None:
+    """Give modelopt's scales the shape that engines read, file by file."""
     from safetensors.torch import load_file, save_file
 
     for path in folder.glob("*.safetensors"):
@@ -249,17 +252,20 @@ def _as_compressed_tensors(folder: Path, *, ignore: Sequence[str]) -> dict[str, 
                 tensors[name] = tensors[name].float().reshape(-1, 1)
         save_file(tensors, path, metadata={"format": "pt"})
     (folder / "hf_quant_config.json").unlink()
+
+
+def _int8_config(*, ignore: Sequence[str], experts: bool) -> dict[str, Any]:
+    """The quantization_config of int8 weights; SGLang (0.5.23) serves experts under its own name for them only."""
+    if experts:
+        return {"quant_method": "w8a8_int8", "is_dynamic": True, "ignore": list(ignore)}
     int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights, activations = {"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**int8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**int8, "strategy": "token", "dynamic": True},
-            }
+            "group_0": {"targets": ["Linear"], "weights": int8 | weights, "input_activations": int8 | activations}
         },
         "ignore": list(ignore),
     }
