@@ -22,6 +22,7 @@ from tests.quantized_model import (
 from tests.tiny_families import expected_tensors, write_family
 
 CASES = [("qwen3", "fp8"), ("qwen3_moe", "fp8"), ("qwen2", "int8"), ("qwen3_moe", "int8")]
+DTYPES = {"qwen2": "float32"}  # int8 is so close to the original that bfloat16 would be the larger difference
 REPORT = re.compile(r"KL (\S+) nats a token, greedy agreement (\S+)% \((\d+) held-out prompts, (\d+) tokens\)")
 
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize")
     write_prompts(folder / "prompts.jsonl")
     for case in {case for case, _ in CASES}:
-        write_family(folder / case, case, dtype="bfloat16", tokenizer=True)
+        write_family(folder / case, case, dtype=DTYPES.get(case, "bfloat16"), tokenizer=True)
     return folder
 
 
@@ -101,7 +102,7 @@ def test_the_folder_is_the_original_but_for_the_quantization(quantized: tuple[Pa
 
 
 def test_the_printed_figures_are_those_of_the_written_weights(quantized: tuple[Path, Path, str, str]) -> None:
-    """Against the folder's own numbers in plain torch, float32; the model itself computes in bfloat16."""
+    """Against the folder's own numbers in plain torch and float32."""
     source, target, _, printed = quantized
     match = REPORT.search(printed)
     assert match, printed
@@ -119,8 +120,9 @@ def test_the_printed_figures_are_those_of_the_written_weights(quantized: tuple[P
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         original = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in prompts]).log_softmax(-1)
+    tolerance = 0.02 if source.name in DTYPES else 0.15  # of the command's bfloat16 arithmetic
     found = torch.cat(quantized_logits(target, source, prompts)).log_softmax(-1)
-    assert kl == pytest.approx(float((original.exp() * (original - found)).sum(-1).mean()), rel=0.15)
+    assert kl == pytest.approx(float((original.exp() * (original - found)).sum(-1).mean()), rel=tolerance)
     same = (original.argmax(-1) == found.argmax(-1)).float().mean()
     assert greedy / 100 == pytest.approx(float(same), abs=0.05)
 
