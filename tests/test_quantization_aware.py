@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,10 @@ def train_one_step(rank: int, folder: Path) -> None:
 
         def whole(masters: bool, trainer: Any = trainer) -> dict[str, Tensor]:
             """HF tensors that this rank can put together: of the weights, or of the optimizer's masters."""
-            kept = {name: parameter.data for name, parameter in trainer.model.named_parameters()}
-            for parameter in trainer.model.parameters() if masters else ():
-                parameter.data = parameter.main_param.view(parameter.shape)
-            tensors = {n: t.clone() for n, t in hf_tensors(trainer.model, trainer.shape, trainer.layout)}
-            for name, parameter in trainer.model.named_parameters():
-                parameter.data = kept[name]
-            return tensors
+            named = trainer.model.named_parameters()
+            shown = {name: p.main_param.view(p.shape) if masters else p for name, p in named}
+            model: Any = SimpleNamespace(named_parameters=shown.items, config=trainer.model.config)
+            return {name: tensor.clone() for name, tensor in hf_tensors(model, trainer.shape, trainer.layout)}
 
         states = {"start": (whole(masters=False), whole(masters=True))}
         round_to_float8(trainer.model, trainer.layout)
