@@ -41,6 +41,13 @@ def contradictions(config: Config) -> Iterator[Fault]:
             "float32 masters are the exact weights",
             ("trainer.dtype",),
         )
+    if config.overlap.max_staleness and config.algorithm.importance_correction.level == "none":
+        yield Fault(
+            "async.max_staleness",
+            f"{config.overlap.max_staleness} needs algorithm.importance_correction.level token or sequence, got none: "
+            "rollouts come from older weights than those that are trained",
+            ("algorithm.importance_correction",),
+        )
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",
