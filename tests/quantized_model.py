@@ -50,13 +50,13 @@ def write_dequantized(folder: Path, source: Path, target: Path) -> Path:
 
 
 def quantized_logits(
-    folder: Path, source: Path, sequences: Sequence[Sequence[int]], *, unit_kv_scales: bool = False
+    folder: Path, source: Path, sequences: Sequence[Sequence[int]], *, exact_kv: bool = False
 ) -> list[Tensor]:
     """Logits of a quantized dense model: weights as they stand, activations and KV cache rounded as the format says.
 
     Args:
         source: the original; gives the architecture.
-        unit_kv_scales: round keys and values without the folder's scales, as SGLang does on a CPU.
+        exact_kv: without rounding the KV cache.
     """
     import torch.nn.functional as F
     from transformers import AttentionInterface, AutoModelForCausalLM
@@ -68,8 +68,8 @@ def quantized_logits(
 
     def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
         scales = [tensors.get(f"model.layers.{module.layer_idx}.self_attn.{kind}_proj.{kind}_scale") for kind in "kv"]
-        if scales[0] is not None and scales[1] is not None:
-            k, v = (float8(x, 1 if unit_kv_scales else scale) for x, scale in zip((k, v), scales, strict=True))
+        if not exact_kv and scales[0] is not None and scales[1] is not None:
+            k, v = (float8(x, scale) for x, scale in zip((k, v), scales, strict=True))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 

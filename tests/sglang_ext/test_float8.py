@@ -40,6 +40,6 @@ def test_a_quantized_folder_is_served_with_its_scales(tmp_path: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         unquantized = mean_difference([original(torch.tensor([tokens])).logits[0] for tokens in sequences])
-    found = mean_difference(quantized_logits(folder, source, sequences, unit_kv_scales=True))
+    found = mean_difference(quantized_logits(folder, source, sequences, exact_kv=True))
     assert found < 0.02  # of bfloat16, in which the engine computes
     assert found < unquantized / 2
