@@ -1,7 +1,7 @@
 """SGLang's float8 rounding (0.5.23) for a machine without a GPU, where its own is Triton. Never used on a GPU.
 
-With it an engine on a CPU serves dense models that `megatron-hapo quantize --format fp8` has written, with their KV cache
-in bfloat16.
+With it an engine on a CPU serves dense models that `megatron-hapo quantize --format fp8` has written; their KV cache is
+bfloat16.
 """
 
 from __future__ import annotations
