@@ -5,8 +5,8 @@
 A random Qwen3 of about 1B parameters in bfloat16, one process, on this machine's CPUs and disk. Every repeat copies and
 converts in turn; files are synchronised to the disk inside the measured time of all. `start` converts a tiny model: the
 start of a process and its imports, which every conversion has once. Peak memory is the largest sum of the proportional
-set sizes (PSS) of this process and its descendants, sampled, over that at the start. Prints a table, and as its last line
-the same as JSON.
+set sizes (PSS) of this process and its descendants, sampled, over that at the start. Prints a table, and as its last
+line the same as JSON.
 """
 
 from __future__ import annotations

@@ -26,20 +26,22 @@ def test_a_quantized_folder_is_served_with_its_scales(tmp_path: Path) -> None:
     rollouts = [rollout for group in groups for rollout in group]
     sequences = [np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).tolist() for rollout in rollouts]
 
-    def mean_difference(logits: list[torch.Tensor]) -> float:
-        """Of the response tokens' log-probs from those that the engine reports."""
-        differences = []
+    def log_probs(logits: list[torch.Tensor]) -> torch.Tensor:
+        """Of all response tokens."""
+        picked = []
         for rollout, logits_TV in zip(rollouts, logits, strict=True):
             log_probs_RV = logits_TV[len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
-            tokens_R = torch.from_numpy(rollout.response_ids).long()[:, None]
-            differences.append(log_probs_RV.gather(1, tokens_R)[:, 0] - torch.from_numpy(rollout.rollout_log_probs))
-        return float(torch.cat(differences).abs().mean())
+            picked.append(log_probs_RV.gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])[:, 0])
+        return torch.cat(picked)
 
     from transformers import AutoModelForCausalLM
 
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
-        unquantized = mean_difference([original(torch.tensor([tokens])).logits[0] for tokens in sequences])
-    found = mean_difference(quantized_logits(folder, source, sequences, exact_kv=True))
-    assert found < 0.02  # of bfloat16, in which the engine computes
-    assert found < unquantized / 2
+        original = log_probs([model(torch.tensor([tokens])).logits[0] for tokens in sequences])
+    found = torch.from_numpy(np.concatenate([rollout.rollout_log_probs for rollout in rollouts])) - original
+    expected = log_probs(quantized_logits(folder, source, sequences, exact_kv=True)) - original
+    # In bfloat16 some activations fall to the other side of a float8 rounding, each a difference of 6%: the errors are
+    # not the same, but they are those of the same quantization. Scales that were not taken would leave no correlation.
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.5
+    assert 0.5 < found.std() / expected.std() < 1.5
