@@ -15,19 +15,18 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peak_memory import PeakMemory
 from megatron_hapo.config import Config
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
@@ -113,7 +112,7 @@ def measure(methods: dict[str, WeightSync], repeats: int) -> list[Measured]:
             version += 1
             # Sampling takes time of its own, so the last repeat is for memory alone.
             if repeat == repeats:
-                with PeakMemory() as memory:
+                with PeakMemory(every_seconds=0.02) as memory:
                     sync.sync(policy_version=version)
                 extra[name] = memory.rise
                 continue
@@ -122,38 +121,6 @@ def measure(methods: dict[str, WeightSync], repeats: int) -> list[Measured]:
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return [Measured(name, min(seconds[name]), extra[name]) for name in methods]
-
-
-class PeakMemory:
-    """Highest PSS of this process and its descendants over that at the start."""
-
-    def __enter__(self) -> PeakMemory:
-        self._processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        self._before = self._peak = self._total()
-        self._ended = threading.Event()
-        self._sampler = threading.Thread(target=self._sample)
-        self._sampler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._sampler.join()
-
-    @property
-    def rise(self) -> int:
-        return self._peak - self._before
-
-    def _sample(self) -> None:
-        while not self._ended.wait(0.02):
-            self._peak = max(self._peak, self._total())
-
-    def _total(self) -> int:
-        total = 0
-        for process in self._processes:
-            with suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-                total += int(next(line for line in lines if line.startswith("Pss:")).split()[1]) << 10
-        return total
 
 
 def plain_copy(num_bytes: int, repeats: int) -> float:

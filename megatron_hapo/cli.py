@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
         parser_of.add_argument("--verify", action="store_true", help="compare the logits of both sides")
         parser_of.set_defaults(run=_convert)
 
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantized copy of a model for serving",
+        description="Quantize a model with nvidia-modelopt into a folder that SGLang serves, and compare the two.",
+    )
+    quantize.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder or Megatron checkpoint")
+    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    quantize.add_argument("--format", choices=["fp8", "int8", "nvfp4"], required=True, help="nvfp4 needs a GPU")
+    quantize.add_argument(
+        "--calibration", type=Path, required=True, metavar="DATA", help="parquet or JSONL with prompts, as for training"
+    )
+    quantize.set_defaults(run=_quantize)
+
     plan = commands.add_parser(
         "plan", help="choose a layout", description="Which layouts fit, how fast they would be, and why others do not."
     )
@@ -154,6 +167,18 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     convert(Conversion(**settings))
+    print(arguments.target)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.launch.quantize import Quantization, quantize
+
+    settings = {name: value for name, value in vars(arguments).items() if name != "run"}
+    agreement = quantize(Quantization(**settings))
+    print(
+        f"KL {agreement.kl:.3g} nats a token, greedy agreement {agreement.greedy:.1%} "
+        f"({agreement.num_prompts} held-out prompts, {agreement.num_tokens} tokens)"
+    )
     print(arguments.target)
 
 

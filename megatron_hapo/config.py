@@ -114,6 +114,9 @@ class TrainerConfig(Section):
     """`logits`: the logits of a micro-batch's response tokens exist once, and their gradient overwrites them. `fused`:
     those of one chunk of tokens at a time, at the cost of a second product in the backward pass: for long responses
     and large micro-batches."""
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: quantization-aware training. Trainer and engines work with linear weights rounded to float8 (e4m3, one
+    scale a matrix), the optimizer with the exact ones. Activations and the KV cache are not rounded."""
     timeout_seconds: PositiveFloat = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 

@@ -38,6 +38,13 @@ def contradictions(config: Config) -> Iterator[Fault]:
             f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
             ("parallel.tp", "parallel.dp"),
         )
+    if config.trainer.quantization != "none" and config.trainer.dtype != "bfloat16":
+        yield Fault(
+            "trainer.quantization",
+            f"{config.trainer.quantization} needs trainer.dtype=bfloat16, got {config.trainer.dtype}: the optimizer's "
+            "float32 masters are the exact weights",
+            ("trainer.dtype",),
+        )
     if config.overlap.max_staleness and config.algorithm.importance_correction.level == "none":
         yield Fault(
             "async.max_staleness",

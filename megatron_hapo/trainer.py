@@ -29,6 +29,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.model.build import build_model, named_parameters
+from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.objective import policy_loss
@@ -70,6 +71,7 @@ class TrainerRank:
         )
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
+        self._round_weights()  # after the optimizer has taken its masters
         self._sending: SendingTask | None = None
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
@@ -194,6 +196,7 @@ class TrainerRank:
                 "Look at loss/* and rollout/logprob_abs_diff of the last steps; a lower optimizer.lr often helps."
             )
         self._optimizer.step()
+        self._round_weights()
         if not self.layout.is_last_stage:
             return None
         sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in collected[0]}
@@ -224,6 +227,11 @@ class TrainerRank:
             stats=stats,
             cp_group=self.layout.cp_group if self.layout.cp_size > 1 else None,
         )
+
+    def _round_weights(self) -> None:
+        if self.config.trainer.quantization == "fp8":
+            self._finish_gathering()
+            round_to_float8(self.model, self.layout)
 
     def _set_learning_rate(self, step: int) -> float:
         """Linear warm-up over steps; step counts from 1, so the first step already moves the weights."""
@@ -298,6 +306,7 @@ class TrainerRank:
 
     def load_checkpoint(self, folder: Path) -> None:
         checkpoint.load(self.model, self._optimizer, self.layout, folder)
+        self._round_weights()  # the checkpoint may be of a run without quantization
 
     # ----- the pipeline schedule
 

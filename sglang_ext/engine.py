@@ -249,6 +249,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
     if config.device == "cpu":
         arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+        if config.dtype == "bfloat16":
+            arguments["kv_cache_dtype"] = "bfloat16"  # SGLang refuses a quantized model's float8 one without AMX
     return arguments
 
 

@@ -12,6 +12,7 @@ nothing here is global to the engine, and a batch may mix requests of every kind
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sglang_ext import temperature
+from sglang_ext import float8, temperature
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -60,6 +61,9 @@ def register() -> None:
         ),
     ):
         HookRegistry.register(target, hook, hook_type)
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        for target, name in float8.TARGETS.items():
+            HookRegistry.register(target, getattr(float8, name), HookType.REPLACE)
 
 
 @dataclass

@@ -134,6 +134,10 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["trainer.overlap_communication=true"],
             "trainer.overlap_communication: has no effect: parallel.dp and parallel.cp are 1",
         ),
+        (
+            ["trainer.quantization=fp8", "trainer.dtype=float32"],
+            "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
+        ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),
         (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,31 @@ def test_a_full_disk_is_foreseen(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     assert cli.main(["convert", "hf-to-megatron", str(moe), str(tmp_path / "out")]) == cli.EXIT_FAULT
     assert "needs 0.0 GB, 0.0 GB are free on its disk" in capsys.readouterr().err
+
+
+@pytest.fixture
+def disk_that_is_full_soon() -> Iterator[None]:
+    """No file of this process and of those that it starts may grow beyond 16 KiB: less than the weights need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_that_fills_up_meanwhile_leaves_no_folder(
+    moe: Path,
+    megatron: Path,
+    tmp_path: Path,
+    direction: str,
+    disk_that_is_full_soon: None,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    source = moe if direction == "hf-to-megatron" else megatron
+    assert cli.main(["convert", direction, str(source), str(tmp_path / "out"), "--tp", "2", "--ep", "2"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"out\.partial: cannot be written, \S+ GB are free on its disk: .", error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_found_while_reading_leaves_no_folder(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -48,15 +48,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 STACKED = "qwen3_moe_mixed"
 
 
-def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: bool = False) -> Path:
-    """Writes the case's model; returns the folder."""
+def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: bool = False, **sizes: int) -> Path:
+    """Writes the case's model, with other `sizes` of its config where they are given; returns the folder."""
     import torch
     import transformers
     from safetensors.torch import save_file
 
     prefix, changes = FAMILIES[case]
     config = getattr(transformers, f"{prefix}Config")(
-        **_SIZES | changes, bos_token_id=None, eos_token_id=258, pad_token_id=256, dtype=dtype
+        **_SIZES | changes | sizes, bos_token_id=None, eos_token_id=258, pad_token_id=256, dtype=dtype
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(len(case))

@@ -14,13 +14,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_hapo.checkpoint.weights import set_weights, sharded_weights, use_plain_results_queue
+from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.parallel import ParallelLayout
 
 
 def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Every rank writes its part; returns when all have."""
     use_plain_results_queue()
-    dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
+    with writing(folder):
+        dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
 
 def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:

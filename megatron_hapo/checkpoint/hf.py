@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hapo.checkpoint.hf_reader import HfReader
+from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
 from megatron_hapo.parallel import ParallelLayout
@@ -137,7 +138,8 @@ def write_stage(
     def flush() -> None:
         number = len(set(weight_map.values()))
         name = f"model-{dist.get_rank():05d}-{number:05d}.safetensors"
-        save_file(pending, folder / name, metadata={"format": "pt"})
+        with writing(folder):
+            save_file(pending, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(pending, name))
         if progress:
             progress(sum(value.nbytes for value in pending.values()))

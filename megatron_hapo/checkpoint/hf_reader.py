@@ -45,6 +45,11 @@ class HfReader:
         parts = [self._read_run(run, place.axis) for run in place.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, place.axis or 0)
 
+    def check(self) -> None:
+        """Look at every tensor's shape, dtype and place in its file, without reading it."""
+        for tensor in sorted(self._expected, key=lambda name: self._files[self._stored_name(name)]):
+            self._checked_slice(tensor)
+
     def dtype(self) -> torch.dtype:
         """Of the embedding, which stands for the model."""
         return _DTYPES[str(self._checked_slice("model.embed_tokens.weight").get_dtype())]
@@ -78,6 +83,11 @@ class HfReader:
     def _fused(self, tensor: str) -> FusedExpert | None:
         return fused_expert(tensor, self._shape) if self._stacked else None
 
+    def _stored_name(self, tensor: str) -> str:
+        """Of the tensor in the folder that holds `tensor`."""
+        fused = self._fused(tensor)
+        return fused.tensor if fused else tensor
+
     def _file(self, name: str) -> Any:
         if name != self._open_name:
             path = self.folder / name
@@ -106,7 +116,7 @@ class HfReader:
         return dict.fromkeys(self._file(name).keys(), name)
 
     def _check_names(self) -> None:
-        needed = {fused.tensor if (fused := self._fused(name)) else name for name in self._expected}
+        needed = {self._stored_name(name) for name in self._expected}
         missing = sorted(needed - self._files.keys())
         if missing:
             raise self._fault(f"{self.folder} has no tensor {_some(missing)}")

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.checkpoint.hf import Progress, load_hf_weights
+from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
 from megatron_hapo.parallel import ParallelLayout
@@ -41,7 +42,8 @@ def load_weights(
 def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
     """Write a model without optimizer in torch_dist format; every rank its part."""
     use_plain_results_queue()
-    dist_checkpointing.save({"model": sharded_weights(model, layout)}, str(folder))
+    with writing(folder):
+        dist_checkpointing.save({"model": sharded_weights(model, layout)}, str(folder))
 
 
 def sharded_weights(

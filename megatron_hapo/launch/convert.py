@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 3600.0
 MOST_DIFFERENCE = 1e-3
 """Of logits in float32 between the two sides; a wrong weight gives differences of the logits' own size."""
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,23 @@ def convert(job: Conversion) -> None:
     """
     check(job)
     # CPUs only: conversion needs memory rather than speed, and the CPU has more of it.
-    os.environ.update(environment("cpu", loopback=False))
+    with _in_environment(environment("cpu", loopback=False)):
+        _convert(job)
+
+
+@contextlib.contextmanager
+def _in_environment(variables: dict[str, str]) -> Iterator[None]:
+    """For this process and those that it starts meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _convert(job: Conversion) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _rank_main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", job)
         return
@@ -122,16 +138,20 @@ def check(job: Conversion) -> None:
         faults.append(f"{job.source}: no Megatron checkpoint (torch_dist)")
     if job.direction == "hf-to-megatron" and is_megatron:
         faults.append(f"{job.source}: is a Megatron checkpoint already")
-    if job.target.exists() and (not job.target.is_dir() or any(job.target.iterdir())):
-        faults.append(f"{job.target}: exists and is not empty; choose another folder or remove it")
-    if not faults:
-        needed = num_parameters(shape) * _BYTES[job.dtypes[1]]
-        place = next(parent for parent in job.target.absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            faults.append(f"{job.target}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk")
+    faults += target_faults(job.target, num_parameters(shape) * BYTES[job.dtypes[1]])
     if faults:
         raise ConfigError(faults)
+
+
+def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
+    """Why a folder of this size cannot be written there."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        yield f"{target}: exists and is not empty; choose another folder or remove it"
+        return
+    place = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        yield f"{target}: needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk"
 
 
 def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) -> None:
@@ -174,7 +194,7 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
     to_megatron = job.direction == "hf-to-megatron"
     model = build_model(shape, layout, dtype=getattr(torch, dtype if to_megatron else source_dtype))
     num_local = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
-    local_bytes = num_local * _BYTES[source_dtype]
+    local_bytes = num_local * BYTES[source_dtype]
     with _progress(f"reading {job.source}", local_bytes, show=dist.get_rank() == 0) as progress:
         load_weights(model, shape, layout, job.source, progress=progress)
     target = partial_folder(job.target)
@@ -184,7 +204,7 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
     else:
-        own_bytes = num_local * _BYTES[dtype] * layout.tp_size
+        own_bytes = num_local * BYTES[dtype] * layout.tp_size
         with _progress(f"writing {job.target}", own_bytes, show=dist.get_rank() == 0) as progress:
             part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
         parts: list[Any] = [None] * dist.get_world_size()

@@ -1,0 +1,114 @@
+"""Seconds and peak memory of converting a model, both ways, beside a plain copy of its safetensors files.
+
+    python benchmarks/convert.py [--layers 26] [--hidden 1536] [--vocab 65536] [--repeats 2] [--folder DIR]
+
+A random Qwen3 of about 1B parameters in bfloat16, one process, on this machine's CPUs and disk. Every repeat copies and
+converts in turn; files are synchronised to the disk inside the measured time of all. `start` converts a tiny model: the
+start of a process and its imports, which every conversion has once. Peak memory is the largest sum of the proportional
+set sizes (PSS) of this process and its descendants, sampled, over that at the start. Prints a table, and as its last
+line the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peak_memory import PeakMemory
+from megatron_hapo.launch.convert import Conversion, convert
+from tests.tiny_model import write_tiny_qwen3
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-", dir=arguments.folder) as name:
+        folder = Path(name)
+        model = write_tiny_qwen3(
+            folder / "model", layers=arguments.layers, hidden=arguments.hidden, heads=arguments.hidden // 128,
+            kv_heads=max(1, arguments.hidden // 512), head_dim=128, intermediate=4 * arguments.hidden,
+            vocab_size=arguments.vocab, tied=True, dtype="bfloat16",
+        )  # fmt: skip
+        num_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        megatron, copy, back = folder / "megatron", folder / "copy", folder / "back"
+        small, started = write_tiny_qwen3(folder / "small", dtype="bfloat16"), folder / "started"
+        jobs: dict[str, tuple[Path, Callable[[], object]]] = {
+            "plain copy": (copy, lambda: copy_weights(model, copy)),
+            "start": (
+                started,
+                lambda: convert(Conversion(direction="hf-to-megatron", source=small, target=started)),
+            ),
+            "hf-to-megatron": (
+                megatron,
+                lambda: convert(Conversion(direction="hf-to-megatron", source=model, target=megatron)),
+            ),
+            "megatron-to-hf": (
+                back,
+                lambda: convert(Conversion(direction="megatron-to-hf", source=megatron, target=back)),
+            ),
+        }
+        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs}
+        for _ in range(arguments.repeats):
+            for name, (target, job) in jobs.items():
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()
+                with PeakMemory(every_seconds=0.2) as memory:
+                    start = time.perf_counter()
+                    job()
+                    synchronise(target)
+                    seconds = time.perf_counter() - start
+                measured[name].append((seconds, memory.rise))
+    report(arguments, num_bytes, {name: min(values) for name, values in measured.items()})
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="seconds and peak memory of converting a model")
+    for name, default in (("layers", 26), ("hidden", 1536), ("vocab", 65536), ("repeats", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
+    return parser.parse_args()
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.glob("*.safetensors"):
+        shutil.copyfile(path, target / path.name)
+
+
+def synchronise(folder: Path) -> None:
+    """Until the folder's files stand on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def report(arguments: argparse.Namespace, num_bytes: int, measured: dict[str, tuple[float, int]]) -> None:
+    table = Table("", "seconds", "times the copy", "without start", "peak memory GB", "times the file")
+    copy_seconds, start_seconds = measured["plain copy"][0], measured["start"][0]
+    for name, (seconds, peak) in measured.items():
+        rest = max(0.0, seconds - start_seconds) / copy_seconds if name.startswith(("hf", "megatron")) else None
+        table.add_row(
+            name, f"{seconds:.1f}", f"{seconds / copy_seconds:.2f}", "" if rest is None else f"{rest:.2f}",
+            f"{peak / 1e9:.2f}", f"{peak / num_bytes:.2f}",
+        )  # fmt: skip
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"{num_bytes / 1e9:.2f} GB of safetensors; load average {os.getloadavg()[0]:.1f}")
+    figures = {name: {"seconds": seconds, "peak_bytes": peak} for name, (seconds, peak) in measured.items()}
+    settings = {name: value for name, value in vars(arguments).items() if name != "folder"}
+    print(json.dumps({"benchmark": "convert", **settings, "bytes": num_bytes, "jobs": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""An independent reading of folders that `megatron-hapo quantize` wrote: the formats' arithmetic in plain torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_prompts(path: Path, count: int = 24) -> Path:
+    """A calibration file in the layout of training data."""
+    rows = [
+        {
+            "prompt": f"What is {number * 7 % 31} + {number * number % 97} - {number}?",
+            "reward_model": {"ground_truth": "1"},
+            "data_source": "math_dapo",
+        }
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a quantized folder stands for, float32 where they were quantized."""
+    scales = {name.removesuffix("_scale"): value for name, value in tensors.items() if name.endswith(".weight_scale")}
+    weights = {name: value for name, value in tensors.items() if not name.endswith("_scale")}
+    return {name: value.float() * scales[name] if name in scales else value for name, value in weights.items()}
+
+
+def write_dequantized(folder: Path, source: Path, target: Path) -> Path:
+    """A plain model folder with the weights of a quantized one, in the dtype of the original."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    dtype = getattr(torch, json.loads((source / "config.json").read_text())["dtype"])
+    tensors = {name: value.to(dtype) for name, value in dequantized(read_tensors(folder)).items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def quantized_logits(
+    folder: Path, source: Path, sequences: Sequence[Sequence[int]], *, exact_kv: bool = False
+) -> list[Tensor]:
+    """Logits of a quantized dense model: weights as they stand, activations and KV cache rounded as the format says.
+
+    Args:
+        source: the original; gives the architecture.
+        exact_kv: without rounding the KV cache.
+    """
+    import torch.nn.functional as F
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def float8(x: Tensor, scale: Tensor | float) -> Tensor:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    tensors = read_tensors(folder)
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        scales = [tensors.get(f"model.layers.{module.layer_idx}.self_attn.{kind}_proj.{kind}_scale") for kind in "kv"]
+        if not exact_kv and scales[0] is not None and scales[1] is not None:
+            k, v = (float8(x, scale) for x, scale in zip((k, v), scales, strict=True))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("float8_kv", attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="float8_kv")
+    result = model.load_state_dict(dequantized(tensors), strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    for name, module in model.named_modules():
+        if f"{name}.weight_scale" not in tensors:
+            continue
+        scale = tensors.get(f"{name}.input_scale")
+
+        def round_input(_: Any, inputs: tuple[Tensor], scale: Tensor | None = scale) -> Tensor:
+            (x,) = inputs
+            if scale is not None:
+                return float8(x, scale)
+            step = x.abs().amax(-1, keepdim=True) / 127
+            return (x / step).round() * step
+
+        module.register_forward_pre_hook(round_input)
+    with torch.no_grad():
+        return [model(torch.tensor([list(tokens)]), use_cache=False).logits[0] for tokens in sequences]
