@@ -119,6 +119,8 @@ class RolloutConfig(Section):
     """Number of SGLang engines."""
     tp: PositiveInt = 1
     """Tensor parallel size of one engine."""
+    ep: PositiveInt = 1
+    """Expert parallel size of one engine: 1 cuts every expert over its tp ranks, tp gives each rank whole experts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out, counted and reported."""

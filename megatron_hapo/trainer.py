@@ -40,9 +40,9 @@ from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import Transfer, as_matrix, send
+from megatron_hapo.resharding.transfer import SlotMemory, Transfer, as_matrix, send
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
-from megatron_hapo.weight_buckets import BucketBuilder, EngineCut
+from megatron_hapo.weight_buckets import BucketBuilder, EngineCut, engine_cut
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class TrainerRank:
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
         self._sending: SendingTask | None = None
+        self._slots = SlotMemory()
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
@@ -229,7 +230,7 @@ class TrainerRank:
         dtype = getattr(torch, config.rollout.dtype)
         bucket = BucketBuilder(
             max_bytes=config.weight_sync.bucket_bytes,
-            checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
+            checksums=self._engine_cut() if verify else None,
         )
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
             yield from bucket.add(name, tensor.to(dtype))
@@ -241,7 +242,7 @@ class TrainerRank:
 
     def prepare_sending(self, task: SendingTask) -> None:
         """Take this rank's part of the plan, for all `send_weights` to come."""
-        self._sending = task
+        self._sending, self._slots = task, SlotMemory()
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> dict[str, list[int]] | None:
         """Send this rank's pieces to every engine rank; all ranks call it, in no order.
@@ -252,16 +253,19 @@ class TrainerRank:
         assert self._sending is not None, "prepare_sending comes first"
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
         with torch.no_grad():
-            send(self._sending.channels, matrices, transfer)
+            send(self._sending.channels, matrices, transfer, self._slots)
             if not verify:
                 return None
             return partial_checksums(
                 self._sending.own_blocks,
                 matrices,
                 shapes=hf_tensor_shapes(self.shape),
-                cut=EngineCut(self.config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads),
+                cut=self._engine_cut(),
                 dtype=getattr(torch, transfer.dtype),
             )
+
+    def _engine_cut(self) -> EngineCut:
+        return engine_cut(self.shape, tp=self.config.rollout.tp, ep=self.config.rollout.ep)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.model.named_parameters():

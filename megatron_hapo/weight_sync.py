@@ -84,7 +84,7 @@ class DirectSync:
         self._settings, self._rollout = config.weight_sync, config.rollout
         self._num_syncs = 0
         shape = read_shape(config.model.path)
-        engine = engine_parameters(shape, config.rollout.tp)
+        engine = engine_parameters(shape, config.rollout.tp, config.rollout.ep)
         token = folder / "token"
         token.touch()
         if not (trainer.sees(token) and pool.sees(token)):

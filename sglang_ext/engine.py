@@ -37,6 +37,8 @@ class EngineConfig:
     dtype: str
     """float32 or bfloat16."""
     tp: int
+    ep: int = 1
+    """1, or tp: each rank holds whole experts."""
     max_running_requests: int
     memory_fraction: float
     """Share of each GPU's memory for weights and KV cache; without effect on a CPU."""
@@ -230,6 +232,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # token ids in and out
         "dtype": config.dtype,
         "tp_size": config.tp,
+        "ep_size": config.ep,
         "random_seed": config.seed,
         "context_length": config.context_tokens,
         "max_running_requests": config.max_running_requests,

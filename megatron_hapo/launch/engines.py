@@ -30,6 +30,7 @@ class EngineActor:
                 device=device,  # type: ignore[arg-type]  # "cpu" or "cuda"
                 dtype=rollout.dtype,
                 tp=rollout.tp,
+                ep=rollout.ep,
                 max_running_requests=rollout.max_running_requests,
                 memory_fraction=rollout.memory_fraction,
                 kv_cache_tokens=rollout.kv_cache_tokens,

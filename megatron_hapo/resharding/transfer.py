@@ -1,14 +1,14 @@
 """Carries out a plan between processes of one host: `send` in a trainer rank, `receive` in an engine rank.
 
 Each channel of the plan is a Unix socket in a private folder and a block of memory with two slots, which the sender
-makes and hands over through the socket; both vanish with their processes. The sender packs pieces, in the engine's
+owns and hands over through the socket; both vanish with their processes. The sender packs pieces, in the engine's
 dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
 
     free -> packed (the bucket's number goes to the receiver) -> copied (the number comes back: free again)
 
 The socket also orders memory between the processes, tells at once when the other end has died, and is waited for with
 a deadline. Whoever fails leaves a mark (`Transfer.give_up`), so that those whose own peers are well do not wait either.
-Nothing survives a sync: after a failed one the next starts from nothing.
+Nothing survives a sync but the senders' memory (`SlotMemory`): after a failed one the next starts from nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,12 +85,38 @@ class _Bucket(NamedTuple):
     num_bytes: int
 
 
-def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer) -> int:
+class SlotMemory:
+    """The slots of a rank's channels, kept between syncs: fresh pages take longer than the copies through them.
+
+    What a slot holds is never read before the sync at hand has written it.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, int], tuple[BinaryIO, Tensor]] = {}
+
+    def of(self, engine: int, engine_rank: int, num_bytes: int) -> tuple[int, Tensor]:
+        """File descriptor and [num_bytes] uint8 of the channel to this engine rank.
+
+        Raises:
+            OSError: the system has no such memory left.
+        """
+        block = self._blocks.pop((engine, engine_rank), None)
+        if block is None or len(block[1]) != num_bytes:
+            block = None  # the old memory goes before the new one comes
+            file = os.fdopen(os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC), "r+b")
+            os.ftruncate(file.fileno(), num_bytes)
+            block = (file, _map(file.fileno(), num_bytes))
+        self._blocks[engine, engine_rank] = block
+        return block[0].fileno(), block[1]
+
+
+def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, memory: SlotMemory) -> int:
     """Send everything of these channels; the bytes that went.
 
     Args:
         channels: of this rank.
         matrices: the rank's parameters, two-dimensional, of any float dtype and device.
+        memory: of this rank; one sync at a time may use it.
     Raises:
         WeightSyncError: a receiver is late, or went away.
     """
@@ -98,7 +124,7 @@ def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: 
     with _marking_failure(transfer), ExitStack() as stack:
         outlets = [_Outlet(channel, matrices, transfer) for channel in channels]
         for outlet in outlets:
-            outlet.connect(transfer, deadline)
+            outlet.connect(transfer, deadline, memory)
             stack.callback(outlet.socket.close)
         by_socket = {outlet.socket.fileno(): outlet for outlet in outlets}
         poll = select.poll()
@@ -184,7 +210,7 @@ class _Outlet:
         parameter = channel.targets[self.buckets[min(self._copied, len(self.buckets) - 1)].first].parameter
         return f"trainer rank {channel.source_rank} to engine {channel.engine}, rank {channel.engine_rank}: {parameter}"
 
-    def connect(self, transfer: Transfer, deadline: float) -> None:
+    def connect(self, transfer: Transfer, deadline: float, memory: SlotMemory) -> None:
         address = transfer.address(self._channel.engine, self._channel.engine_rank)
         while True:
             try:
@@ -196,16 +222,14 @@ class _Outlet:
                 transfer.check("connecting", str(self))
                 time.sleep(0.002)
         self._slot_bytes = max(bucket.num_bytes for bucket in self.buckets)
-        memory = os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(memory, _SLOTS * self._slot_bytes)
-            self._slots = _map(memory, _SLOTS * self._slot_bytes)
+            file, self._slots = memory.of(
+                self._channel.engine, self._channel.engine_rank, _SLOTS * self._slot_bytes
+            )
             hello = {"rank": self._channel.source_rank, "plan": transfer.plan, "slot_bytes": self._slot_bytes}
-            socket.send_fds(self.socket, [json.dumps(hello).encode()], [memory])
+            socket.send_fds(self.socket, [json.dumps(hello).encode()], [file])
         except OSError as error:
             raise WeightSyncError(f"connecting: {self}: {error}") from error
-        finally:
-            os.close(memory)
 
     def pack_one(self) -> bool:
         """Pack the next bucket if there is one and a slot is free."""
@@ -327,8 +351,9 @@ def _rectangle(matrix: Tensor, piece: Piece) -> Tensor:
 
 
 def _map(memory: int, num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 on shared memory, which is unmapped when the tensor goes."""
-    return torch.frombuffer(mmap.mmap(memory, num_bytes), dtype=torch.uint8)
+    """[num_bytes] uint8 on shared memory, which is unmapped when the tensor goes; its pages are there at once."""
+    pages = mmap.mmap(memory, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _wait(

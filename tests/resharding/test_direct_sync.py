@@ -18,8 +18,8 @@ from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import Transfer, send
-from megatron_hapo.weight_buckets import EngineCut
+from megatron_hapo.resharding.transfer import SlotMemory, Transfer, send
+from megatron_hapo.weight_buckets import engine_cut
 from megatron_hapo.weight_sync import DirectSync
 from sglang_ext.receive import Request
 from tests.resharding.test_plan import cut
@@ -40,7 +40,7 @@ class ThreadedTrainer:
 
     def __init__(self, folder: Path, *, engine_tp: int, tp: int, pp: int, dp: int):
         self.shape = read_shape(folder)
-        self._cut = EngineCut(engine_tp, self.shape.num_heads, self.shape.num_kv_heads)
+        self._cut = engine_cut(self.shape, tp=engine_tp, ep=1)
         sizes = matrix_sizes(self.shape)
         state = load_reference(folder).state_dict()
         whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
@@ -60,13 +60,14 @@ class ThreadedTrainer:
 
     def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
         self._tasks = tasks
+        self._memories = [SlotMemory() for _ in tasks]
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
         errors: list[Exception] = []
 
         def one(rank: int, task: SendingTask) -> None:
             try:
-                send(task.channels, self.matrices[rank], transfer)
+                send(task.channels, self.matrices[rank], transfer, self._memories[rank])
             except Exception as error:
                 errors.append(error)
 
@@ -119,7 +120,7 @@ def make_sync(
     folder.mkdir()
     config: Any = SimpleNamespace(
         weight_sync=WeightSyncConfig(bucket_bytes=20_000, verify_every=1, timeout_seconds=timeout),
-        rollout=SimpleNamespace(engines=1, tp=tp, dtype=dtype),
+        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype=dtype),
         model=SimpleNamespace(path=path),
     )
     return DirectSync(config, trainer, pool, folder=folder)  # type: ignore[arg-type]
