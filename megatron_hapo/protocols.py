@@ -75,6 +75,10 @@ class RolloutPool(Protocol):
         """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
         ...
 
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        """Start new engines for those that died or do not answer in time; their indices."""
+        ...
+
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
         """Compare with the checksums, if there are any, and then, on all engines alike, take the new version."""
         ...

@@ -73,7 +73,7 @@ class DirectSync:
 
     Phases of a sync: all engine ranks open their parameters and all trainer ranks send, at the same time; on the first
     and every `verify_every`-th sync the engines compare what they hold with the trainer's checksums; only when all
-    have confirmed do they take the new version.
+    have confirmed do they take the new version. An engine that dies meanwhile is replaced, and the sync starts again.
 
     Raises:
         ValueError: (constructor) the plan does not know a layout of this model, or the processes do not share a host.
@@ -82,7 +82,7 @@ class DirectSync:
     def __init__(self, config: Config, trainer: Trainer, pool: RolloutPool, *, folder: Path):
         self._trainer, self._pool, self._folder = trainer, pool, folder
         self._settings, self._rollout = config.weight_sync, config.rollout
-        self._num_syncs = 0
+        self._num_syncs = self._num_attempts = 0
         shape = read_shape(config.model.path)
         engine = engine_parameters(shape, config.rollout.tp, config.rollout.ep)
         token = folder / "token"
@@ -123,9 +123,24 @@ class DirectSync:
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
+        for _ in range(self._rollout.engines + 1):
+            try:
+                self._attempt(policy_version, verify=verify)
+                return
+            except WeightSyncError as failed:
+                # All get everything again: what arrived in the others is of no use without the rest.
+                replaced = self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
+                if not replaced:
+                    raise
+                logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
+                error, verify = failed, True
+        raise WeightSyncError(f"engines died again and again: {error}") from error
+
+    def _attempt(self, policy_version: int, *, verify: bool) -> None:
+        self._num_attempts += 1
         transfer = Transfer(
             folder=str(self._folder),
-            number=self._num_syncs,
+            number=self._num_attempts,
             plan=self._fingerprint,
             dtype=self._rollout.dtype,
             slot_bytes=self._slot_bytes,

@@ -117,7 +117,9 @@ class Engine:
             raise RolloutError("SGLang did not flush its cache after the self-test")
 
     def begin_weight_update(self) -> None:
-        """First call of an update; no generation until the last."""
+        """First call of an update; no generation until the last. An update that failed half-way is begun anew."""
+        if self._updating:
+            return
         _expect(self._engine.begin_weight_update(), "begin_weight_update")
         self._updating = True
 

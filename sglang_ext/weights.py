@@ -60,8 +60,7 @@ def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(parameter) in seen:  # an output head tied to the embedding
                 continue
             seen.add(id(parameter))
-            for part_name, part in _parts(module_name, module, name, parameter.data):
-                yield part_name, part
+            yield from _parts(module_name, module, name, parameter.data)
 
 
 def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -88,7 +87,7 @@ def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[t
 
 
 def _experts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a FusedMoE layer's experts, which it keeps stacked, w13 with gate and up in an order of its own."""
+    """The tensors of a FusedMoE layer's experts, which it stacks, w13 with gate and up in an order of its own."""
     if len(data) != module.num_local_experts:
         raise WeightSyncError(f"{module_name}.{name}: {len(data)} experts, the layer says {module.num_local_experts}")
     names = ["down_proj"]

@@ -223,9 +223,7 @@ class _Outlet:
                 time.sleep(0.002)
         self._slot_bytes = max(bucket.num_bytes for bucket in self.buckets)
         try:
-            file, self._slots = memory.of(
-                self._channel.engine, self._channel.engine_rank, _SLOTS * self._slot_bytes
-            )
+            file, self._slots = memory.of(self._channel.engine, self._channel.engine_rank, _SLOTS * self._slot_bytes)
             hello = {"rank": self._channel.source_rank, "plan": transfer.plan, "slot_bytes": self._slot_bytes}
             socket.send_fds(self.socket, [json.dumps(hello).encode()], [file])
         except OSError as error:

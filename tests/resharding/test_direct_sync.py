@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_hapo.config import WeightSyncConfig
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding import transfer as transfer_module
-from megatron_hapo.resharding.expected import partial_checksums
-from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
-from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import SlotMemory, Transfer, send
-from megatron_hapo.weight_buckets import engine_cut
 from megatron_hapo.weight_sync import DirectSync
 from sglang_ext.receive import Request
-from tests.resharding.test_plan import cut
+from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
 from tests.tiny_model import write_tiny_qwen3
@@ -33,58 +25,6 @@ LAYOUTS = [
     {"tp": 1, "pp": 2, "dp": 1},
     {"tp": 2, "pp": 2, "dp": 2},
 ]
-
-
-class ThreadedTrainer:
-    """The trainer's side of the protocol over the shards of a checkpoint."""
-
-    def __init__(self, folder: Path, *, engine_tp: int, tp: int, pp: int, dp: int):
-        self.shape = read_shape(folder)
-        self._cut = engine_cut(self.shape, tp=engine_tp, ep=1)
-        sizes = matrix_sizes(self.shape)
-        state = load_reference(folder).state_dict()
-        whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
-        self._parameters: dict[int, tuple[Parameter, ...]] = {}
-        self.matrices: dict[int, dict[str, torch.Tensor]] = {}
-        for shard in trainer_shards(self.shape, tp=tp, pp=pp, dp=dp):
-            for rank in shard.ranks:
-                self._parameters[rank] = shard.parameters
-                held = cut(whole, shard.parameters)
-                self.matrices[rank] = {name: torch.tensor(value, dtype=torch.float32) for name, value in held.items()}
-
-    def own_parameters(self) -> list[tuple[Parameter, ...]]:
-        return [self._parameters[rank] for rank in sorted(self._parameters)]
-
-    def sees(self, path: Path) -> bool:
-        return path.exists()
-
-    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
-        self._tasks = tasks
-        self._memories = [SlotMemory() for _ in tasks]
-
-    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
-        errors: list[Exception] = []
-
-        def one(rank: int, task: SendingTask) -> None:
-            try:
-                send(task.channels, self.matrices[rank], transfer, self._memories[rank])
-            except Exception as error:
-                errors.append(error)
-
-        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self._tasks)]
-        for thread in ranks:
-            thread.start()
-        for thread in ranks:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return [
-            partial_checksums(
-                task.own_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
-                dtype=getattr(torch, transfer.dtype),
-            )
-            for rank, task in enumerate(self._tasks)
-        ]  # fmt: skip
 
 
 class OneEngine:
@@ -99,6 +39,9 @@ class OneEngine:
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         self.engine.begin_weight_update()
         self.engine.receive_weights(requests[0])
+
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        return []
 
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
         if checksums:
