@@ -71,6 +71,10 @@ class RolloutPool(Protocol):
         """Whether every engine has this file before it."""
         ...
 
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        """Give every engine its ranks' parts of the plan (`sglang_ext.receive.receiver_plan`)."""
+        ...
+
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
         ...

@@ -40,7 +40,8 @@ from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import SlotMemory, Transfer, as_matrix, send
+from megatron_hapo.resharding.transfer import Transfer, as_matrix
+from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 from megatron_hapo.weight_buckets import BucketBuilder, EngineCut, engine_cut
 
@@ -71,7 +72,7 @@ class TrainerRank:
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
         self._sending: SendingTask | None = None
-        self._slots = SlotMemory()
+        self._sender = Sender()
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
@@ -242,7 +243,7 @@ class TrainerRank:
 
     def prepare_sending(self, task: SendingTask) -> None:
         """Take this rank's part of the plan, for all `send_weights` to come."""
-        self._sending, self._slots = task, SlotMemory()
+        self._sending = task
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> dict[str, list[int]] | None:
         """Send this rank's pieces to every engine rank; all ranks call it, in no order.
@@ -253,7 +254,7 @@ class TrainerRank:
         assert self._sending is not None, "prepare_sending comes first"
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
         with torch.no_grad():
-            send(self._sending.channels, matrices, transfer, self._slots)
+            self._sender.send(self._sending.channels, matrices, transfer)
             if not verify:
                 return None
             return partial_checksums(

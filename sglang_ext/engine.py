@@ -142,13 +142,17 @@ class Engine:
         serialized = [MultiprocessingSerializer.serialize(payload, output_str=True) for _ in range(self._config.tp)]
         self._update(serialized, "flattened_bucket", f"loading {bucket.names[0]} ... {bucket.names[-1]}")
 
+    def prepare_receiving(self, plans: Sequence[str]) -> None:
+        """Take each rank's part of the plan (`receive.receiver_plan`), for all `receive_weights` to come."""
+        receive.write_plans(Path(self._scratch.name), plans)
+
     def receive_weights(self, request: receive.Request) -> None:
         """Every rank fills its own parameters from the trainer ranks; between begin and end.
 
         Raises:
             WeightSyncError: names what did not come, from whom, or does not fit.
         """
-        self._update(request.payload(), receive.RECEIVE, "receiving weights")
+        self._update(request.payload(Path(self._scratch.name)), receive.RECEIVE, "receiving weights")
 
     def verify(self, checksums: dict[str, list[int]]) -> None:
         """Compares what every rank's parameters hold with the trainer's checksums; between begin and end.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ class EngineActor:
     def sees(self, path: Path) -> bool:
         return path.exists()
 
+    def prepare_receiving(self, plans: Sequence[str]) -> None:
+        self._engine.prepare_receiving(plans)
+
     def receive_weights(self, request: Request) -> None:
         self.begin_weight_update()
         with self._named():
@@ -104,6 +107,7 @@ class RayRolloutPool:
         self._start = lambda index: actor.remote(config, device, index)
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._policy_version = 0
+        self._plans: list[ray.ObjectRef] = []
 
     def wait_until_ready(self) -> None:
         """Returns when every engine has started and proved its temperature hook."""
@@ -142,6 +146,14 @@ class RayRolloutPool:
     def sees(self, path: Path) -> bool:
         return all(self._all(lambda engine: engine.sees.remote(path), "looking for a shared folder", WeightSyncError))
 
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        self._plans = [ray.put(plan) for plan in plans]
+        self._prepare(range(len(plans)))
+
+    def _prepare(self, engines: Iterable[int]) -> None:
+        calls = {f"engine {i}": self._engines[i].prepare_receiving.remote(self._plans[i]) for i in engines}
+        gather(calls, timeout_seconds=self._timeout_seconds, what="taking the plan", error=WeightSyncError)
+
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         calls = {
             f"engine {index}": engine.receive_weights.remote(request)
@@ -175,6 +187,8 @@ class RayRolloutPool:
             self._engines[index] = self._start(index)
         if dead:
             self.wait_until_ready()
+        if self._plans:
+            self._prepare(dead)
         return dead
 
     def close(self) -> None:

@@ -47,7 +47,9 @@ def run_training(config: Config) -> None:
         trainer = RayTrainer(config, device=device)
         stack.callback(trainer.close)
         pool.wait_until_ready()
-        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
+        weight_sync = stack.enter_context(
+            open_weight_sync(config, trainer, pool, address=ray.util.get_node_ip_address())
+        )
         metrics = stack.enter_context(
             MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         )

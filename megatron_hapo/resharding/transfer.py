@@ -40,6 +40,27 @@ _NUMBER = struct.Struct("<q")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where all trainer and engine ranks meet as one process group, for the transport between hosts."""
+
+    host: str
+    port: int
+    """Of a torch TCPStore."""
+    generation: int
+    """Rises after a sync that failed, whose group nobody uses again."""
+    trainer_ranks: int
+    engine_ranks: int
+    """Of all engines."""
+    ranks_per_engine: int
+    backend: str
+    """gloo or nccl."""
+
+    def engine_rank(self, engine: int, rank: int) -> int:
+        """An engine rank's place in the group, behind the trainer's."""
+        return self.trainer_ranks + engine * self.ranks_per_engine + rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transfer:
     """One sync, as both ends must know it."""
 
@@ -55,6 +76,8 @@ class Transfer:
     """Two slots a channel; a single row that is larger makes its channel's slots larger."""
     deadline_seconds: float
     """For everything to arrive."""
+    meeting: Meeting | None = None
+    """None: all are on one host, and shared memory carries the weights."""
 
     def address(self, engine: int, engine_rank: int) -> str:
         return str(Path(self.folder) / f"{self.number}.{engine}.{engine_rank}")
@@ -77,7 +100,7 @@ class TransferStoppedError(WeightSyncError):
     """Another rank failed; its error tells more."""
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
     first: int
     """Index of its first piece."""
     offsets: tuple[int, ...]
@@ -201,7 +224,7 @@ class _Outlet:
     def __init__(self, channel: Channel, matrices: Mapping[str, Tensor], transfer: Transfer):
         self._channel, self._matrices = channel, matrices
         self._dtype: torch.dtype = getattr(torch, transfer.dtype)
-        self.buckets = _buckets(channel.sources, self._dtype.itemsize, transfer.slot_bytes)
+        self.buckets = cut_buckets(channel.sources, self._dtype.itemsize, transfer.slot_bytes)
         self._packed = self._copied = 0
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
@@ -239,7 +262,7 @@ class _Outlet:
         for piece, offset in zip(pieces, bucket.offsets, strict=True):
             num_bytes = piece.rows * piece.columns * itemsize
             place = slot[offset : offset + num_bytes].view(self._dtype).view(piece.rows, piece.columns)
-            place.copy_(_rectangle(self._matrices[piece.parameter], piece))
+            place.copy_(rectangle(self._matrices[piece.parameter], piece))
         self._tell(self._packed)
         self._packed += 1
         return True
@@ -279,7 +302,7 @@ class _Inlet:
 
     def __post_init__(self) -> None:
         self.dtype: torch.dtype = getattr(torch, self.transfer.dtype)
-        self.buckets = _buckets(self.pieces, self.dtype.itemsize, self.transfer.slot_bytes)
+        self.buckets = cut_buckets(self.pieces, self.dtype.itemsize, self.transfer.slot_bytes)
 
     def __str__(self) -> str:
         parameter = self.pieces[self.buckets[min(self.copied, len(self.buckets) - 1)].first].parameter
@@ -300,7 +323,7 @@ class _Inlet:
         for piece, offset in zip(self.pieces[bucket.first :], bucket.offsets, strict=False):
             num_bytes = piece.rows * piece.columns * itemsize
             values = slot[offset : offset + num_bytes].view(self.dtype).view(piece.rows, piece.columns)
-            _rectangle(self.matrices[piece.parameter], piece).copy_(values)
+            rectangle(self.matrices[piece.parameter], piece).copy_(values)
         if self.slots.device != self.matrices[self.pieces[0].parameter].device:
             torch.cuda.synchronize()  # the slot must have been read before the sender may fill it again
         try:
@@ -329,22 +352,22 @@ def _greet(connection: socket.socket, missing: Mapping[int, _Inlet], transfer: T
     return inlet
 
 
-def _buckets(pieces: Sequence[Piece], itemsize: int, slot_bytes: int) -> list[_Bucket]:
+def cut_buckets(pieces: Sequence[Piece], itemsize: int, slot_bytes: int) -> list[Bucket]:
     """The same cut on both sides: pieces in order, as many as fit a slot, at least one."""
     buckets, first, offsets, end = [], 0, [], 0
     for index, piece in enumerate(pieces):
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         size = piece.rows * piece.columns * itemsize
         if offsets and start + size > slot_bytes:
-            buckets.append(_Bucket(first, tuple(offsets), end))
+            buckets.append(Bucket(first, tuple(offsets), end))
             first, offsets, start = index, [], 0
         offsets.append(start)
         end = start + size
-    buckets.append(_Bucket(first, tuple(offsets), end))
+    buckets.append(Bucket(first, tuple(offsets), end))
     return buckets
 
 
-def _rectangle(matrix: Tensor, piece: Piece) -> Tensor:
+def rectangle(matrix: Tensor, piece: Piece) -> Tensor:
     return matrix[piece.row : piece.row + piece.rows, piece.column : piece.column + piece.columns]
 
 

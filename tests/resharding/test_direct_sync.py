@@ -36,6 +36,9 @@ class OneEngine:
     def sees(self, path: Path) -> bool:
         return path.exists()
 
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        self.engine.prepare_receiving(plans[0])
+
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         self.engine.begin_weight_update()
         self.engine.receive_weights(requests[0])

@@ -23,7 +23,8 @@ from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, make_plan
-from megatron_hapo.resharding.transfer import SlotMemory, Transfer, as_matrix, receive, send
+from megatron_hapo.resharding.transfer import Meeting, SlotMemory, Transfer, as_matrix, receive, send
+from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.weight_buckets import engine_cut
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE, cut, random_tensors
 
@@ -52,7 +53,8 @@ class Sides:
         )
         tensors = random_tensors(shape)
         self.sources: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        self.memories: dict[int, SlotMemory] = defaultdict(SlotMemory)
+        self.senders: dict[int, Sender] = defaultdict(Sender)
+        self.receivers: dict[tuple[int, int], Receiver] = defaultdict(Receiver)
         for shard in self.shards:
             for rank in shard.ranks:
                 held = cut(tensors, shard.parameters)
@@ -73,15 +75,22 @@ class Sides:
     def _tensors(tensors, parameters: tuple[Parameter, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         return {n: torch.tensor(v).to(dtype).bfloat16().nan_to_num(7.0) for n, v in cut(tensors, parameters).items()}
 
+    def meeting(self, port: int) -> Meeting:
+        """Of these ranks, over gloo on this machine."""
+        return Meeting(
+            host="127.0.0.1", port=port, generation=0, trainer_ranks=len(self.sources), engine_ranks=len(self.targets),
+            ranks_per_engine=self.engine_tp, backend="gloo",
+        )  # fmt: skip
+
     def run(self, transfer: Transfer, *, without: tuple[int, ...] = ()) -> None:
         calls: list[Callable[[], object]] = [
-            (lambda rank=rank, channels=channels: send(channels, self.sources[rank], transfer, self.memories[rank]))
+            (lambda rank=rank, channels=channels: self.senders[rank].send(channels, self.sources[rank], transfer))
             for rank, channels in self.outgoing.items()
             if rank not in without
         ]
         calls += [
             (
-                lambda key=key: receive(
+                lambda key=key: self.receivers[key].receive(
                     self.incoming[key], self.targets[key], transfer, engine=key[0], engine_rank=key[1]
                 )
             )

@@ -14,7 +14,8 @@ from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import SlotMemory, Transfer, send
+from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.weight_buckets import engine_cut
 from tests.resharding.test_plan import cut
 
@@ -44,14 +45,14 @@ class ThreadedTrainer:
 
     def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
         self._tasks = tasks
-        self._memories = [SlotMemory() for _ in tasks]
+        self._senders = [Sender() for _ in tasks]
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
         errors: list[Exception] = []
 
         def one(rank: int, task: SendingTask) -> None:
             try:
-                send(task.channels, self.matrices[rank], transfer, self._memories[rank])
+                self._senders[rank].send(task.channels, self.matrices[rank], transfer)
             except Exception as error:
                 errors.append(error)
 
