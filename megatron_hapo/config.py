@@ -326,9 +326,8 @@ class CheckpointConfig(Section):
 
 class WeightSyncConfig(Section):
     method: Literal["direct", "gather"] = "direct"
-    """`direct`: from the trainer's shards straight into the engines' own parameters, where trainer and engines share a
-    host and the layouts of the model are known; else, with a logged reason, `gather`: whole tensors under their
-    Hugging Face names."""
+    """`direct`: from the trainer's shards straight into the engines' own parameters, where the engine's layout of the
+    model is known; else, with a logged reason, `gather`: whole tensors under their Hugging Face names."""
     bucket_bytes: PositiveInt = 512 << 20
     """`gather`: weights travel in buckets of at most this size (one larger parameter is a bucket of its own).
     `direct`: the buckets in flight together are of at most twice this size."""

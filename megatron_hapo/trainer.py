@@ -72,7 +72,7 @@ class TrainerRank:
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
         self._sending: SendingTask | None = None
-        self._sender = Sender()
+        self._sender = Sender(dist.get_rank())
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16

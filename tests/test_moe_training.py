@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import run_ranks
-from tests.test_trainer import first_report, train_on, whole
+from tests.test_trainer import assert_parameters_are_those_of_the_planned_grid, first_report, train_on, whole
 from tests.tiny_families import write_family
 
 LAYOUTS = [{"dp": 2, "ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}]
@@ -32,3 +32,4 @@ def test_every_expert_layout_updates_as_one_process(tmp_path: Path) -> None:
             np.testing.assert_allclose(weights[name], want, atol=1e-4, err_msg=f"{layout} {name}")
         sent = [name for view in views for bucket in view["buckets"] for name in bucket.names]
         assert sorted(sent) == sorted(weights), layout
+        assert_parameters_are_those_of_the_planned_grid(model, layout, views)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from megatron_hapo.config import AlgorithmConfig, Config
 from megatron_hapo.entropy import entropy_stats
+from megatron_hapo.model.families import read_shape
+from megatron_hapo.resharding.layouts import trainer_shards
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 from tests.distributed import run_ranks
 from tests.tiny_model import write_tiny_qwen3
@@ -183,6 +186,7 @@ def train_on(rank: int, model: Path, layouts: list[dict[str, Any]], checkpoint: 
                 "other": other,
                 "other_gradients": other_gradients,
                 "buckets": buckets,
+                "parameters": trainer.own_parameters(),
             }
         )
         parallel_state.destroy_model_parallel()
@@ -321,6 +325,26 @@ def test_buckets_hold_every_weight_once(trained: dict[str, Any]) -> None:
         assert seen.keys() == weights.keys(), layout
         for name, value in seen.items():
             np.testing.assert_array_equal(value, weights[name], err_msg=f"{layout} {name}")
+
+
+def assert_parameters_are_those_of_the_planned_grid(
+    model: Path, layout: dict[str, Any], views: list[dict[str, Any]]
+) -> None:
+    """What every rank says it holds is what `trainer_shards` says without building the model."""
+    tp, pp, ep = (layout.get(axis, 1) for axis in ("tp", "pp", "ep"))
+    planned: dict[int, set[Any]] = defaultdict(set)
+    shards = trainer_shards(read_shape(model), tp=tp, pp=pp, dp=len(views) // (tp * pp), ep=ep, spec="local")
+    for shard in shards:
+        for rank in shard.ranks:
+            planned[rank] |= set(shard.parameters)
+    for rank, view in enumerate(views):
+        assert set(view["parameters"]) == planned[rank], (layout, rank)
+        assert len(view["parameters"]) == len(planned[rank]), (layout, rank)
+
+
+def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[str, Any]) -> None:
+    for layout, views in layouts_of(trained):
+        assert_parameters_are_those_of_the_planned_grid(trained["model"], layout, views)
 
 
 def test_a_checkpoint_resumes_at_another_layout(trained: dict[str, Any]) -> None:

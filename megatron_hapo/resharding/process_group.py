@@ -84,18 +84,19 @@ class _BrokenError(WeightSyncError):
     """A connection of the group broke, not always the one to the rank that failed."""
 
 
-def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership) -> int:
-    """Send everything of these channels, which are all of this rank; the bytes that went.
+def send(
+    channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership, *, rank: int
+) -> int:
+    """Send everything of a rank's channels; the bytes that went. A rank that has none still belongs to the group.
 
     Args:
         matrices: the rank's parameters, two-dimensional, of any float dtype.
+        rank: of the trainer.
     Raises:
         WeightSyncError: a receiver is late, or went away.
     """
-    if not channels:
-        return 0
-    with member.leaving_on_failure(f"trainer rank {channels[0].source_rank}"):
-        return _send(channels, matrices, transfer, member)
+    with member.leaving_on_failure(f"trainer rank {rank}"):
+        return _send(channels, matrices, transfer, member, rank)
 
 
 def receive(
@@ -127,10 +128,12 @@ def open_store(address: str) -> tuple[Any, int]:
     return _c10d.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening), port
 
 
-def _send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership) -> int:
+def _send(
+    channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership, rank: int
+) -> int:
     assert transfer.meeting is not None
     deadline = time.monotonic() + transfer.deadline_seconds
-    group = member.group(transfer, channels[0].source_rank, deadline)
+    group = member.group(transfer, rank, deadline)
     ends = [
         _End(
             f"trainer rank {c.source_rank} to engine {c.engine}, rank {c.engine_rank}",
@@ -138,7 +141,7 @@ def _send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer:
         )
         for c in channels
     ]  # fmt: skip
-    for number in range(max(len(end.buckets) for end in ends) + _BUFFERS):
+    for number in range(max((len(end.buckets) for end in ends), default=0) + _BUFFERS):
         for end in ends:
             end.finish(number - _BUFFERS, "sending weights", deadline)
             if number < len(end.buckets):

@@ -13,14 +13,15 @@ from megatron_hapo.resharding.plan import Channel, Piece
 class Sender:
     """A trainer rank's end; keeps what is worth keeping from one sync to the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
         self._memory, self._member = transfer.SlotMemory(), process_group.Membership()
 
     def send(self, channels: Sequence[Channel], matrices: Mapping[str, Tensor], sync: transfer.Transfer) -> int:
         """Send everything of this rank's channels; the bytes that went. See `transfer.send`."""
         if sync.meeting is None:
             return transfer.send(channels, matrices, sync, self._memory)
-        return process_group.send(channels, matrices, sync, self._member)
+        return process_group.send(channels, matrices, sync, self._member, rank=self._rank)
 
 
 class Receiver:

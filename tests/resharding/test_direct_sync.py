@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from sglang_ext.receive import Request
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.tiny_families import write_family
 from tests.tiny_model import write_tiny_qwen3
 
 LAYOUTS = [
@@ -65,6 +68,7 @@ def make_sync(
 ) -> DirectSync:
     folder.mkdir()
     config: Any = SimpleNamespace(
+        device="cpu",
         weight_sync=WeightSyncConfig(bucket_bytes=20_000, verify_every=1, timeout_seconds=timeout),
         rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype=dtype),
         model=SimpleNamespace(path=path),
@@ -136,6 +140,48 @@ def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any],
     with pytest.raises(WeightSyncError, match=r"down_proj.weight: the plan has \(64, 192\), the model \(64, 128\)"):
         sync.sync(policy_version=77)
     pool.engine.end_weight_update(pool.version)
+
+
+def test_messages_bring_the_weights_where_hosts_differ(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gloo group over the threads that play the trainer and the real engine's process."""
+    new, pool = case["news"][1], case["pool"]
+    monkeypatch.setattr(pool, "sees", lambda path: False)
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[3]), pool, tmp_path / "s", new)
+    sync.sync(policy_version=91)
+    sync.sync(policy_version=92)
+    assert_greedy_equals(pool.engine, load_reference(new), version=92)
+    sync._trainer._tasks[1] = replace(sync._trainer._tasks[1], channels=())  # this rank never comes
+    sync._settings = sync._settings.model_copy(update={"timeout_seconds": 3.0})
+    with pytest.raises(WeightSyncError, match=r"not done within 3 s: trainer rank 1 to engine 0, rank 0: model"):
+        sync.sync(policy_version=93)
+    assert pool.version == 92
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "t", new)
+    sync.sync(policy_version=94)
+    assert_greedy_equals(pool.engine, load_reference(new), version=94)
+
+
+def config_only(model: Path, folder: Path) -> Path:
+    """A folder from which an engine starts with weights of its own making."""
+    folder.mkdir()
+    shutil.copy(model / "config.json", folder)
+    return folder
+
+
+EXPERT_LAYOUTS = [{}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_tp", [1, 2])
+def test_experts_of_any_layout(tmp_path: Path, engine_tp: int) -> None:
+    new = write_family(tmp_path / "new", "qwen3_moe")
+    with running_engine(config_only(new, tmp_path / "start"), tp=engine_tp) as engine:
+        pool = OneEngine(engine)
+        for version, layout in enumerate(EXPERT_LAYOUTS, 1):
+            trainer = ThreadedTrainer(new, engine_tp=engine_tp, **layout)
+            make_sync(trainer, pool, tmp_path / f"s{version}", new, tp=engine_tp).sync(policy_version=version)
+        assert_greedy_equals(engine, load_reference(new), version=len(EXPERT_LAYOUTS))
 
 
 @pytest.mark.slow

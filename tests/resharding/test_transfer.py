@@ -53,12 +53,12 @@ class Sides:
         )
         tensors = random_tensors(shape)
         self.sources: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        self.senders: dict[int, Sender] = defaultdict(Sender)
         self.receivers: dict[tuple[int, int], Receiver] = defaultdict(Receiver)
         for shard in self.shards:
             for rank in shard.ranks:
                 held = cut(tensors, shard.parameters)
                 self.sources[rank] |= {name: torch.tensor(value).to(dtype) for name, value in held.items()}
+        self.senders = {rank: Sender(rank) for rank in self.sources}
         self.expected = [self._tensors(tensors, rank, dtype) for rank in self.engine]
         self.targets = {
             (engine, rank): {p.name: torch.full((p.rows, p.columns), 7.0).bfloat16() for p in parameters}

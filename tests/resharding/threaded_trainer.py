@@ -45,7 +45,7 @@ class ThreadedTrainer:
 
     def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
         self._tasks = tasks
-        self._senders = [Sender() for _ in tasks]
+        self._senders = [Sender(rank) for rank in range(len(tasks))]
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
         errors: list[Exception] = []
