@@ -66,7 +66,7 @@ class Engine:
         torch.multiprocessing.set_sharing_strategy("file_system")
         self._config = config
         self._policy_version = 0
-        self._updating = False
+        self._updating = self._flushed = False
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -152,7 +152,7 @@ class Engine:
         Raises:
             WeightSyncError: names what did not come, from whom, or does not fit.
         """
-        self._update(request.payload(Path(self._scratch.name)), receive.RECEIVE, "receiving weights")
+        self._update(request.payload(Path(self._scratch.name)), receive.RECEIVE, "receiving weights", flush=True)
 
     def verify(self, checksums: dict[str, list[int]]) -> None:
         """Compares what every rank's parameters hold with the trainer's checksums; between begin and end.
@@ -170,9 +170,10 @@ class Engine:
     def end_weight_update(self, policy_version: int) -> None:
         """Last call of an update: the engine now holds this version, and nothing cached from another."""
         _expect(self._engine.end_weight_update(), "end_weight_update")
-        flushed = self._engine.flush_cache()
-        _expect((flushed.success, flushed.message), "flushing the KV cache")
-        self._updating = False
+        if not self._flushed:
+            flushed = self._engine.flush_cache()
+            _expect((flushed.success, flushed.message), "flushing the KV cache")
+        self._updating = self._flushed = False
         self._policy_version = policy_version
 
     @property
@@ -191,11 +192,13 @@ class Engine:
         assert isinstance(answers, list)
         return answers
 
-    def _update(self, tensors: Any, load_format: str, what: str) -> None:
+    def _update(self, tensors: Any, load_format: str, what: str, *, flush: bool = False) -> None:
+        """One request of an update; `flush` drops in the same request what was cached under the old weights."""
         if not self._updating:
             raise WeightSyncError(f"{what}: begin_weight_update has not been called")
-        answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=False)
+        answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=flush)
         _expect(answer, what)
+        self._flushed |= flush
 
     def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         longest = max((len(p.token_ids) for p in prompts), default=0)
