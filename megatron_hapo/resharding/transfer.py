@@ -1,8 +1,9 @@
 """Carries out a plan between processes of one host: `send` in a trainer rank, `receive` in an engine rank.
 
 Each channel of the plan is a Unix socket in a private folder and a block of memory with two slots, which the sender
-owns and hands over through the socket; both vanish with their processes. The sender packs pieces, in the engine's
-dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
+owns and hands over through the socket; both vanish with their processes. Where both ends are on the same GPU the block
+is memory of that GPU, whose handle the receiver opens once; else it is shared memory of the host. The sender packs
+pieces, in the engine's dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
 
     free -> packed (the bucket's number goes to the receiver) -> copied (the number comes back: free again)
 
@@ -20,6 +21,7 @@ import select
 import socket
 import struct
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding.gpu_slots import export_handle, gpu_of, open_handle
 from megatron_hapo.resharding.plan import Channel, Piece
 
 _ALIGNMENT = 64
@@ -37,6 +40,8 @@ _SLOTS = 2
 _CHECK_SECONDS = 0.2
 """How often a waiting rank looks whether the sync has failed elsewhere."""
 _NUMBER = struct.Struct("<q")
+_LINE = 4096
+"""Longest message of the handshake, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +120,32 @@ class SlotMemory:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[int, int], tuple[BinaryIO, Tensor]] = {}
+        self._host: dict[tuple[int, int], tuple[BinaryIO, Tensor]] = {}
+        self._gpu: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
-    def of(self, engine: int, engine_rank: int, num_bytes: int) -> tuple[int, Tensor]:
-        """File descriptor and [num_bytes] uint8 of the channel to this engine rank.
+    def on_host(self, channel: Channel, num_bytes: int) -> tuple[int, Tensor]:
+        """File descriptor and [num_bytes] uint8 of the channel's slots.
 
         Raises:
             OSError: the system has no such memory left.
         """
-        block = self._blocks.pop((engine, engine_rank), None)
+        key = (channel.engine, channel.engine_rank)
+        block = self._host.pop(key, None)
         if block is None or len(block[1]) != num_bytes:
-            block = None  # the old memory goes before the new one comes
             file = os.fdopen(os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC), "r+b")
             os.ftruncate(file.fileno(), num_bytes)
             block = (file, _map(file.fileno(), num_bytes))
-        self._blocks[engine, engine_rank] = block
+        self._host[key] = block
         return block[0].fileno(), block[1]
+
+    def on_gpu(self, channel: Channel, num_bytes: int, device: torch.device) -> tuple[str, Tensor]:
+        """A name that no other block has, and [num_bytes] uint8 on the GPU."""
+        key = (channel.engine, channel.engine_rank)
+        block = self._gpu.pop(key, None)
+        if block is None or len(block[1]) != num_bytes:
+            block = (uuid.uuid4().hex, torch.empty(num_bytes, dtype=torch.uint8, device=device))
+        self._gpu[key] = block
+        return block
 
 
 def send(channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, memory: SlotMemory) -> int:
@@ -170,6 +185,7 @@ def receive(
     sources: Mapping[int, Sequence[Piece]],
     matrices: Mapping[str, Tensor],
     transfer: Transfer,
+    opened: dict[str, Tensor],
     *,
     engine: int,
     engine_rank: int,
@@ -179,6 +195,7 @@ def receive(
     Args:
         sources: for each trainer rank, the pieces that it sends, in the plan's order.
         matrices: the engine rank's parameters, two-dimensional, in the transfer's dtype.
+        opened: blocks of GPU memory that this rank has opened, by name; kept from sync to sync.
     Raises:
         WeightSyncError: a sender is late, went away, or follows another plan.
     """
@@ -198,7 +215,7 @@ def receive(
             for number, _ in _wait(poll, transfer, deadline, "receiving weights", missing.values()):
                 if number == listener.fileno():
                     connection = stack.enter_context(listener.accept()[0])
-                    inlets[connection.fileno()] = _greet(connection, missing, transfer, who)
+                    inlets[connection.fileno()] = _greet(connection, missing, transfer, who, deadline, opened)
                     poll.register(connection, select.POLLIN)
                 elif inlets[number].take_one():
                     poll.unregister(number)
@@ -246,11 +263,31 @@ class _Outlet:
                 time.sleep(0.002)
         self._slot_bytes = max(bucket.num_bytes for bucket in self.buckets)
         try:
-            file, self._slots = memory.of(self._channel.engine, self._channel.engine_rank, _SLOTS * self._slot_bytes)
-            hello = {"rank": self._channel.source_rank, "plan": transfer.plan, "slot_bytes": self._slot_bytes}
+            self._offer_slots(transfer, deadline, memory)
+        except (OSError, ValueError) as error:
+            raise WeightSyncError(f"connecting: {self}: {error or 'no answer'}") from error
+
+    def _offer_slots(self, transfer: Transfer, deadline: float, memory: SlotMemory) -> None:
+        """Says who sends, and from which GPU; the receiver answers whether it is on the same one."""
+        device = self._matrices[self._channel.sources[0].parameter].device
+        num_bytes = _SLOTS * self._slot_bytes
+        hello = {"rank": self._channel.source_rank, "plan": transfer.plan, "slot_bytes": self._slot_bytes}
+        if device.type == "cpu":
+            file, self._slots = memory.on_host(self._channel, num_bytes)
             socket.send_fds(self.socket, [json.dumps(hello).encode()], [file])
-        except OSError as error:
-            raise WeightSyncError(f"connecting: {self}: {error}") from error
+            return
+        name, slots = memory.on_gpu(self._channel, num_bytes, device)
+        self.socket.send(json.dumps({**hello, "gpu": gpu_of(slots), "block": name}).encode())
+        self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+        wanted = json.loads(self.socket.recv(_LINE))
+        self.socket.settimeout(None)
+        if wanted == "host":
+            file, self._slots = memory.on_host(self._channel, num_bytes)
+            socket.send_fds(self.socket, [b"host"], [file])
+            return
+        self._slots = slots
+        if wanted == "handle":
+            self.socket.send(export_handle(slots).encode())
 
     def pack_one(self) -> bool:
         """Pack the next bucket if there is one and a slot is free."""
@@ -263,6 +300,8 @@ class _Outlet:
             num_bytes = piece.rows * piece.columns * itemsize
             place = slot[offset : offset + num_bytes].view(self._dtype).view(piece.rows, piece.columns)
             place.copy_(rectangle(self._matrices[piece.parameter], piece))
+        if self._slots.is_cuda:
+            torch.cuda.current_stream(self._slots.device).synchronize()
         self._tell(self._packed)
         self._packed += 1
         return True
@@ -324,8 +363,9 @@ class _Inlet:
             num_bytes = piece.rows * piece.columns * itemsize
             values = slot[offset : offset + num_bytes].view(self.dtype).view(piece.rows, piece.columns)
             rectangle(self.matrices[piece.parameter], piece).copy_(values)
-        if self.slots.device != self.matrices[self.pieces[0].parameter].device:
-            torch.cuda.synchronize()  # the slot must have been read before the sender may fill it again
+        target = self.matrices[self.pieces[0].parameter]
+        if target.is_cuda:  # the slot must have been read before the sender may fill it again
+            torch.cuda.current_stream(target.device).synchronize()
         try:
             self.connection.send(message)
         except OSError as error:
@@ -334,21 +374,41 @@ class _Inlet:
         return self.copied == len(self.buckets)
 
 
-def _greet(connection: socket.socket, missing: Mapping[int, _Inlet], transfer: Transfer, who: str) -> _Inlet:
-    hello, memories, _, _ = socket.recv_fds(connection, 4096, 1)
-    if not hello or not memories:
-        raise WeightSyncError(f"receiving weights: {who}: a trainer rank went away while connecting")
-    said = json.loads(hello)
-    inlet = missing.get(said["rank"])
+def _greet(
+    connection: socket.socket,
+    missing: Mapping[int, _Inlet],
+    transfer: Transfer,
+    who: str,
+    deadline: float,
+    opened: dict[str, Tensor],
+) -> _Inlet:
+    files: list[int] = []
+    connection.settimeout(max(0.001, deadline - time.monotonic()))
     try:
+        hello, files, _, _ = socket.recv_fds(connection, _LINE, 1)
+        said = json.loads(hello)
+        inlet = missing.get(said["rank"])
         if inlet is None or inlet.connection is not None:
             raise WeightSyncError(f"receiving weights: {who}: trainer rank {said['rank']} is not expected")
         if said["plan"] != transfer.plan:
             raise WeightSyncError(f"receiving weights: {inlet}: trainer and engine follow different plans")
         inlet.connection, inlet.slot_bytes = connection, said["slot_bytes"]
-        inlet.slots = _map(memories[0], _SLOTS * inlet.slot_bytes)
+        target = inlet.matrices[inlet.pieces[0].parameter]
+        if said.get("gpu") is not None:
+            same_gpu, name = said["gpu"] == gpu_of(target), said["block"]
+            wanted = "host" if not same_gpu else ("nothing" if name in opened else "handle")
+            connection.send(json.dumps(wanted).encode())
+            if wanted == "host":
+                _, files, _, _ = socket.recv_fds(connection, _LINE, 1)
+            elif wanted == "handle":
+                opened[name] = open_handle(connection.recv(_LINE).decode(), target.device)
+        inlet.slots = opened[said["block"]] if not files else _map(files[0], _SLOTS * inlet.slot_bytes)
+    except (OSError, ValueError) as error:  # closed, late, or nothing was said
+        raise WeightSyncError(f"receiving weights: {who}: a trainer rank went away while connecting") from error
     finally:
-        os.close(memories[0])
+        connection.settimeout(None)
+        for file in files:
+            os.close(file)
     return inlet
 
 

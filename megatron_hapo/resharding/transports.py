@@ -28,6 +28,7 @@ class Receiver:
     """An engine rank's end."""
 
     def __init__(self) -> None:
+        self._opened: dict[str, Tensor] = {}
         self._member = process_group.Membership()
 
     def receive(
@@ -41,5 +42,5 @@ class Receiver:
     ) -> int:
         """Fill the rank's parameters with what all trainer ranks send; the bytes that came. See `transfer.receive`."""
         if sync.meeting is None:
-            return transfer.receive(sources, matrices, sync, engine=engine, engine_rank=engine_rank)
+            return transfer.receive(sources, matrices, sync, self._opened, engine=engine, engine_rank=engine_rank)
         return process_group.receive(sources, matrices, sync, self._member, engine=engine, engine_rank=engine_rank)

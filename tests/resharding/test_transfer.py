@@ -221,7 +221,7 @@ def test_different_plans_do_not_talk(tmp_path) -> None:
     stranger = threading.Thread(target=send_in_vain, args=(sides, other))
     stranger.start()
     with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*follow different plans"):
-        receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, engine=0, engine_rank=0)
+        receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, {}, engine=0, engine_rank=0)
     stranger.join(30)
 
 
