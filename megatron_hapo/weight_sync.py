@@ -154,7 +154,8 @@ class DirectSync:
                 if self._meeting is not None:
                     self._meeting = replace(self._meeting, generation=self._meeting.generation + 1)
                 # All get everything again: what arrived in the others is of no use without the rest.
-                replaced = self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
+                patience = max(_GRACE_SECONDS, self._settings.timeout_seconds)
+                replaced = self._pool.replace_dead_engines(patience_seconds=patience)
                 if not replaced or attempt == self._rollout.engines:
                     raise
                 logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
