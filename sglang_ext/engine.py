@@ -260,7 +260,13 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
     if not any(config.model_path.glob("*.safetensors")):
         arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
     if config.device == "cpu":
-        arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            # A share of the machine's memory, in which other processes count too: the engine would refuse to start
+            # beside them. kv_cache_tokens bounds the cache.
+            "mem_fraction_static": 0.95,
+        }
     return arguments
 
 
