@@ -1,11 +1,12 @@
 """Seconds, bytes and extra memory of a weight sync, direct and gathered, beside a plain copy of the same bytes.
 
-    python benchmarks/weight_sync.py [--layers 24] [--hidden 1024] [--vocab 32768] [--tp 2] [--pp 1] [--repeats 3]
+    python benchmarks/weight_sync.py [--trainer tp2 pp2] [--engine-tp 1 2] [--layers 28] [--hidden 1024]
+                                     [--vocab 65536] [--repeats 5]
 
-A random Qwen3 in bfloat16, real trainer ranks (Ray, Megatron, gloo), a real SGLang engine, all on this machine's CPUs.
-The first sync of each method is verified and not counted. Extra memory is the rise of the proportional set size (PSS)
-of this process and its descendants during a sync, sampled, over that before it. Prints a table, and as its last line
-the same as JSON.
+A random Qwen3 in bfloat16 (0.5B parameters by default), real trainer ranks (Ray, Megatron, gloo) and a real SGLang
+engine, all on this machine's CPUs. Methods take turns and the best of the repeats counts; the first sync of each is
+verified and not counted. Extra memory is the rise of the proportional set size (PSS) of this process and its
+descendants during a sync, sampled, over that before it. Prints a table, and as its last line the same as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.protocols import WeightSync
 from megatron_hapo.weight_sync import DirectSync, GatherSync
 from tests.tiny_model import write_tiny_qwen3
@@ -41,7 +43,17 @@ class Measured:
     method: str
     seconds: float
     """Best of the repeats."""
+    bytes_moved: int
     extra_bytes: int
+
+
+@dataclass
+class Case:
+    trainer: str
+    engine_tp: int
+    plan_seconds: float
+    copy_seconds: float
+    methods: list[Measured]
 
 
 def main() -> None:
@@ -49,12 +61,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-") as folder, ExitStack() as stack:
         model = write_tiny_qwen3(
             Path(folder) / "model", layers=arguments.layers, hidden=arguments.hidden, heads=arguments.hidden // 64,
-            kv_heads=min(8, arguments.hidden // 64), head_dim=64, intermediate=3 * arguments.hidden,
-            vocab_size=arguments.vocab, dtype="bfloat16",
+            kv_heads=max(2, arguments.hidden // 128), head_dim=128, intermediate=3 * arguments.hidden,
+            vocab_size=arguments.vocab, tied=True, dtype="bfloat16",
         )  # fmt: skip
-        num_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        config = make_config(model, Path(folder), arguments)
         stack.enter_context(local_ray())
+        cases = []
+        for trainer in arguments.trainer:
+            for engine_tp in arguments.engine_tp:
+                cases.append(run_case(model, Path(folder), trainer, engine_tp, arguments.repeats))
+                print(f"trainer {trainer}, engine tp{engine_tp}: measured", file=sys.stderr)
+    report(arguments, cases)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="seconds, bytes and memory of a weight sync")
+    parser.add_argument("--trainer", nargs="+", default=["tp2", "pp2"], choices=["tp1", "tp2", "pp2"])
+    parser.add_argument("--engine-tp", nargs="+", type=int, default=[1, 2])
+    for name, default in (("layers", 28), ("hidden", 1024), ("vocab", 65536), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def run_case(model: Path, folder: Path, trainer_layout: str, engine_tp: int, repeats: int) -> Case:
+    config = make_config(model, folder, trainer_layout, engine_tp)
+    with ExitStack() as stack:
         pool = RayRolloutPool(config, device="cpu")
         stack.callback(pool.close)
         trainer = RayTrainer(config, device="cpu")
@@ -64,21 +94,15 @@ def main() -> None:
         start = time.perf_counter()
         direct = DirectSync(config, trainer, pool, folder=shared)
         plan_seconds = time.perf_counter() - start
-        assert direct.plan.traffic().sum() <= num_bytes
-        methods = {"direct": direct, "gather": GatherSync(trainer, pool, verify_every=1 << 30)}
-        measured = measure(methods, arguments.repeats)
-        copy_seconds = plain_copy(num_bytes, arguments.repeats)
-    report(arguments, num_bytes, plan_seconds, copy_seconds, measured)
+        gather = GatherSync(trainer, pool, verify_every=config.weight_sync.verify_every)
+        num_bytes = num_parameters(read_shape(model)) * 2
+        moved = {"direct": int(direct.plan.traffic().sum()), "gather": num_bytes}
+        methods: dict[str, WeightSync] = {"direct": direct, "gather": gather}
+        measured = measure(methods, moved, repeats)
+        return Case(trainer_layout, engine_tp, plan_seconds, plain_copy(num_bytes, repeats), measured)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="seconds, bytes and memory of a weight sync")
-    for name, default in (("layers", 24), ("hidden", 1024), ("vocab", 32768), ("tp", 2), ("pp", 1), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args()
-
-
-def make_config(model: Path, folder: Path, arguments: argparse.Namespace) -> Config:
+def make_config(model: Path, folder: Path, trainer_layout: str, engine_tp: int) -> Config:
     return Config.model_validate(
         {
             "name": "benchmark",
@@ -86,9 +110,10 @@ def make_config(model: Path, folder: Path, arguments: argparse.Namespace) -> Con
             "steps": 1,
             "device": "cpu",
             "model": {"path": model},
-            "parallel": {"tp": arguments.tp, "pp": arguments.pp},
+            "parallel": {trainer_layout[:2]: int(trainer_layout[2:])},
             "trainer": {"dtype": "bfloat16", "timeout_seconds": 500},
             "rollout": {
+                "tp": engine_tp,
                 "dtype": "bfloat16",
                 "max_prompt_tokens": 32,
                 "max_response_tokens": 32,
@@ -103,7 +128,7 @@ def make_config(model: Path, folder: Path, arguments: argparse.Namespace) -> Con
     )
 
 
-def measure(methods: dict[str, WeightSync], repeats: int) -> list[Measured]:
+def measure(methods: dict[str, WeightSync], moved: dict[str, int], repeats: int) -> list[Measured]:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     extra: dict[str, int] = dict.fromkeys(methods, 0)
     version = 0
@@ -120,7 +145,7 @@ def measure(methods: dict[str, WeightSync], repeats: int) -> list[Measured]:
             sync.sync(policy_version=version)
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
-    return [Measured(name, min(seconds[name]), extra[name]) for name in methods]
+    return [Measured(name, min(seconds[name]), moved[name], extra[name]) for name in methods]
 
 
 def plain_copy(num_bytes: int, repeats: int) -> float:
@@ -136,22 +161,20 @@ def plain_copy(num_bytes: int, repeats: int) -> float:
     return best
 
 
-def report(
-    arguments: argparse.Namespace, num_bytes: int, plan_seconds: float, copy_seconds: float, measured: list[Measured]
-) -> None:
-    table = Table("method", "seconds", "GB/s", "times the plain copy", "extra MB")
-    rows = [Measured("plain copy", copy_seconds, 0), *measured]
-    for row in rows:
-        table.add_row(
-            row.method, f"{row.seconds:.3f}", f"{num_bytes / row.seconds / 1e9:.2f}",
-            f"{row.seconds / copy_seconds:.1f}", f"{row.extra_bytes / 1e6:.0f}",
-        )  # fmt: skip
-    console = Console(width=100)
-    console.print(table)
-    console.print(f"{num_bytes / 1e6:.0f} MB, trainer tp{arguments.tp} pp{arguments.pp}, engine tp1; planned once in "
-                  f"{plan_seconds:.2f} s; load average {os.getloadavg()[0]:.1f}")  # fmt: skip
-    figures = {row.method.replace(" ", "_"): {"seconds": row.seconds, "extra_bytes": row.extra_bytes} for row in rows}
-    print(json.dumps({"benchmark": "weight_sync", **vars(arguments), "bytes": num_bytes, "methods": figures}))
+def report(arguments: argparse.Namespace, cases: list[Case]) -> None:
+    table = Table("trainer", "engine", "method", "seconds", "GB/s", "times the plain copy", "extra MB")
+    for case in cases:
+        copied = case.methods[0].bytes_moved
+        for row in [Measured("plain copy", case.copy_seconds, copied, 0), *case.methods]:
+            table.add_row(
+                case.trainer, f"tp{case.engine_tp}", row.method, f"{row.seconds:.3f}",
+                f"{row.bytes_moved / row.seconds / 1e9:.2f}", f"{row.seconds / case.copy_seconds:.1f}",
+                f"{row.extra_bytes / 1e6:.0f}",
+            )  # fmt: skip
+    Console(width=100).print(table)
+    plans = ", ".join(f"{case.plan_seconds:.2f}" for case in cases)
+    print(f"planned once in {plans} s; load average {os.getloadavg()[0]:.1f}")
+    print(json.dumps({"benchmark": "weight_sync", **vars(arguments), "cases": [asdict(case) for case in cases]}))
 
 
 if __name__ == "__main__":

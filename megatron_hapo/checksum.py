@@ -6,6 +6,7 @@ them shows as a mismatch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements; the work space is 16 bytes an element
 _MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed integer
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -59,18 +61,25 @@ def add_checksums(sums: Iterable[int]) -> int:
     return (sum(sums) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def engine_slices(name: str, tensor: Tensor, *, tp: int, num_heads: int, num_kv_heads: int) -> list[Tensor]:
-    """What each of `tp` SGLang ranks holds of a whole tensor with this Hugging Face name, as views.
+def engine_slices(
+    name: str, tensor: Tensor, *, tp: int, num_heads: int, num_kv_heads: int, ep: int = 1, num_experts: int = 0
+) -> list[Tensor]:
+    """What each of `tp` SGLang ranks holds of a whole tensor with this Hugging Face name, as views, maybe of no rows.
 
     Args:
         name: e.g. model.layers.3.self_attn.k_proj.weight.
         tensor: the whole tensor.
         num_heads, num_kv_heads: attention heads of the model; key and value heads are replicated when tp exceeds them.
+        ep: 1, or tp, where each rank holds num_experts / ep whole experts.
     Raises:
-        ValueError: the tensor does not split over tp.
+        ValueError: the tensor does not split over tp or ep.
     """
     if tp == 1:
         return [tensor]
+    expert = _EXPERT.search(name)
+    if expert is not None and ep > 1:
+        owner = int(expert[1]) // _exact(name, num_experts, ep, "experts over ep")
+        return [tensor if rank == owner else tensor[:0] for rank in range(tp)]
     module = name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
     if module in ("k_proj", "v_proj") and tp > num_kv_heads:
         replicas = _exact(name, tp, num_kv_heads, f"tp={tp} over {num_kv_heads} key/value heads")

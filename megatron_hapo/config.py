@@ -148,6 +148,8 @@ class RolloutConfig(Section):
     """Number of SGLang engines."""
     tp: PositiveInt = 1
     """Tensor parallel size of one engine."""
+    ep: PositiveInt = 1
+    """Expert parallel size of one engine: 1 cuts every expert over its tp ranks, tp gives each rank whole experts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out, counted and reported."""
@@ -361,9 +363,8 @@ class CheckpointConfig(Section):
 
 class WeightSyncConfig(Section):
     method: Literal["direct", "gather"] = "direct"
-    """`direct`: from the trainer's shards straight into the engines' own parameters, where trainer and engines share a
-    host and the layouts of the model are known; else, with a logged reason, `gather`: whole tensors under their
-    Hugging Face names."""
+    """`direct`: from the trainer's shards straight into the engines' own parameters, where the engine's layout of the
+    model is known; else, with a logged reason, `gather`: whole tensors under their Hugging Face names."""
     bucket_bytes: PositiveInt = 512 << 20
     """`gather`: weights travel in buckets of at most this size (one larger parameter is a bucket of its own).
     `direct`: the buckets in flight together are of at most twice this size."""

@@ -72,6 +72,10 @@ def contradictions(config: Config) -> Iterator[Fault]:
             f"must be greater than reward.wrong={reward.wrong}, got {reward.correct}",
             ("reward.wrong",),
         )
+    if rollout.ep not in (1, rollout.tp):
+        yield Fault("rollout.ep", f"must be 1 or rollout.tp={rollout.tp}, got {rollout.ep}", ("rollout.tp",))
+    elif rollout.ep > 1 and config.device == "cpu":
+        yield Fault("rollout.ep", f"must be 1 with device=cpu, got {rollout.ep}: SGLang has no kernel", ("device",))
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if rollout.kv_cache_tokens is None and config.device == "cpu":
         yield Fault("rollout.kv_cache_tokens", "is required with device=cpu", ("device",))

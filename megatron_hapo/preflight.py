@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
@@ -74,10 +75,15 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     parallel = config.parallel
     for name, message in layout_faults(shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep):
         yield Fault(f"parallel.{name}", message, ("model.path",))
-    for _, message in layout_faults(shape, tp=config.rollout.tp):
-        yield Fault("rollout.tp", message, ("model.path",))
-    if shape.moe is not None and shape.moe.ffn_size % config.rollout.tp:
-        message = f"{shape.moe.ffn_size} feed-forward units of an expert do not split over tp={config.rollout.tp}"
+    rollout = config.rollout
+    # On a GPU SGLang gives several ranks the same key-value head.
+    replicates = config.device != "cpu" and rollout.tp % shape.num_kv_heads == 0
+    engine_shape = replace(shape, num_kv_heads=rollout.tp) if replicates else shape
+    for name, message in layout_faults(engine_shape, tp=rollout.tp, ep=rollout.ep):
+        yield Fault(f"rollout.{name}", message, ("model.path",))
+    expert_tp = rollout.tp // rollout.ep
+    if shape.moe is not None and expert_tp and shape.moe.ffn_size % expert_tp:
+        message = f"{shape.moe.ffn_size} feed-forward units of an expert do not split over tp={expert_tp}"
         yield Fault("rollout.tp", message, ("model.path",))
     if shape.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
         yield Fault(

@@ -71,8 +71,16 @@ class RolloutPool(Protocol):
         """Whether every engine has this file before it."""
         ...
 
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        """Give every engine its ranks' parts of the plan (`sglang_ext.receive.receiver_plan`)."""
+        ...
+
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
+        ...
+
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        """Start new engines for those that died or do not answer in time; their indices."""
         ...
 
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:

@@ -38,9 +38,10 @@ from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import Transfer, as_matrix, send
+from megatron_hapo.resharding.transfer import Transfer, as_matrix
+from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
-from megatron_hapo.weight_buckets import BucketBuilder, EngineCut
+from megatron_hapo.weight_buckets import BucketBuilder, EngineCut, engine_cut
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class TrainerRank:
         self._wrap_for_training(dtype)
         self._round_weights()  # after the optimizer has taken its masters
         self._sending: SendingTask | None = None
+        self._sender = Sender(dist.get_rank())
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
@@ -252,7 +254,7 @@ class TrainerRank:
         dtype = getattr(torch, config.rollout.dtype)
         bucket = BucketBuilder(
             max_bytes=config.weight_sync.bucket_bytes,
-            checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
+            checksums=self._engine_cut() if verify else None,
         )
         self._finish_gathering()
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
@@ -279,16 +281,19 @@ class TrainerRank:
         self._finish_gathering()
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
         with torch.no_grad():
-            send(self._sending.channels, matrices, transfer)
+            self._sender.send(self._sending.channels, matrices, transfer)
             if not verify:
                 return None
             return partial_checksums(
                 self._sending.own_blocks,
                 matrices,
                 shapes=hf_tensor_shapes(self.shape),
-                cut=EngineCut(self.config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads),
+                cut=self._engine_cut(),
                 dtype=getattr(torch, transfer.dtype),
             )
+
+    def _engine_cut(self) -> EngineCut:
+        return engine_cut(self.shape, tp=self.config.rollout.tp, ep=self.config.rollout.ep)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in named_parameters(self.model):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hapo.checksum import engine_slices, tensor_checksum
+from megatron_hapo.model.families import Shape
 from megatron_hapo.types import WeightBucket
 
 ALIGNMENT = 16
@@ -22,11 +23,22 @@ class EngineCut:
     tp: int
     num_heads: int
     num_kv_heads: int
+    ep: int = 1
+    num_experts: int = 0
+
+    def slices(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """What each engine rank will hold of the tensor with this Hugging Face name, as views."""
+        return engine_slices(name, tensor, **vars(self))
 
     def checksums(self, name: str, tensor: Tensor) -> list[int]:
-        """Of the slice that each engine rank will hold."""
-        slices = engine_slices(name, tensor, tp=self.tp, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
-        return [tensor_checksum(part) for part in slices]
+        """Of these slices."""
+        return [tensor_checksum(part) for part in self.slices(name, tensor)]
+
+
+def engine_cut(shape: Shape, *, tp: int, ep: int) -> EngineCut:
+    """How engines of this tensor and expert parallel size cut the model."""
+    num_experts = 0 if shape.moe is None else shape.moe.num_experts
+    return EngineCut(tp, shape.num_heads, shape.num_kv_heads, ep, num_experts)
 
 
 class BucketBuilder:

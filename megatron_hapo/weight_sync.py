@@ -9,8 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import HapoError, WeightSyncError
@@ -19,8 +22,9 @@ from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, SendingTask, make_plan
-from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
-from sglang_ext.receive import Request, write_receiver_plan
+from megatron_hapo.resharding.process_group import open_store
+from megatron_hapo.resharding.transfer import Meeting, Transfer, TransferStoppedError
+from sglang_ext.receive import Request, receiver_plan
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +36,24 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextmanager
-def open_weight_sync(config: Config, trainer: Trainer, pool: RolloutPool) -> Iterator[WeightSync]:
-    """The sync that `weight_sync.method` asks for, or GatherSync with a logged reason."""
+def open_weight_sync(
+    config: Config, trainer: Trainer, pool: RolloutPool, *, address: str = "127.0.0.1"
+) -> Iterator[WeightSync]:
+    """The sync that `weight_sync.method` asks for, or GatherSync with a logged reason.
+
+    Args:
+        address: of this host, for ranks on others.
+    """
     settings = config.weight_sync
     if settings.method == "gather":
         yield GatherSync(trainer, pool, verify_every=settings.verify_every)
         return
-    if not _SHARED_MEMORY.is_dir():
-        logger.warning("weight_sync.method: gather takes the place of direct: this system has no %s", _SHARED_MEMORY)
-        yield GatherSync(trainer, pool, verify_every=settings.verify_every)
-        return
+    shared = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
     # Readable by this user only; its path is short, as a socket's must be.
-    with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir=_SHARED_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir=shared) as folder:
         try:
-            weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder))
-        except ValueError as reason:  # a layout or a place that direct cannot serve
+            weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder), address=address)
+        except ValueError as reason:  # a layout that direct does not know
             logger.warning("weight_sync.method: gather takes the place of direct: %s", reason)
             weight_sync = GatherSync(trainer, pool, verify_every=settings.verify_every)
         yield weight_sync
@@ -73,22 +80,20 @@ class DirectSync:
 
     Phases of a sync: all engine ranks open their parameters and all trainer ranks send, at the same time; on the first
     and every `verify_every`-th sync the engines compare what they hold with the trainer's checksums; only when all
-    have confirmed do they take the new version.
+    have confirmed do they take the new version. An engine that dies meanwhile is replaced, and the sync starts again.
 
     Raises:
-        ValueError: (constructor) the plan does not know a layout of this model, or the processes do not share a host.
+        ValueError: (constructor) the plan does not know a layout of this model.
     """
 
-    def __init__(self, config: Config, trainer: Trainer, pool: RolloutPool, *, folder: Path):
-        self._trainer, self._pool, self._folder = trainer, pool, folder
+    def __init__(
+        self, config: Config, trainer: Trainer, pool: RolloutPool, *, folder: Path, address: str = "127.0.0.1"
+    ):
+        self._config, self._trainer, self._pool, self._folder = config, trainer, pool, folder
         self._settings, self._rollout = config.weight_sync, config.rollout
-        self._num_syncs = 0
+        self._num_syncs = self._num_attempts = 0
         shape = read_shape(config.model.path)
-        engine = engine_parameters(shape, config.rollout.tp)
-        token = folder / "token"
-        token.touch()
-        if not (trainer.sees(token) and pool.sees(token)):
-            raise ValueError("trainer ranks and engines are on more than one host")
+        engine = engine_parameters(shape, config.rollout.tp, config.rollout.ep)
         shards = shards_of_ranks(trainer.own_parameters())
         num_ranks = sum(len(shard.ranks) for shard in shards)
         channels = num_ranks * config.rollout.engines * config.rollout.tp
@@ -105,7 +110,23 @@ class DirectSync:
             :16
         ]
         self._hand_out(self.plan, engine, num_ranks)
-        logger.info("weights go directly: %d copies an engine", len(self.plan.copies))
+        token = folder / "token"
+        token.touch()
+        self._meeting: Meeting | None = None
+        if not (trainer.sees(token) and pool.sees(token)):
+            self._store, self._meeting = self._open_meeting(address, num_ranks)
+        way = "shared memory" if self._meeting is None else f"messages ({self._meeting.backend})"
+        logger.info("weights go directly, by %s: %d copies an engine", way, len(self.plan.copies))
+
+    def _open_meeting(self, address: str, trainer_ranks: int) -> tuple[Any, Meeting]:
+        store, port = open_store(address)
+        on_gpus = self._config.device != "cpu" and torch.cuda.is_available()
+        rollout = self._rollout
+        return store, Meeting(
+            host=address, port=port, generation=0, trainer_ranks=trainer_ranks,
+            engine_ranks=rollout.engines * rollout.tp, ranks_per_engine=rollout.tp,
+            backend="nccl" if on_gpus else "gloo",
+        )  # fmt: skip
 
     def _hand_out(self, plan: Plan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:
         outgoing: dict[int, list[Channel]] = defaultdict(list)
@@ -117,19 +138,39 @@ class DirectSync:
         self._trainer.prepare_sending(
             [SendingTask(tuple(outgoing[rank]), tuple(own_blocks.get(rank, ()))) for rank in range(num_ranks)]
         )
-        for (index, rank), sources in incoming.items():
-            write_receiver_plan(self._folder, engine=index, engine_rank=rank, parameters=engine[rank], sources=sources)
+        self._pool.prepare_receiving(
+            [[receiver_plan(parameters, incoming[index, rank]) for rank, parameters in enumerate(engine)]
+             for index in range(plan.engines)]
+        )  # fmt: skip
 
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
+        for attempt in range(self._rollout.engines + 1):
+            try:
+                self._attempt(policy_version, verify=verify)
+                return
+            except WeightSyncError as failed:
+                if self._meeting is not None:
+                    self._meeting = replace(self._meeting, generation=self._meeting.generation + 1)
+                # All get everything again: what arrived in the others is of no use without the rest.
+                patience = max(_GRACE_SECONDS, self._settings.timeout_seconds)
+                replaced = self._pool.replace_dead_engines(patience_seconds=patience)
+                if not replaced or attempt == self._rollout.engines:
+                    raise
+                logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
+                verify = True
+
+    def _attempt(self, policy_version: int, *, verify: bool) -> None:
+        self._num_attempts += 1
         transfer = Transfer(
             folder=str(self._folder),
-            number=self._num_syncs,
+            number=self._num_attempts,
             plan=self._fingerprint,
             dtype=self._rollout.dtype,
             slot_bytes=self._slot_bytes,
             deadline_seconds=self._settings.timeout_seconds,
+            meeting=self._meeting,
         )
         requests = [Request(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
         late = self._settings.timeout_seconds + _GRACE_SECONDS

@@ -37,6 +37,8 @@ class EngineConfig:
     dtype: str
     """float32 or bfloat16."""
     tp: int
+    ep: int = 1
+    """1, or tp: each rank holds whole experts."""
     max_running_requests: int
     memory_fraction: float
     """Share of each GPU's memory for weights and KV cache; without effect on a CPU."""
@@ -64,7 +66,7 @@ class Engine:
         torch.multiprocessing.set_sharing_strategy("file_system")
         self._config = config
         self._policy_version = 0
-        self._updating = False
+        self._updating = self._flushed = False
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -115,7 +117,9 @@ class Engine:
             raise RolloutError("SGLang did not flush its cache after the self-test")
 
     def begin_weight_update(self) -> None:
-        """First call of an update; no generation until the last."""
+        """First call of an update; no generation until the last. An update that failed half-way is begun anew."""
+        if self._updating:
+            return
         _expect(self._engine.begin_weight_update(), "begin_weight_update")
         self._updating = True
 
@@ -138,13 +142,17 @@ class Engine:
         serialized = [MultiprocessingSerializer.serialize(payload, output_str=True) for _ in range(self._config.tp)]
         self._update(serialized, "flattened_bucket", f"loading {bucket.names[0]} ... {bucket.names[-1]}")
 
+    def prepare_receiving(self, plans: Sequence[str]) -> None:
+        """Take each rank's part of the plan (`receive.receiver_plan`), for all `receive_weights` to come."""
+        receive.write_plans(Path(self._scratch.name), plans)
+
     def receive_weights(self, request: receive.Request) -> None:
         """Every rank fills its own parameters from the trainer ranks; between begin and end.
 
         Raises:
             WeightSyncError: names what did not come, from whom, or does not fit.
         """
-        self._update(request.payload(), receive.RECEIVE, "receiving weights")
+        self._update(request.payload(Path(self._scratch.name)), receive.RECEIVE, "receiving weights", flush=True)
 
     def verify(self, checksums: dict[str, list[int]]) -> None:
         """Compares what every rank's parameters hold with the trainer's checksums; between begin and end.
@@ -162,9 +170,10 @@ class Engine:
     def end_weight_update(self, policy_version: int) -> None:
         """Last call of an update: the engine now holds this version, and nothing cached from another."""
         _expect(self._engine.end_weight_update(), "end_weight_update")
-        flushed = self._engine.flush_cache()
-        _expect((flushed.success, flushed.message), "flushing the KV cache")
-        self._updating = False
+        if not self._flushed:
+            flushed = self._engine.flush_cache()
+            _expect((flushed.success, flushed.message), "flushing the KV cache")
+        self._updating = self._flushed = False
         self._policy_version = policy_version
 
     @property
@@ -183,11 +192,13 @@ class Engine:
         assert isinstance(answers, list)
         return answers
 
-    def _update(self, tensors: Any, load_format: str, what: str) -> None:
+    def _update(self, tensors: Any, load_format: str, what: str, *, flush: bool = False) -> None:
+        """One request of an update; `flush` drops in the same request what was cached under the old weights."""
         if not self._updating:
             raise WeightSyncError(f"{what}: begin_weight_update has not been called")
-        answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=False)
+        answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=flush)
         _expect(answer, what)
+        self._flushed |= flush
 
     def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         longest = max((len(p.token_ids) for p in prompts), default=0)
@@ -230,6 +241,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # token ids in and out
         "dtype": config.dtype,
         "tp_size": config.tp,
+        "ep_size": config.ep,
         "random_seed": config.seed,
         "context_length": config.context_tokens,
         "max_running_requests": config.max_running_requests,
@@ -248,7 +260,13 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
     if not any(config.model_path.glob("*.safetensors")):
         arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
     if config.device == "cpu":
-        arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            # A share of the machine's memory, in which other processes count too: the engine would refuse to start
+            # beside them. kv_cache_tokens bounds the cache.
+            "mem_fraction_static": 0.95,
+        }
         if config.dtype == "bfloat16":
             arguments["kv_cache_dtype"] = "bfloat16"  # SGLang refuses a quantized model's float8 one without AMX
     return arguments

@@ -1,7 +1,7 @@
 """Fills an engine rank's parameters from the trainer's ranks; SGLang's `custom_weight_loader` extension point.
 
 `receive` is named in the engine's `custom_weight_loader` list and runs in every tensor parallel rank when an update
-comes with `load_format=RECEIVE`. The rank reads its part of the plan once, from a file in the folder of the sync.
+comes with `load_format=RECEIVE`. The rank reads its part of the plan once, from a file that its engine has written.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.resharding import transfer as shared_memory
 from megatron_hapo.resharding.plan import Parameter, Piece
-from megatron_hapo.resharding.transfer import Transfer, as_matrix
+from megatron_hapo.resharding.transfer import Meeting, Transfer, as_matrix
+from megatron_hapo.resharding.transports import Receiver
 
 RECEIVE = "sglang_ext.receive.receive"
 
@@ -30,20 +30,14 @@ class Request:
     transfer: Transfer
     engine: int
 
-    def payload(self) -> list[tuple[str, Tensor]]:
-        """The request as the named tensors that SGLang carries."""
-        return [("request", torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8))]
+    def payload(self, plans: Path) -> list[tuple[str, Tensor]]:
+        """The request as the named tensors that SGLang carries; `plans` is the folder of `write_plans`."""
+        request = json.dumps({**asdict(self), "plans": str(plans)})
+        return [("request", torch.frombuffer(bytearray(request.encode()), dtype=torch.uint8))]
 
 
-def write_receiver_plan(
-    transfer_folder: Path,
-    *,
-    engine: int,
-    engine_rank: int,
-    parameters: Sequence[Parameter],
-    sources: Mapping[int, Sequence[Piece]],
-) -> None:
-    """Leave an engine rank's part of the plan where it will look for it.
+def receiver_plan(parameters: Sequence[Parameter], sources: Mapping[int, Sequence[Piece]]) -> str:
+    """An engine rank's part of the plan.
 
     Args:
         parameters: of the rank, as the plan believes; the rank compares them with its model's.
@@ -56,7 +50,13 @@ def write_receiver_plan(
             rank: [(index[piece.parameter], *piece[1:]) for piece in pieces] for rank, pieces in sources.items()
         },
     }
-    _plan_path(transfer_folder, engine, engine_rank).write_text(json.dumps(plan))
+    return json.dumps(plan)
+
+
+def write_plans(folder: Path, plans: Sequence[str]) -> None:
+    """Leave each engine rank's part of the plan where it will look for it."""
+    for rank, plan in enumerate(plans):
+        _plan_path(folder, rank).write_text(plan)
 
 
 def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -68,17 +68,22 @@ def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
     from sglang.srt.runtime_context import get_parallel
 
     request: dict[str, Any] = json.loads(bytes(named_tensors[0][1].cpu().numpy()).decode())
-    transfer, engine, rank = Transfer(**request["transfer"]), request["engine"], get_parallel().tp_rank
+    transfer, engine, rank = _transfer(request["transfer"]), request["engine"], get_parallel().tp_rank
     known: _Known | None = getattr(model, "hapo_receiver", None)
     try:
         if known is None or known.plan != transfer.plan:
-            known = _read(model, transfer, engine, rank)
+            known = _read(model, transfer, _plan_path(Path(request["plans"]), rank))
             model.hapo_receiver = known  # type: ignore[assignment]  # kept with what it describes
     except BaseException:
         transfer.give_up()
         raise
     with torch.no_grad():
-        shared_memory.receive(known.sources, known.matrices, transfer, engine=engine, engine_rank=rank)
+        known.receiver.receive(known.sources, known.matrices, transfer, engine=engine, engine_rank=rank)
+
+
+def _transfer(fields: dict[str, Any]) -> Transfer:
+    meeting = fields.pop("meeting")
+    return Transfer(**fields, meeting=None if meeting is None else Meeting(**meeting))
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,15 @@ class _Known:
     plan: str
     sources: dict[int, list[Piece]]
     matrices: dict[str, Tensor]
+    receiver: Receiver
 
 
-def _plan_path(folder: Path, engine: int, engine_rank: int) -> Path:
-    return folder / f"plan.{engine}.{engine_rank}.json"
+def _plan_path(folder: Path, rank: int) -> Path:
+    return folder / f"plan.{rank}.json"
 
 
-def _read(model: nn.Module, transfer: Transfer, engine: int, rank: int) -> _Known:
-    plan = json.loads(_plan_path(Path(transfer.folder), engine, rank).read_text())
+def _read(model: nn.Module, transfer: Transfer, path: Path) -> _Known:
+    plan = json.loads(path.read_text())
     # named_parameters leaves out what it has met before: an output head tied to the embedding
     matrices = {name: as_matrix(parameter) for name, parameter in model.named_parameters()}
     found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
@@ -117,4 +123,4 @@ def _read(model: nn.Module, transfer: Transfer, engine: int, rank: int) -> _Know
         int(source): [Piece(names[index], *place) for index, *place in pieces]
         for source, pieces in plan["sources"].items()
     }
-    return _Known(transfer.plan, sources, matrices)
+    return _Known(transfer.plan, sources, matrices, Receiver())

@@ -45,7 +45,8 @@ def verify(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> Non
             faults.append(f"{name}: the engine's rank {rank} holds other values than the trainer sent")
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         expected.pop("lm_head.weight", None)
-    faults += [f"{name}: the engine's model has no such tensor" for name in expected]
+    # Of another rank's experts this rank holds no element, whose checksum is 0.
+    faults += [f"{name}: the engine's model has no such tensor" for name, sums in expected.items() if sums[rank]]
     if faults:
         more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise WeightSyncError("; ".join(faults[:_SHOWN]) + more)
@@ -59,12 +60,14 @@ def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(parameter) in seen:  # an output head tied to the embedding
                 continue
             seen.add(id(parameter))
-            for part_name, part in _parts(module_name, module, parameter.data):
-                yield f"{part_name}.{name}" if part_name else name, part
+            yield from _parts(module_name, module, name, parameter.data)
 
 
-def _parts(module_name: str, module: Any, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
     parent, _, leaf = module_name.rpartition(".")
+    if name in ("w13_weight", "w2_weight"):
+        yield from _experts(module_name, module, name, data)
+        return
     if leaf == "qkv_proj":
         sizes = (module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size)
         names = ("q_proj", "k_proj", "v_proj")
@@ -74,9 +77,25 @@ def _parts(module_name: str, module: Any, data: Tensor) -> Iterator[tuple[str, T
     else:
         # Rows that only pad the vocabulary belong to no tensor of the trainer.
         indices = getattr(module, "shard_indices", None)
-        yield module_name, data if indices is None else data[: indices.num_org_elements]
+        full_name = f"{module_name}.{name}" if module_name else name
+        yield full_name, data if indices is None else data[: indices.num_org_elements]
         return
     if sum(sizes) != data.shape[0]:
         raise WeightSyncError(f"{module_name}: {data.shape[0]} rows, but its parts {names} have {sizes}")
-    for name, part in zip(names, data.split(sizes), strict=True):
-        yield f"{parent}.{name}", part
+    for part_name, part in zip(names, data.split(sizes), strict=True):
+        yield f"{parent}.{part_name}.{name}", part
+
+
+def _experts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a FusedMoE layer's experts, which it stacks, w13 with gate and up in an order of its own."""
+    if len(data) != module.num_local_experts:
+        raise WeightSyncError(f"{module_name}.{name}: {len(data)} experts, the layer says {module.num_local_experts}")
+    names = ["down_proj"]
+    if name == "w13_weight":
+        method = getattr(module, "weight_load_method", None) or module.quant_method
+        up_first = getattr(method, "load_up_proj_weight_first", False)
+        names = ["up_proj", "gate_proj"] if up_first else ["gate_proj", "up_proj"]
+    first = module.moe_ep_rank * module.num_local_experts
+    for index, expert in enumerate(data):
+        for part_name, part in zip(names, expert.chunk(len(names)), strict=True):
+            yield f"{module_name}.{first + index}.{part_name}.weight", part

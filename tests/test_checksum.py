@@ -65,3 +65,15 @@ def test_vocabulary_is_cut_after_padding(vocab, tp, rows):
 def test_what_does_not_split_is_named():
     with pytest.raises(ValueError, match=r"layers.0.self_attn.k_proj.weight: attention heads over tp: 8 .* over 3"):
         engine_slices("model.layers.0.self_attn.k_proj.weight", torch.zeros(8, 3), tp=3, num_heads=9, num_kv_heads=8)
+
+
+def test_whole_experts_lie_on_one_rank_and_cut_ones_on_all():
+    tensor = torch.randn(8, 6)
+    name = "model.layers.0.mlp.experts.5.gate_proj.weight"
+    whole = engine_slices(name, tensor, tp=4, num_heads=4, num_kv_heads=4, ep=4, num_experts=8)
+    assert [len(part) for part in whole] == [0, 0, 8, 0]
+    assert tensor_checksum(whole[0]) == 0
+    cut = engine_slices(name, tensor, tp=4, num_heads=4, num_kv_heads=4, ep=1, num_experts=8)
+    assert torch.equal(torch.cat(cut), tensor)
+    with pytest.raises(ValueError, match=r"experts over ep: 6 does not split over 4"):
+        engine_slices(name, tensor, tp=4, num_heads=4, num_kv_heads=4, ep=4, num_experts=6)

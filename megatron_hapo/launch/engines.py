@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
@@ -30,6 +32,7 @@ class EngineActor:
                 device=device,  # type: ignore[arg-type]  # "cpu" or "cuda"
                 dtype=rollout.dtype,
                 tp=rollout.tp,
+                ep=rollout.ep,
                 max_running_requests=rollout.max_running_requests,
                 memory_fraction=rollout.memory_fraction,
                 kv_cache_tokens=rollout.kv_cache_tokens,
@@ -59,6 +62,9 @@ class EngineActor:
 
     def sees(self, path: Path) -> bool:
         return path.exists()
+
+    def prepare_receiving(self, plans: Sequence[str]) -> None:
+        self._engine.prepare_receiving(plans)
 
     def receive_weights(self, request: Request) -> None:
         self.begin_weight_update()
@@ -98,7 +104,10 @@ class RayRolloutPool:
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
         )
-        self._engines: list[Any] = [actor.remote(config, device, index) for index in range(rollout.engines)]
+        self._start = lambda index: actor.remote(config, device, index)
+        self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
+        self._policy_version = 0
+        self._plans: list[ray.ObjectRef] = []
 
     def wait_until_ready(self) -> None:
         """Returns when every engine has started and proved its temperature hook."""
@@ -113,21 +122,37 @@ class RayRolloutPool:
         }
         answers = gather(calls, timeout_seconds=self._timeout_seconds, what="generating", error=RolloutError)
         groups: list[list[Rollout]] = [[] for _ in prompts]
-        for share, answer in zip((s for s in shares if s), answers, strict=True):
+        for index, (share, answer) in enumerate(zip((s for s in shares if s), answers, strict=True)):
             for row, group in zip(share, answer, strict=True):
+                self._check_version(index, group)
                 groups[row] = group
         return groups
+
+    def _check_version(self, index: int, group: list[Rollout]) -> None:
+        """No rollout of other weights than those of the last sync that all engines confirmed goes into training."""
+        others = {rollout.policy_version for rollout in group} - {self._policy_version}
+        if others:
+            raise RolloutError(
+                f"engine {index} holds version {others.pop()} of the weights, the last sync brought version "
+                f"{self._policy_version} to all engines"
+            )
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
         self._all(lambda engine: engine.begin_weight_update.remote(), "beginning the weight update", WeightSyncError)
         for bucket in buckets:
             self._all(lambda engine, b=bucket: engine.load_bucket.remote(b), "loading weights", WeightSyncError)
-        self._all(
-            lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
-        )
+        self._end_weight_update(policy_version)
 
     def sees(self, path: Path) -> bool:
         return all(self._all(lambda engine: engine.sees.remote(path), "looking for a shared folder", WeightSyncError))
+
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        self._plans = [ray.put(plan) for plan in plans]
+        self._prepare(range(len(plans)))
+
+    def _prepare(self, engines: Iterable[int]) -> None:
+        calls = {f"engine {i}": self._engines[i].prepare_receiving.remote(self._plans[i]) for i in engines}
+        gather(calls, timeout_seconds=self._timeout_seconds, what="taking the plan", error=WeightSyncError)
 
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         calls = {
@@ -140,9 +165,31 @@ class RayRolloutPool:
         if checksums:
             shared = ray.put(checksums)
             self._all(lambda engine: engine.verify.remote(shared), "verifying weights", WeightSyncError)
+        self._end_weight_update(policy_version)
+
+    def _end_weight_update(self, policy_version: int) -> None:
         self._all(
             lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
         )
+        self._policy_version = policy_version
+
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        """Drop every engine that has died, or does not answer in time, and start another in its place.
+
+        Returns:
+            Their indices. The new engines hold the weights of the model folder, under version 0.
+        """
+        deadline = time.monotonic() + patience_seconds
+        answers = [engine.ready.remote() for engine in self._engines]
+        dead = [index for index, answer in enumerate(answers) if not _answers(answer, deadline)]
+        for index in dead:
+            ray.kill(self._engines[index])
+            self._engines[index] = self._start(index)
+        if dead:
+            self.wait_until_ready()
+        if self._plans:
+            self._prepare(dead)
+        return dead
 
     def close(self) -> None:
         for engine in self._engines:
@@ -153,3 +200,11 @@ class RayRolloutPool:
     def _all(self, call: Callable[[Any], ray.ObjectRef], what: str, error: type) -> list[Any]:
         calls = {f"engine {index}": call(engine) for index, engine in enumerate(self._engines)}
         return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=error)
+
+
+def _answers(answer: ray.ObjectRef, deadline: float) -> bool:
+    try:
+        ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+    except (RayActorError, GetTimeoutError):
+        return False
+    return True

@@ -102,7 +102,8 @@ def open_parts(config: Config) -> Iterator[Parts]:
         trainer = RayTrainer(config, device=_device(config))
         stack.callback(trainer.close)
         pool.wait_until_ready()
-        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
+        address = ray.util.get_node_ip_address()
+        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
         yield Parts(trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards)
 
 

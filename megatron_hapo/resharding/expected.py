@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_hapo.checksum import add_checksums, block_checksum, engine_slices
+from megatron_hapo.checksum import add_checksums, block_checksum
 from megatron_hapo.resharding.layouts import matrix_size
 from megatron_hapo.resharding.plan import OwnBlock
 from megatron_hapo.weight_buckets import EngineCut
@@ -62,7 +62,7 @@ def _slices(name: str, shape: tuple[int, ...], cut: EngineCut) -> list[tuple[int
     """(row, column, rows, columns) of each engine rank's slice."""
     # The views of a tensor without storage tell where they begin.
     whole = torch.empty(shape, device="meta")
-    slices = engine_slices(name, whole, tp=cut.tp, num_heads=cut.num_heads, num_kv_heads=cut.num_kv_heads)
+    slices = cut.slices(name, whole)
     columns = matrix_size(shape)[1]
     return [(*divmod(int(part.storage_offset()), columns), *matrix_size(tuple(part.shape))) for part in slices]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, placement
+from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, placement
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
 if TYPE_CHECKING:
@@ -70,47 +70,74 @@ def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
     return [Shard(tuple(ranks), own) for own, ranks in replicas.items()]
 
 
-def trainer_shards(shape: Shape, *, tp: int, pp: int, dp: int, spec: str = "te") -> list[Shard]:
-    """Shards of a Megatron grid without building its models, for a dense model; ranks count tp, dp, pp."""
-    if shape.num_layers % pp:
-        raise ValueError(f"{shape.num_layers} layers do not split over pp={pp}")
-    layers, shards = shape.num_layers // pp, []
-    for stage in range(pp):
+def trainer_shards(
+    shape: Shape, *, tp: int, pp: int, dp: int, ep: int = 1, stages: Sequence[int] | None = None, spec: str = "te"
+) -> list[Shard]:
+    """Shards of a Megatron grid without building its models; ranks count tp, dp, pp, and ep within a stage's tp x dp.
+
+    Args:
+        stages: layers of each pipeline stage, where they are not equal.
+    """
+    if stages is None:
+        if shape.num_layers % pp:
+            raise ValueError(f"{shape.num_layers} layers do not split over pp={pp}")
+        stages = [shape.num_layers // pp] * pp
+    shards, first_layer = [], 0
+    for stage, layers in enumerate(stages):
+        names = list(stage_parameter_names(
+            shape, first_layer, layers, first=stage == 0, last=stage == pp - 1, ep=ep, spec=spec
+        ))  # fmt: skip
+        dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
+        ranks = range(stage * tp * dp, (stage + 1) * tp * dp)
         for tp_rank in range(tp):
-            parameters = tuple(
-                _planned_parameter(name, shape, stage * layers, tp_rank, tp)
-                for name in dense_parameter_names(shape, layers, first=stage == 0, last=stage == pp - 1, spec=spec)
-            )
-            ranks = tuple((stage * dp + replica) * tp + tp_rank for replica in range(dp))
-            shards.append(Shard(ranks, parameters))
+            held = (_planned_parameter(name, shape, first_layer, tp_rank=tp_rank, tp_size=tp) for name in dense)
+            shards.append(Shard(tuple(ranks[tp_rank::tp]), tuple(held)))
+        for ep_rank in range(ep) if experts else ():
+            held = (_planned_parameter(name, shape, first_layer, ep_rank=ep_rank, ep_size=ep) for name in experts)
+            shards.append(Shard(tuple(ranks[ep_rank::ep]), tuple(held)))
+        first_layer += layers
     return shards
 
 
-def dense_parameter_names(shape: Shape, layers: int, *, first: bool, last: bool, spec: str = "te") -> Iterator[str]:
-    """Megatron's parameter names of a stage of a dense model; a tied output head is not repeated."""
+def stage_parameter_names(
+    shape: Shape, first_layer: int, layers: int, *, first: bool, last: bool, ep: int = 1, spec: str = "te"
+) -> Iterator[str]:
+    """Megatron's parameter names of a pipeline stage on a rank; a tied output head is not repeated."""
+    te = spec == "te"
     if first:
         yield "embedding.word_embeddings.weight"
-    norms = (
-        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-        if spec == "te"
-        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-    )
-    own = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "mlp.linear_fc1.weight",
-           "mlp.linear_fc2.weight", *norms]  # fmt: skip
+    attention = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
+                 "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"]  # fmt: skip
     if shape.qk_norm:
-        own += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
+        attention += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
     if shape.qkv_bias:
-        own.append("self_attention.linear_qkv.bias")
+        attention.append("self_attention.linear_qkv.bias")
+    dense = ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
+             "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight"]  # fmt: skip
     for layer in range(layers):
-        yield from (f"decoder.layers.{layer}.{name}" for name in own)
+        prefix = f"decoder.layers.{layer}."
+        yield from (prefix + name for name in attention)
+        if not shape.has_experts(first_layer + layer):
+            yield from (prefix + name for name in dense)
+            continue
+        assert shape.moe is not None
+        yield from (prefix + name for name in ("pre_mlp_layernorm.weight", "mlp.router.weight"))
+        for expert in range(shape.moe.num_experts // ep):
+            for linear in ("linear_fc1", "linear_fc2"):
+                inner = f"{linear}.weight{expert}" if te else f"local_experts.{expert}.{linear}.weight"
+                yield f"{prefix}mlp.experts.{inner}"
     if last:
         yield "decoder.final_layernorm.weight"
         if not shape.tied_embeddings:
             yield "output_layer.weight"
 
 
-def _planned_parameter(name: str, shape: Shape, first_layer: int, tp_rank: int, tp: int) -> Parameter:
-    place = placement(name, shape, first_layer=first_layer, tp_rank=tp_rank, tp_size=tp)
+def _planned_parameter(
+    name: str, shape: Shape, first_layer: int, *, tp_rank: int = 0, tp_size: int = 1, ep_rank: int = 0, ep_size: int = 1
+) -> Parameter:
+    place = placement(
+        name, shape, first_layer=first_layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size
+    )
     sizes = matrix_sizes(shape)
     rows, columns = sizes[place.runs[0].tensor]
     length = sum(run.stop - run.start for run in place.runs)
@@ -124,23 +151,30 @@ def _planned_parameter(name: str, shape: Shape, first_layer: int, tp_rank: int, 
 # ----- the engine
 
 
-def engine_parameters(shape: Shape, tp: int) -> list[tuple[Parameter, ...]]:
+def engine_parameters(shape: Shape, tp: int, ep: int = 1) -> list[tuple[Parameter, ...]]:
     """The parameters of each of an engine's `tp` ranks, under SGLang's names.
 
+    Args:
+        ep: 1 cuts every expert over the tp ranks, tp deals whole experts out to them; SGLang knows nothing in between.
     Raises:
-        ValueError: the model does not split over tp, or has experts, whose layout in the engine is not described here.
+        ValueError: the model does not split over tp and ep, or SGLang builds it otherwise than the checkpoint says.
     """
-    if shape.moe is not None:
-        raise ValueError("the engine's layout of mixture-of-experts models is not known to the plan")
-    return [tuple(_engine_rank(shape, tp, rank)) for rank in range(tp)]
+    if ep not in (1, tp):
+        raise ValueError(f"the engine's ep must be 1 or its tp={tp}, got {ep}")
+    if shape.moe is None and ep > 1:
+        raise ValueError(f"the engine's ep={ep}, but the model has no experts ({shape.family})")
+    if shape.moe is not None and shape.moe.dense_layers:
+        raise ValueError(f"{shape.family}: SGLang gives experts to all layers, this model has dense ones")
+    if shape.moe is not None and shape.tied_embeddings:
+        raise ValueError(f"{shape.family}: SGLang does not tie the output head of this family to the embedding")
+    return [tuple(_engine_rank(shape, tp, ep, rank)) for rank in range(tp)]
 
 
-def _engine_rank(shape: Shape, tp: int, rank: int) -> Iterator[Parameter]:
+def _engine_rank(shape: Shape, tp: int, ep: int, rank: int) -> Iterator[Parameter]:
     hidden = shape.hidden_size
     yield _vocabulary("model.embed_tokens.weight", shape, tp, rank)
     q = _cut(shape, "attention heads", shape.num_heads, tp, rank, shape.head_dim)
     kv = _kv_cut(shape, tp, rank)
-    ffn = _cut(shape, "MLP columns", shape.ffn_size, tp, rank, 1)
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
         yield _whole(prefix + "input_layernorm.weight", hidden)
@@ -155,12 +189,35 @@ def _engine_rank(shape: Shape, tp: int, rank: int) -> Iterator[Parameter]:
         yield _columns(attention + "o_proj.weight", hidden, q)
         yield _whole(prefix + "post_attention_layernorm.weight", hidden)
         mlp = prefix + "mlp."
+        if shape.has_experts(layer):
+            yield from _experts(mlp, shape, tp, ep, rank)
+            continue
+        ffn = _cut(shape, "MLP columns", shape.ffn_size, tp, rank, 1)
         gate_up = [(mlp + "gate_proj.weight", ffn), (mlp + "up_proj.weight", ffn)]
         yield _stacked(mlp + "gate_up_proj.weight", gate_up, hidden)
         yield _columns(mlp + "down_proj.weight", hidden, ffn)
     yield _whole("model.norm.weight", hidden)
     if not shape.tied_embeddings:  # SGLang's tied output head is the embedding itself
         yield _vocabulary("lm_head.weight", shape, tp, rank)
+
+
+def _experts(mlp: str, shape: Shape, tp: int, ep: int, rank: int) -> Iterator[Parameter]:
+    """The router, and a layer's experts in FusedMoE's w13 [experts, gate; up, hidden] and w2 [experts, hidden, ffn]."""
+    assert shape.moe is not None
+    hidden, count = shape.hidden_size, shape.moe.num_experts
+    router = mlp + "gate.weight"
+    yield Parameter(router, count, hidden, (Block(router, 0, 0, count, hidden, 0, 0),))
+    first, last = _cut(shape, "experts", count, ep, rank, 1) if ep > 1 else (0, count)
+    start, stop = _cut(shape, "expert MLP columns", shape.moe.ffn_size, tp // ep, rank % (tp // ep), 1)
+    width, w13, w2 = stop - start, [], []
+    for index, expert in enumerate(range(first, last)):
+        name, at = f"{mlp}experts.{expert}.", 2 * width * index
+        w13.append(Block(name + "gate_proj.weight", start, 0, width, hidden, at, 0))
+        w13.append(Block(name + "up_proj.weight", start, 0, width, hidden, at + width, 0))
+        w2.append(Block(name + "down_proj.weight", 0, start, hidden, width, hidden * index, 0))
+    held = last - first
+    yield Parameter(mlp + "experts.w13_weight", held * 2 * width, hidden, tuple(w13))
+    yield Parameter(mlp + "experts.w2_weight", held * hidden, width, tuple(w2))
 
 
 def _cut(shape: Shape, what: str, count: int, tp: int, rank: int, size: int) -> tuple[int, int]:

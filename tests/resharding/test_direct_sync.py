@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_hapo.config import WeightSyncConfig
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding import transfer as transfer_module
-from megatron_hapo.resharding.expected import partial_checksums
-from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
-from megatron_hapo.resharding.plan import Parameter, SendingTask
-from megatron_hapo.resharding.transfer import Transfer, send
-from megatron_hapo.weight_buckets import EngineCut
 from megatron_hapo.weight_sync import DirectSync
 from sglang_ext.receive import Request
-from tests.resharding.test_plan import cut
+from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.tiny_families import write_family
 from tests.tiny_model import write_tiny_qwen3
 
 LAYOUTS = [
@@ -33,57 +28,6 @@ LAYOUTS = [
     {"tp": 1, "pp": 2, "dp": 1},
     {"tp": 2, "pp": 2, "dp": 2},
 ]
-
-
-class ThreadedTrainer:
-    """The trainer's side of the protocol over the shards of a checkpoint."""
-
-    def __init__(self, folder: Path, *, engine_tp: int, tp: int, pp: int, dp: int):
-        self.shape = read_shape(folder)
-        self._cut = EngineCut(engine_tp, self.shape.num_heads, self.shape.num_kv_heads)
-        sizes = matrix_sizes(self.shape)
-        state = load_reference(folder).state_dict()
-        whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
-        self._parameters: dict[int, tuple[Parameter, ...]] = {}
-        self.matrices: dict[int, dict[str, torch.Tensor]] = {}
-        for shard in trainer_shards(self.shape, tp=tp, pp=pp, dp=dp):
-            for rank in shard.ranks:
-                self._parameters[rank] = shard.parameters
-                held = cut(whole, shard.parameters)
-                self.matrices[rank] = {name: torch.tensor(value, dtype=torch.float32) for name, value in held.items()}
-
-    def own_parameters(self) -> list[tuple[Parameter, ...]]:
-        return [self._parameters[rank] for rank in sorted(self._parameters)]
-
-    def sees(self, path: Path) -> bool:
-        return path.exists()
-
-    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
-        self._tasks = tasks
-
-    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
-        errors: list[Exception] = []
-
-        def one(rank: int, task: SendingTask) -> None:
-            try:
-                send(task.channels, self.matrices[rank], transfer)
-            except Exception as error:
-                errors.append(error)
-
-        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self._tasks)]
-        for thread in ranks:
-            thread.start()
-        for thread in ranks:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return [
-            partial_checksums(
-                task.own_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
-                dtype=getattr(torch, transfer.dtype),
-            )
-            for rank, task in enumerate(self._tasks)
-        ]  # fmt: skip
 
 
 class OneEngine:
@@ -95,9 +39,15 @@ class OneEngine:
     def sees(self, path: Path) -> bool:
         return path.exists()
 
+    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
+        self.engine.prepare_receiving(plans[0])
+
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
         self.engine.begin_weight_update()
         self.engine.receive_weights(requests[0])
+
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        return []
 
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
         if checksums:
@@ -118,8 +68,9 @@ def make_sync(
 ) -> DirectSync:
     folder.mkdir()
     config: Any = SimpleNamespace(
+        device="cpu",
         weight_sync=WeightSyncConfig(bucket_bytes=20_000, verify_every=1, timeout_seconds=timeout),
-        rollout=SimpleNamespace(engines=1, tp=tp, dtype=dtype),
+        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype=dtype),
         model=SimpleNamespace(path=path),
     )
     return DirectSync(config, trainer, pool, folder=folder)  # type: ignore[arg-type]
@@ -189,6 +140,48 @@ def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any],
     with pytest.raises(WeightSyncError, match=r"down_proj.weight: the plan has \(64, 192\), the model \(64, 128\)"):
         sync.sync(policy_version=77)
     pool.engine.end_weight_update(pool.version)
+
+
+def test_messages_bring_the_weights_where_hosts_differ(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gloo group over the threads that play the trainer and the real engine's process."""
+    new, pool = case["news"][1], case["pool"]
+    monkeypatch.setattr(pool, "sees", lambda path: False)
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[3]), pool, tmp_path / "s", new)
+    sync.sync(policy_version=91)
+    sync.sync(policy_version=92)
+    assert_greedy_equals(pool.engine, load_reference(new), version=92)
+    sync._trainer._tasks[1] = replace(sync._trainer._tasks[1], channels=())  # this rank never comes
+    sync._settings = sync._settings.model_copy(update={"timeout_seconds": 3.0})
+    with pytest.raises(WeightSyncError, match=r"not done within 3 s: trainer rank 1 to engine 0, rank 0: model"):
+        sync.sync(policy_version=93)
+    assert pool.version == 92
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "t", new)
+    sync.sync(policy_version=94)
+    assert_greedy_equals(pool.engine, load_reference(new), version=94)
+
+
+def config_only(model: Path, folder: Path) -> Path:
+    """A folder from which an engine starts with weights of its own making."""
+    folder.mkdir()
+    shutil.copy(model / "config.json", folder)
+    return folder
+
+
+EXPERT_LAYOUTS = [{}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_tp", [1, 2])
+def test_experts_of_any_layout(tmp_path: Path, engine_tp: int) -> None:
+    new = write_family(tmp_path / "new", "qwen3_moe")
+    with running_engine(config_only(new, tmp_path / "start"), tp=engine_tp) as engine:
+        pool = OneEngine(engine)
+        for version, layout in enumerate(EXPERT_LAYOUTS, 1):
+            trainer = ThreadedTrainer(new, engine_tp=engine_tp, **layout)
+            make_sync(trainer, pool, tmp_path / f"s{version}", new, tp=engine_tp).sync(policy_version=version)
+        assert_greedy_equals(engine, load_reference(new), version=len(EXPERT_LAYOUTS))
 
 
 @pytest.mark.slow

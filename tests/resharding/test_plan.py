@@ -9,12 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_hapo.model.families import Shape
+from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Block, Parameter, Plan, Shard, make_plan
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, qkv_bias=True)
+
+MOE = MoeShape(num_experts=8, ffn_size=16, top_k=2, normalize_top_k=True, dense_layers=frozenset())
+MOE_SHAPE = replace(SHAPE, qkv_bias=False, moe=MOE)
 
 Weights = dict[str, np.ndarray]
 
@@ -86,6 +89,45 @@ def test_any_layout_to_any_layout(seed: int) -> None:
                 np.testing.assert_array_equal(got[name], want[name], err_msg=name)  # NaN equals NaN: padding untouched
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_experts_from_any_layout_to_any_layout(seed: int) -> None:
+    rng = random.Random(seed)
+    tensors = random_tensors(MOE_SHAPE, seed)
+    tp, pp, dp = rng.choice([1, 2]), rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
+    ep = rng.choice([size for size in (1, 2, 4, 8) if tp * dp % size == 0])
+    shards = trainer_shards(MOE_SHAPE, tp=tp, pp=pp, dp=dp, ep=ep, spec=rng.choice(["te", "local"]))
+    engine_tp = rng.choice([1, 2, 4, 8])
+    engine = engine_parameters(MOE_SHAPE, engine_tp, rng.choice([1, engine_tp]))
+    plan = plan_of(MOE_SHAPE, shards, engine, rng.choice([1, 2, 3]), rng.choice([50, 500, 1 << 20]))
+    expected = [cut(tensors, parameters) for parameters in engine]
+    for ranks in carry_out(plan, held_by_ranks(shards, tensors), engine):
+        for got, want in zip(ranks, expected, strict=True):
+            for name in want:
+                np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+def test_fused_experts_by_hand() -> None:
+    """w13 stacks gate over up, expert by expert; at ep = tp a rank holds whole experts, at ep = 1 a part of all."""
+    tensors = random_tensors(MOE_SHAPE)
+    name = "model.layers.1.mlp.experts."
+
+    def tensor(expert: int, part: str) -> np.ndarray:
+        return tensors[f"{name}{expert}.{part}_proj.weight"]
+
+    whole = cut(tensors, engine_parameters(MOE_SHAPE, 2, 2)[1])
+    np.testing.assert_array_equal(
+        whole[name + "w13_weight"], np.concatenate([tensor(e, p) for e in range(4, 8) for p in ("gate", "up")])
+    )
+    np.testing.assert_array_equal(whole[name + "w2_weight"], np.concatenate([tensor(e, "down") for e in range(4, 8)]))
+    parts = cut(tensors, engine_parameters(MOE_SHAPE, 2)[1])
+    np.testing.assert_array_equal(
+        parts[name + "w13_weight"], np.concatenate([tensor(e, p)[8:] for e in range(8) for p in ("gate", "up")])
+    )
+    np.testing.assert_array_equal(
+        parts[name + "w2_weight"], np.concatenate([tensor(e, "down")[:, 8:] for e in range(8)])
+    )
+
+
 @pytest.mark.parametrize("engine_tp", [1, 2, 4])
 def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
     """A -> B -> A; without replicated KV heads each engine layout is a source layout too."""
@@ -155,6 +197,12 @@ def test_a_tensor_that_one_side_lacks_is_named() -> None:
 def test_engines_that_the_model_does_not_split_over_are_refused() -> None:
     with pytest.raises(ValueError, match=r"8 attention heads do not split over the engine's tp=3"):
         engine_parameters(SHAPE, 3)
+    with pytest.raises(ValueError, match=r"the engine's ep must be 1 or its tp=4, got 2"):
+        engine_parameters(MOE_SHAPE, 4, 2)
+    with pytest.raises(ValueError, match=r"the engine's ep=2, but the model has no experts"):
+        engine_parameters(SHAPE, 2, 2)
+    with pytest.raises(ValueError, match=r"SGLang gives experts to all layers"):
+        engine_parameters(replace(SHAPE, moe=replace(MOE, dense_layers=frozenset({1}))), 1)
 
 
 def test_a_dense_model_of_235b_is_planned_in_seconds() -> None:

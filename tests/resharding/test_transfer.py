@@ -23,9 +23,10 @@ from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, make_plan
-from megatron_hapo.resharding.transfer import Transfer, as_matrix, receive, send
-from megatron_hapo.weight_buckets import EngineCut
-from tests.resharding.test_plan import SHAPE, cut, random_tensors
+from megatron_hapo.resharding.transfer import Meeting, SlotMemory, Transfer, as_matrix, receive, send
+from megatron_hapo.resharding.transports import Receiver, Sender
+from megatron_hapo.weight_buckets import engine_cut
+from tests.resharding.test_plan import MOE_SHAPE, SHAPE, cut, random_tensors
 
 _numbers = itertools.count()
 
@@ -40,18 +41,24 @@ def make_transfer(folder: Path, **changes: object) -> Transfer:
 class Sides:
     """Trainer ranks and engine ranks with real tensors, and the plan between them."""
 
-    def __init__(self, shape: Shape, *, tp: int, pp: int, dp: int, engine_tp: int, engines: int, dtype: torch.dtype):
+    def __init__(
+        self, shape: Shape, *, tp: int, pp: int, dp: int, engine_tp: int, engines: int, dtype: torch.dtype,
+        ep: int = 1, engine_ep: int = 1,
+    ):  # fmt: skip
         self.shape, self.engine_tp = shape, engine_tp
-        self.shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp)
-        self.engine = engine_parameters(shape, engine_tp)
+        self.shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp, ep=ep)
+        self.engine = engine_parameters(shape, engine_tp, engine_ep)
         self.plan: Plan = make_plan(
             self.shards, self.engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=700
         )
         tensors = random_tensors(shape)
-        self.sources: dict[int, dict[str, Tensor]] = {}
+        self.sources: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.receivers: dict[tuple[int, int], Receiver] = defaultdict(Receiver)
         for shard in self.shards:
             for rank in shard.ranks:
-                self.sources[rank] = {n: torch.tensor(v).to(dtype) for n, v in cut(tensors, shard.parameters).items()}
+                held = cut(tensors, shard.parameters)
+                self.sources[rank] |= {name: torch.tensor(value).to(dtype) for name, value in held.items()}
+        self.senders = {rank: Sender(rank) for rank in self.sources}
         self.expected = [self._tensors(tensors, rank, dtype) for rank in self.engine]
         self.targets = {
             (engine, rank): {p.name: torch.full((p.rows, p.columns), 7.0).bfloat16() for p in parameters}
@@ -68,15 +75,22 @@ class Sides:
     def _tensors(tensors, parameters: tuple[Parameter, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         return {n: torch.tensor(v).to(dtype).bfloat16().nan_to_num(7.0) for n, v in cut(tensors, parameters).items()}
 
+    def meeting(self, port: int) -> Meeting:
+        """Of these ranks, over gloo on this machine."""
+        return Meeting(
+            host="127.0.0.1", port=port, generation=0, trainer_ranks=len(self.sources), engine_ranks=len(self.targets),
+            ranks_per_engine=self.engine_tp, backend="gloo",
+        )  # fmt: skip
+
     def run(self, transfer: Transfer, *, without: tuple[int, ...] = ()) -> None:
         calls: list[Callable[[], object]] = [
-            (lambda rank=rank, channels=channels: send(channels, self.sources[rank], transfer))
+            (lambda rank=rank, channels=channels: self.senders[rank].send(channels, self.sources[rank], transfer))
             for rank, channels in self.outgoing.items()
             if rank not in without
         ]
         calls += [
             (
-                lambda key=key: receive(
+                lambda key=key: self.receivers[key].receive(
                     self.incoming[key], self.targets[key], transfer, engine=key[0], engine_rank=key[1]
                 )
             )
@@ -96,13 +110,15 @@ CASES = [
     {"tp": 2, "pp": 2, "dp": 1, "engine_tp": 1, "engines": 1},
     {"tp": 2, "pp": 2, "dp": 2, "engine_tp": 2, "engines": 2},
     {"tp": 1, "pp": 2, "dp": 2, "engine_tp": 8, "engines": 1},
+    {"tp": 1, "pp": 2, "dp": 2, "ep": 2, "engine_tp": 2, "engines": 1},
+    {"tp": 2, "pp": 1, "dp": 2, "ep": 4, "engine_tp": 2, "engine_ep": 2, "engines": 2},
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case, dtype) -> None:
-    shape = replace(SHAPE, tied_embeddings=case["tp"] == 2)
+    shape = MOE_SHAPE if "ep" in case else replace(SHAPE, tied_embeddings=case["tp"] == 2)
     sides = Sides(shape, **case, dtype=dtype)
     sides.run(make_transfer(tmp_path))
     assert not sides.errors
@@ -111,18 +127,30 @@ def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case,
             assert torch.equal(held[name], want), name
     assert not list(tmp_path.iterdir())
     # The trainer's checksums, each rank adding its blocks, are those of the slices of whole tensors.
-    engine_cut = EngineCut(case["engine_tp"], shape.num_heads, shape.num_kv_heads)
+    cut_of_engine = engine_cut(shape, tp=case["engine_tp"], ep=case.get("engine_ep", 1))
     sums = merge_checksums(
         partial_checksums(
-            blocks, sides.sources[rank], shapes=hf_tensor_shapes(shape), cut=engine_cut, dtype=torch.bfloat16
+            blocks, sides.sources[rank], shapes=hf_tensor_shapes(shape), cut=cut_of_engine, dtype=torch.bfloat16
         )
         for rank, blocks in sides.plan.own_blocks().items()
     )
     wholes = {name: torch.tensor(value).to(dtype).bfloat16() for name, value in random_tensors(shape).items()}
     assert sums == {
-        name: engine_cut.checksums(name, whole.view(hf_tensor_shapes(shape)[name])) for name, whole in wholes.items()
+        name: cut_of_engine.checksums(name, whole.view(hf_tensor_shapes(shape)[name])) for name, whole in wholes.items()
     }
     assert sums["model.norm.weight"] == [tensor_checksum(wholes["model.norm.weight"])] * case["engine_tp"]
+
+
+def test_the_next_sync_brings_new_values_through_the_same_slots(tmp_path) -> None:
+    sides, transfer = small(tmp_path)
+    sides.run(transfer)
+    for held in sides.sources.values():
+        for tensor in held.values():
+            tensor.neg_()
+    sides.run(replace(transfer, number=next(_numbers)))
+    assert not sides.errors
+    for name, want in sides.expected[0].items():
+        assert torch.equal(sides.targets[0, 0][name], torch.where(want == 7.0, want, -want)), name
 
 
 def small(tmp_path: Path, **changes: object) -> tuple[Sides, Transfer]:
@@ -184,7 +212,7 @@ def test_a_trainer_rank_that_is_slower_than_the_deadline_is_named(tmp_path, monk
 
 def send_in_vain(sides: Sides, transfer: Transfer) -> None:
     with pytest.raises(WeightSyncError):
-        send(sides.outgoing[0], sides.sources[0], transfer)
+        send(sides.outgoing[0], sides.sources[0], transfer, SlotMemory())
 
 
 def test_different_plans_do_not_talk(tmp_path) -> None:
@@ -193,7 +221,7 @@ def test_different_plans_do_not_talk(tmp_path) -> None:
     stranger = threading.Thread(target=send_in_vain, args=(sides, other))
     stranger.start()
     with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*follow different plans"):
-        receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, engine=0, engine_rank=0)
+        receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, {}, engine=0, engine_rank=0)
     stranger.join(30)
 
 

@@ -41,9 +41,9 @@ def stats(reference) -> EntropyStats:
 
 
 def load_reference(folder: Path):
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_prompts(count: int, *, length: int = 8) -> list[Prompt]:

@@ -1,0 +1,167 @@
+"""Two real engines behind Ray: what a sync does when one dies, when a bucket is corrupt, when versions differ."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.launch.engines import RayRolloutPool
+from megatron_hapo.launch.run import local_ray
+from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.weight_sync import DirectSync
+from tests.resharding.threaded_trainer import ThreadedTrainer
+from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.tiny_model import write_tiny_qwen3
+
+pytestmark = pytest.mark.slow
+
+
+def make_config(model: Path, folder: Path, *, engines: int, tp: int) -> Config:
+    return Config.model_validate(
+        {
+            "name": "faults",
+            "output_dir": folder,
+            "steps": 1,
+            "device": "cpu",
+            "model": {"path": model},
+            "rollout": {
+                "engines": engines,
+                "tp": tp,
+                "dtype": "float32",
+                "max_prompt_tokens": 64,
+                "max_response_tokens": 64,
+                "max_running_requests": 32,
+                "kv_cache_tokens": 4096,
+                "memory_fraction": 0.1,
+                "timeout_seconds": 400,
+            },
+            "data": {"train": {"type": "arithmetic", "size": 8}},
+            "weight_sync": {"verify_every": 1000, "bucket_bytes": 20_000, "timeout_seconds": 60},
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayRolloutPool, DirectSync, Path]]:
+    """Two engines that have taken version 1 of weights other than those they started with."""
+    folder = tmp_path_factory.mktemp("faults")
+    start, new = write_tiny_qwen3(folder / "start", seed=9), write_tiny_qwen3(folder / "new", seed=1)
+    config = make_config(start, folder, engines=2, tp=1)
+    with ExitStack() as stack:
+        pool = RayRolloutPool(config, device="cpu")
+        stack.callback(pool.close)
+        pool.wait_until_ready()
+        (folder / "s").mkdir()
+        sync = DirectSync(config, ThreadedTrainer(new, engine_tp=1, tp=2, dp=2), pool, folder=folder / "s")
+        sync.sync(policy_version=1)
+        yield pool, sync, new
+
+
+def rank_processes(pool: RayRolloutPool, engine: int) -> list[psutil.Process]:
+    actor = psutil.Process(ray.get(pool._engines[engine].__ray_call__.remote(lambda _: os.getpid())))
+    return [child for child in actor.children(recursive=True) if "sglang::scheduler" in child.name()]
+
+
+def test_both_engines_hold_the_weights(case) -> None:
+    pool, _, new = case
+    assert_greedy_equals(pool, load_reference(new), version=1)
+
+
+def test_an_engine_killed_in_mid_sync_is_replaced_and_gets_everything(case, monkeypatch, caplog) -> None:
+    pool, sync, new = case
+    (victim,) = rank_processes(pool, 1)
+    original = transfer_module._Outlet._tell
+
+    def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
+        if outlet._channel.engine == 1 and number == 3 and victim.is_running():
+            victim.send_signal(signal.SIGKILL)
+        original(outlet, number)
+
+    monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+    sync.sync(policy_version=2)
+    assert not victim.is_running()
+    assert "engines [1] died in the weight sync and were replaced" in caplog.text
+    assert_greedy_equals(pool, load_reference(new), version=2)
+
+
+def test_a_corrupt_bucket_stops_the_sync_and_names_engine_rank_and_parameter(case, monkeypatch) -> None:
+    pool, sync, new = case
+    original = transfer_module._Outlet._tell
+
+    def corrupt(outlet: transfer_module._Outlet, number: int) -> None:
+        if outlet._channel.engine == 1 and number == 0:
+            outlet._slots[3] ^= 1
+        original(outlet, number)
+
+    sync._num_syncs = 0  # this one is verified
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_module._Outlet, "_tell", corrupt)
+        with pytest.raises(WeightSyncError, match=r"engine 1: .*: the engine's rank 0 holds other values"):
+            sync.sync(policy_version=3)
+    with pytest.raises(RolloutError, match="between begin_weight_update and end_weight_update"):
+        assert_greedy_equals(pool, load_reference(new), version=3)
+    sync.sync(policy_version=4)
+    assert_greedy_equals(pool, load_reference(new), version=4)
+
+
+def test_a_trainer_rank_beyond_the_deadline_is_named_and_no_engine_is_replaced(case, monkeypatch) -> None:
+    pool, sync, new = case
+    monkeypatch.setattr(sync, "_settings", sync._settings.model_copy(update={"timeout_seconds": 2.0}))
+    tasks = sync._trainer._tasks
+    monkeypatch.setattr(sync._trainer, "_tasks", tasks[:3])
+    engines = list(pool._engines)
+    with pytest.raises(WeightSyncError, match=r"not done within 2 s: trainer rank 3 to engine \d, rank 0: model"):
+        sync.sync(policy_version=5)
+    assert pool._engines == engines
+    monkeypatch.undo()
+    sync.sync(policy_version=6)
+    assert_greedy_equals(pool, load_reference(new), version=6)
+
+
+def test_rollouts_of_another_version_are_refused(case) -> None:
+    pool, sync, new = case
+    ray.get(pool._engines[1].begin_weight_update.remote())
+    ray.get(pool._engines[1].end_weight_update.remote(99))
+    with pytest.raises(RolloutError, match=r"engine 1 holds version 99 of the weights, the last sync brought"):
+        assert_greedy_equals(pool, load_reference(new), version=99)
+    sync.sync(policy_version=7)
+    assert_greedy_equals(pool, load_reference(new), version=7)
+
+
+def test_a_rank_of_a_tensor_parallel_engine_killed_in_mid_sync(tmp_path, monkeypatch) -> None:
+    start, new = write_tiny_qwen3(tmp_path / "start", seed=9), write_tiny_qwen3(tmp_path / "new", seed=1)
+    config = make_config(start, tmp_path, engines=1, tp=2)
+    (tmp_path / "s").mkdir()
+    with ExitStack() as stack:
+        pool = RayRolloutPool(config, device="cpu")
+        stack.callback(pool.close)
+        pool.wait_until_ready()
+        sync = DirectSync(config, ThreadedTrainer(new, engine_tp=2, pp=2), pool, folder=tmp_path / "s")
+        sync.sync(policy_version=1)
+        victim = next(process for process in rank_processes(pool, 0) if "TP1" in process.name())
+        original = transfer_module._Outlet._tell
+
+        def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
+            if outlet._channel.engine_rank == 1 and number == 2 and victim.is_running():
+                victim.send_signal(signal.SIGKILL)
+            original(outlet, number)
+
+        monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+        sync.sync(policy_version=2)
+        assert not victim.is_running()
+        assert_greedy_equals(pool, load_reference(new), version=2)

@@ -1,0 +1,72 @@
+"""The trainer's side of a sync over the shards of a checkpoint; its ranks are threads of the test process."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import Parameter, SendingTask
+from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.resharding.transports import Sender
+from megatron_hapo.weight_buckets import engine_cut
+from tests.resharding.test_plan import cut
+
+
+class ThreadedTrainer:
+    """The trainer's side of the protocol over the shards of a checkpoint."""
+
+    def __init__(self, folder: Path, *, engine_tp: int, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1):
+        self.shape = read_shape(folder)
+        self._cut = engine_cut(self.shape, tp=engine_tp, ep=1)
+        sizes = matrix_sizes(self.shape)
+        state = load_file(folder / "model.safetensors")
+        whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
+        self._parameters: dict[int, tuple[Parameter, ...]] = defaultdict(tuple)
+        self.matrices: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for shard in trainer_shards(self.shape, tp=tp, pp=pp, dp=dp, ep=ep):
+            for rank in shard.ranks:
+                self._parameters[rank] += shard.parameters
+                held = cut(whole, shard.parameters)
+                self.matrices[rank] |= {name: torch.tensor(value, dtype=torch.float32) for name, value in held.items()}
+
+    def own_parameters(self) -> list[tuple[Parameter, ...]]:
+        return [self._parameters[rank] for rank in sorted(self._parameters)]
+
+    def sees(self, path: Path) -> bool:
+        return path.exists()
+
+    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
+        self._tasks = tasks
+        self._senders = [Sender(rank) for rank in range(len(tasks))]
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
+        errors: list[Exception] = []
+
+        def one(rank: int, task: SendingTask) -> None:
+            try:
+                self._senders[rank].send(task.channels, self.matrices[rank], transfer)
+            except Exception as error:
+                errors.append(error)
+
+        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self._tasks)]
+        for thread in ranks:
+            thread.start()
+        for thread in ranks:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [
+            partial_checksums(
+                task.own_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
+                dtype=getattr(torch, transfer.dtype),
+            )
+            for rank, task in enumerate(self._tasks)
+        ]  # fmt: skip
