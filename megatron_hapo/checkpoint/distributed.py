@@ -57,7 +57,8 @@ def _padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Let Megatron (0.19.2) keep the padding between the gathered buckets of a distributed optimizer.
 
     It leaves the padding out where it joins them, and then cuts parameters out at places that count it. With more than
-    one bucket, as overlapped communication has, it would write states that are shifted.
+    one bucket it would write states, and master weights, that are shifted: overlapped communication has several, and so
+    has a tied embedding with pp > 1, which gets a bucket of its own.
     """
     buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", ())]
     sizes = [(buffer, buffer.numel) for buffer in buffers]
