@@ -176,7 +176,7 @@ EXPERT_LAYOUTS = [{}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}]
 @pytest.mark.parametrize("engine_tp", [1, 2])
 def test_experts_of_any_layout(tmp_path: Path, engine_tp: int) -> None:
     new = write_family(tmp_path / "new", "qwen3_moe")
-    with running_engine(config_only(new, tmp_path / "start"), tp=engine_tp) as engine:
+    with running_engine(config_only(new, tmp_path / "start"), tp=engine_tp, context_tokens=256) as engine:
         pool = OneEngine(engine)
         for version, layout in enumerate(EXPERT_LAYOUTS, 1):
             trainer = ThreadedTrainer(new, engine_tp=engine_tp, **layout)
