@@ -22,6 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.model.families import FAMILIES
+from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import make_plan
 
@@ -85,9 +86,12 @@ def figures(case: Case) -> dict[str, float]:
     start = time.process_time()
     config = json.loads((CONFIGS / f"Qwen--{case.model}.json").read_text())
     shape = FAMILIES[config["model_type"]](config)
-    stages = [len(part) for part in np.array_split(np.arange(shape.num_layers), case.pp)]
+    # As equal as the layers allow: fewer on the first stage, which has the embedding too.
+    each = -(-shape.num_layers // case.pp)
+    first = None if shape.num_layers % case.pp == 0 else shape.num_layers - each * (case.pp - 1)
+    pipeline = Pipeline(pp=case.pp, first_stage_layers=first)
     plan = make_plan(
-        trainer_shards(shape, tp=case.tp, pp=case.pp, dp=case.dp, ep=case.ep, stages=stages),
+        trainer_shards(shape, tp=case.tp, pipeline=pipeline, dp=case.dp, ep=case.ep),
         engine_parameters(shape, case.engine_tp, case.engine_ep),
         matrix_sizes(shape),
         engines=case.engines,

@@ -14,6 +14,7 @@ import torch
 from megatron_hapo.config import AlgorithmConfig, Config
 from megatron_hapo.entropy import entropy_stats
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.layouts import (
     engine_parameters,
     matrix_size,
@@ -462,11 +463,11 @@ def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[st
     """What every rank says it holds is what `trainer_shards` says without building the model."""
     shape = read_shape(trained["model"])
     for layout, views in layouts_of(trained):
-        if {"vpp", "first_stage_layers"} & layout.keys():
-            continue
         tp, pp, ep = (layout.get(axis, 1) for axis in ("tp", "pp", "ep"))
+        pipeline = Pipeline(pp=pp, vpp=layout.get("vpp", 1), first_stage_layers=layout.get("first_stage_layers"))
         planned: dict[int, set[Any]] = defaultdict(set)
-        for shard in trainer_shards(shape, tp=tp, pp=pp, dp=len(views) // (tp * pp), ep=ep, spec="local"):
+        dp = len(views) // (tp * pp)
+        for shard in trainer_shards(shape, tp=tp, pipeline=pipeline, dp=dp, ep=ep, spec="local"):
             for rank in shard.ranks:
                 planned[rank] |= set(shard.parameters)
         for rank, view in enumerate(views):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, placement
+from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, padded_vocab_size, placement
+from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
 if TYPE_CHECKING:
@@ -71,38 +72,40 @@ def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
 
 
 def trainer_shards(
-    shape: Shape, *, tp: int, pp: int, dp: int, ep: int = 1, stages: Sequence[int] | None = None, spec: str = "te"
+    shape: Shape, *, tp: int, dp: int, pp: int = 1, ep: int = 1, pipeline: Pipeline | None = None, spec: str = "te"
 ) -> list[Shard]:
     """Shards of a Megatron grid without building its models; ranks count tp, dp, pp, and ep within a stage's tp x dp.
 
     Args:
-        stages: layers of each pipeline stage, where they are not equal.
+        pipeline: where it is not simply `pp` equal stages.
+    Raises:
+        ValueError: the layers cannot be dealt out like this.
     """
-    if stages is None:
-        if shape.num_layers % pp:
-            raise ValueError(f"{shape.num_layers} layers do not split over pp={pp}")
-        stages = [shape.num_layers // pp] * pp
-    shards, first_layer = [], 0
-    for stage, layers in enumerate(stages):
-        names = list(stage_parameter_names(
-            shape, first_layer, layers, first=stage == 0, last=stage == pp - 1, ep=ep, spec=spec
-        ))  # fmt: skip
+    pipeline = pipeline or Pipeline(pp=pp)
+    if faults := [message for _, message in pipeline.faults(shape.num_layers)]:
+        raise ValueError("; ".join(faults))
+    shards = []
+    for stage in range(pipeline.pp):
+        layers = [layer for chunk in pipeline.chunks(shape.num_layers, stage) for layer in chunk]
+        names = list(
+            stage_parameter_names(shape, layers, first=stage == 0, last=stage == pipeline.pp - 1, ep=ep, spec=spec)
+        )
         dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
         ranks = range(stage * tp * dp, (stage + 1) * tp * dp)
         for tp_rank in range(tp):
-            held = (_planned_parameter(name, shape, first_layer, tp_rank=tp_rank, tp_size=tp) for name in dense)
+            held = (_planned_parameter(name, shape, tp_rank=tp_rank, tp_size=tp) for name in dense)
             shards.append(Shard(tuple(ranks[tp_rank::tp]), tuple(held)))
         for ep_rank in range(ep) if experts else ():
-            held = (_planned_parameter(name, shape, first_layer, ep_rank=ep_rank, ep_size=ep) for name in experts)
+            held = (_planned_parameter(name, shape, ep_rank=ep_rank, ep_size=ep) for name in experts)
             shards.append(Shard(tuple(ranks[ep_rank::ep]), tuple(held)))
-        first_layer += layers
     return shards
 
 
 def stage_parameter_names(
-    shape: Shape, first_layer: int, layers: int, *, first: bool, last: bool, ep: int = 1, spec: str = "te"
+    shape: Shape, layers: Sequence[int], *, first: bool, last: bool, ep: int = 1, spec: str = "te"
 ) -> Iterator[str]:
-    """Megatron's parameter names of a pipeline stage on a rank; a tied output head is not repeated."""
+    """Names of a pipeline stage's parameters on a rank, layers with their number in the whole model; a tied output head
+    is not repeated."""
     te = spec == "te"
     if first:
         yield "embedding.word_embeddings.weight"
@@ -114,10 +117,10 @@ def stage_parameter_names(
         attention.append("self_attention.linear_qkv.bias")
     dense = ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
              "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight"]  # fmt: skip
-    for layer in range(layers):
+    for layer in layers:
         prefix = f"decoder.layers.{layer}."
         yield from (prefix + name for name in attention)
-        if not shape.has_experts(first_layer + layer):
+        if not shape.has_experts(layer):
             yield from (prefix + name for name in dense)
             continue
         assert shape.moe is not None
@@ -133,15 +136,15 @@ def stage_parameter_names(
 
 
 def _planned_parameter(
-    name: str, shape: Shape, first_layer: int, *, tp_rank: int = 0, tp_size: int = 1, ep_rank: int = 0, ep_size: int = 1
+    name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, ep_rank: int = 0, ep_size: int = 1
 ) -> Parameter:
-    place = placement(
-        name, shape, first_layer=first_layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size
-    )
+    place = placement(name, shape, first_layer=0, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
     sizes = matrix_sizes(shape)
     rows, columns = sizes[place.runs[0].tensor]
     length = sum(run.stop - run.start for run in place.runs)
-    if place.axis == 0:
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
+    elif place.axis == 0:
         rows = length
     elif place.axis == 1:
         columns = length
