@@ -93,7 +93,7 @@ class TrainerRank:
             for number, chunk in enumerate(self.model)
         ]
         if overlap:
-            no_sync = [chunk.no_sync for chunk in self._ddp]
+            no_sync: Any = [chunk.no_sync for chunk in self._ddp]
             megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         if self._gathers_late:
             self._gather_output_head_in_time()
