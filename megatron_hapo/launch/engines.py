@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
@@ -82,10 +83,18 @@ class EngineActor:
         self._engine.shutdown()
 
 
-class RayRolloutPool:
-    """protocols.RolloutPool over Ray actors, one an engine."""
+def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
-    def __init__(self, config: Config, *, device: str):
+
+class RayRolloutPool:
+    """protocols.RolloutPool over Ray actors, one an engine.
+
+    Args:
+        nodes: Ray's node id for each engine; None leaves the choice to Ray.
+    """
+
+    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         environment = {}
@@ -98,7 +107,10 @@ class RayRolloutPool:
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
         )
-        self._engines: list[Any] = [actor.remote(config, device, index) for index in range(rollout.engines)]
+        places = ["DEFAULT"] * rollout.engines if nodes is None else [_only_on(node) for node in nodes]
+        self._engines: list[Any] = [
+            actor.options(scheduling_strategy=place).remote(config, device, index) for index, place in enumerate(places)
+        ]
 
     def wait_until_ready(self) -> None:
         """Returns when every engine has started and proved its temperature hook."""

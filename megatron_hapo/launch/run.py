@@ -6,9 +6,10 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -21,6 +22,7 @@ from megatron_hapo.driver import Driver
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.protocols import Trainer
 from megatron_hapo.report import write_report
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt
@@ -29,39 +31,90 @@ from megatron_hapo.weight_sync import open_weight_sync
 logger = logging.getLogger(__name__)
 
 
+class LaunchedTrainer(Trainer, Protocol):
+    def close(self) -> None: ...
+
+
+class Launcher(Protocol):
+    """How the processes of a run come to be."""
+
+    def ray_cluster(self) -> AbstractContextManager[object]:
+        """Ray is up within it, with this process as a driver."""
+        ...
+
+    def engine_nodes(self) -> Sequence[str] | None:
+        """Ray's node id for each engine; None leaves it to Ray."""
+        ...
+
+    def start_trainer(self) -> LaunchedTrainer:
+        """The trainer, whose ranks may still be loading their weights."""
+        ...
+
+    def running(self) -> AbstractContextManager[object]:
+        """Around everything that needs the trainer; ends before the parts are closed."""
+        ...
+
+
 def run_training(config: Config) -> None:
-    """Train as a checked config says; continues from the run folder's newest checkpoint."""
+    """Train as a checked config says, with Ray's trainer; continues from the run folder's newest checkpoint."""
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    drive(config, RayLauncher(config, device=device), device=device)
+
+
+class RayLauncher:
+    """Trainer ranks and engines are Ray actors; Ray places them."""
+
+    def __init__(self, config: Config, *, device: str):
+        self._config, self._device = config, device
+
+    def ray_cluster(self) -> AbstractContextManager[object]:
+        return local_ray()
+
+    def engine_nodes(self) -> None:
+        return None
+
+    def start_trainer(self) -> RayTrainer:
+        return RayTrainer(self._config, device=self._device)
+
+    def running(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+def drive(config: Config, launcher: Launcher, *, device: str) -> None:
+    """The run from the driver's process, with whatever launcher."""
     prompts, eval_prompts = _load_data(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoints = Checkpoints(
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(local_ray())
-        rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
-        # Engines start in their own processes while the trainer builds its model.
-        pool = RayRolloutPool(config, device=device)
-        stack.callback(pool.close)
-        trainer = RayTrainer(config, device=device)
-        stack.callback(trainer.close)
-        pool.wait_until_ready()
-        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
-        metrics = stack.enter_context(
-            MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
-        )
-        driver = Driver(
-            config=config, trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards, prompts=prompts,
-            eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
-        )  # fmt: skip
-        with _graceful_stop(driver):
-            driver.run()
-        if driver.stop_requested:
-            logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
-            return
-        if config.checkpoint.hf_at_end:
-            trainer.export_hf(config.run_dir.absolute() / "hf")
+        stack.enter_context(launcher.ray_cluster())
+        with launcher.running():
+            rewards = stack.enter_context(
+                RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens)
+            )
+            # Engines start in their own processes while the trainer builds its model.
+            pool = RayRolloutPool(config, device=device, nodes=launcher.engine_nodes())
+            stack.callback(pool.close)
+            trainer = launcher.start_trainer()
+            stack.callback(trainer.close)
+            pool.wait_until_ready()
+            weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
+            metrics = stack.enter_context(
+                MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
+            )
+            driver = Driver(
+                config=config, trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards, prompts=prompts,
+                eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
+            )  # fmt: skip
+            with _graceful_stop(driver):
+                driver.run()
+            if driver.stop_requested:
+                logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
+                return
+            if config.checkpoint.hf_at_end:
+                trainer.export_hf(config.run_dir.absolute() / "hf")
     _tell_what_is_left(config)
 
 
