@@ -83,13 +83,6 @@ class RayNode:
         environment = dict(os.environ)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_hapo.launch.ray_node"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # a signal to the rank's process group must not take Ray away under the driver
-        )
         request = {
             "head": head_address is None,
             "address": head_address or "",
@@ -98,26 +91,21 @@ class RayNode:
             "ports": settings.ray_worker_ports,
             "num_gpus": len(gpus),
         }
-        try:
-            answer = self._ask(request, settings.start_timeout_seconds)
-        except BaseException:
-            self.close()
-            raise
-        self.address, self.node_id = answer["address"], answer["node_id"]
-
-    def _ask(self, request: dict[str, Any], timeout_seconds: float) -> dict[str, str]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps(request).encode() + b"\n")
-        stdin.flush()
-        line = stdout.readline() if select.select([stdout], [], [], timeout_seconds)[0] else b""
-        if not line:
-            raise RolloutError(f"Ray on {request['ip']} did not start within {timeout_seconds:g} s")
-        answer = json.loads(line)
+        deadline = time.monotonic() + settings.start_timeout_seconds
+        answer: dict[str, Any] = {"fault": "", "late": True}
+        # Ray's processes give each other 15 to 30 s, which is too short on a busy machine.
+        while answer.get("late") and time.monotonic() < deadline:
+            self._process = _start_process(environment)
+            try:
+                answer = _ask(self._process, request, deadline - time.monotonic())
+            except BaseException:
+                self.close()
+                raise
+            if "fault" in answer:
+                self.close()
         if "fault" in answer:
             raise RolloutError(answer["fault"])
-        return answer
+        self.address, self.node_id = answer["address"], answer["node_id"]
 
     def close(self) -> None:
         """End what was started; by force what does not end in time."""
@@ -130,6 +118,27 @@ class RayNode:
         except subprocess.TimeoutExpired:
             self._process.kill()  # the kernel ends Ray's own processes with it
             self._process.wait()
+
+
+def _start_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_hapo.launch.ray_node"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # a signal to the rank's process group must not take Ray away under the driver
+    )
+
+
+def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    line = process.stdout.readline() if select.select([process.stdout], [], [], timeout_seconds)[0] else b""
+    if not line:
+        return {"fault": f"Ray did not start on {request['ip']} within launch.start_timeout_seconds"}
+    return json.loads(line)
 
 
 @contextlib.contextmanager

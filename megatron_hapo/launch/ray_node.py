@@ -1,7 +1,8 @@
 """One Ray node as long as the trainer rank that started it lives: `python -m megatron_hapo.launch.ray_node`.
 
-It reads a line of JSON (`start`'s arguments) and answers with one: address and node id, or a fault. Then it waits for
-the end of its input, which comes when the rank closes it or dies of whatever cause, and ends what it started.
+It reads a line of JSON (`start`'s arguments) and answers with one: address and node id; or a fault, and whether Ray was
+only late. Then it waits for the end of its input, which comes when the rank closes it or dies of whatever cause, and
+ends what it started.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def main() -> int:
         return 1
     except Exception as error:
         reason = " ".join(str(error).split())
-        print(json.dumps({"fault": f"Ray did not start: {type(error).__name__}: {reason}"}), file=answer, flush=True)
+        fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": "timed out" in reason}
+        print(json.dumps(fault), file=answer, flush=True)
         return 1
     print(json.dumps({"address": node.gcs_address, "node_id": node.node_id}), file=answer, flush=True)
     sys.stdin.read()

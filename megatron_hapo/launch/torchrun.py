@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         HapoError: on rank 0, when the run cannot start.
     """
     place = Place.from_environment()
+    _quieten()
     fault, config = None, None
     try:
         config = load_checked_config(path, overrides)
@@ -60,6 +62,12 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         _lead(place, config, fault)
     else:
         _follow(place, config, fault)
+
+
+def _quieten() -> None:
+    """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> None:
