@@ -47,7 +47,11 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         gcs_address=None if head else address,
         gcs_server_port=port if head else None,
         node_ip_address=ip,
-        num_cpus=1,  # nothing here asks Ray for CPUs, and it would start a worker for each
+        # Nothing here asks Ray for CPUs, and it would start a worker for each. What else is left out (autoscaler, log
+        # collector) would only slow a start down, in which Ray's processes wait 15 s for each other and no longer.
+        num_cpus=0,
+        include_log_monitor=False,
+        no_monitor=True,
         num_gpus=num_gpus,
         node_manager_port=first or 0,
         object_manager_port=None if first is None else first + 1,

@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_FAULT = 2
 _EXIT_FAILED = 1
+_EXIT_INTERRUPTED = 130
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 _RAY_HEAD = "ray/head"
@@ -67,11 +68,13 @@ def train(path: Path, overrides: Sequence[str]) -> None:
 def _quieten() -> None:
     """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> None:
     """Rank 0."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the driver runs, a wish to stop is an end
     store = attempt.open_store()
     name = attempt.announce(store)
     run_store = attempt.run_store(store, name)
@@ -98,12 +101,28 @@ def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> Non
         raise
     attempt.begin(store, name, {"token": token})
     watch = Watch(run_store, rank=0, world_size=place.world_size)
+    end = _End(watch)
     try:
-        _drive(config, TorchrunLauncher(config, place, device, address, run_store, watch))
+        _drive(config, TorchrunLauncher(config, place, device, address, run_store, watch, end))
     except BaseException as error:
-        watch.report(error)
-        _leave_with(error)
+        leave(end.because(error))
     watch.close()
+
+
+class _End:
+    """Of a failed run on rank 0: its error is told once, to the other ranks and to the user."""
+
+    def __init__(self, watch: Watch):
+        self._watch = watch
+        self._code: int | None = None
+
+    def because(self, error: BaseException) -> int:
+        """The exit code. From here on a signal is no wish to stop any more."""
+        if self._code is None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._watch.report(error)
+            self._code = _tell(error)
+        return self._code
 
 
 def _drive(config: Config, launcher: TorchrunLauncher) -> None:
@@ -144,8 +163,10 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
             watch.fail(error)
         while thread.is_alive() and not watch.failed.wait(_POLL_SECONDS):
             pass
+    if watch.told_by_another:
+        leave(_EXIT_FAILED)
     if watch.error is not None:
-        _leave_with(watch.error)
+        leave(_tell(watch.error))
     watch.close()
 
 
@@ -167,7 +188,8 @@ def _join_ray(
 class TorchrunLauncher:
     """run.Launcher on rank 0."""
 
-    def __init__(self, config: Config, place: Place, device: str, address: str, store: Store, watch: Watch):
+    def __init__(self, config: Config, place: Place, device: str, address: str, store: Store, watch: Watch, end: _End):
+        self._end = end
         self.device, self.commander = device, Commander()
         self._config, self._place, self._address, self._store, self._watch = config, place, address, store, watch
         self._trainer_nodes: list[str] = []
@@ -189,10 +211,11 @@ class TorchrunLauncher:
         )
         try:
             self._store.set(_RAY_HEAD, node.address)
+            self._store.set(_node_key(place.node), node.node_id)
             with ray_cluster.connected(node.address, ip=self._address):
-                others = [_node_key(number) for number in range(place.num_nodes) if number != place.node]
-                ids = wait_for(self._store, others, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
-                self._trainer_nodes = [node.node_id, *(name.decode() for name in ids)]
+                keys = [_node_key(number) for number in range(place.num_nodes)]
+                ids = wait_for(self._store, keys, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
+                self._trainer_nodes = [name.decode() for name in ids]
                 yield
         finally:
             node.close()
@@ -205,11 +228,12 @@ class TorchrunLauncher:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
         try:
             with self._watch.interrupting():
                 yield
         except BaseException as error:
-            self._watch.report(error)  # before the parts are closed, which takes time
+            self._end.because(error)  # before the parts are closed, which takes time
             raise
 
 
@@ -250,17 +274,24 @@ class _RankThread(threading.Thread):
     ):
         super().__init__(name="rank", daemon=True)
         self._place, self._config, self._device = place, config, device
-        self._store, self._watch, self._commander = PrefixStore("world", store.clone()), watch, commander
+        self._store, self._watch, self._commander = store.clone(), watch, commander
 
     def run(self) -> None:
         try:
             place = self._place
+            # Ray's processes do not wait long for each other: on a small machine the imports of the ranks come after.
+            wait_for(
+                self._store,
+                [_node_key(place.node)],
+                self._watch,
+                timeout_seconds=self._config.launch.start_timeout_seconds,
+            )
             rank = start_rank(
                 self._config,
                 device=self._device,
                 rank=place.rank,
                 world_size=place.world_size,
-                init_method=self._store,
+                init_method=PrefixStore("world", self._store),
             )
             control, target = ControlGroup(), RankObject(rank)
             if self._commander is None:
@@ -328,10 +359,13 @@ def _gpus_for_engines(place: Place, config: Config, device: str) -> list[str]:
     return visible.split(",")[place.local_world_size :]
 
 
-def _leave_with(error: BaseException) -> NoReturn:
-    """Tell the error as the command line would, and end the process, whatever its other threads do."""
+def _tell(error: BaseException) -> int:
+    """Says it as the command line would; the exit code."""
     if isinstance(error, HapoError):
-        print(error, file=sys.stderr)
-        leave(_EXIT_FAULT)
+        print(error, file=sys.stderr, flush=True)
+        return _EXIT_FAULT
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return _EXIT_INTERRUPTED
     traceback.print_exception(error)
-    leave(_EXIT_FAILED)
+    return _EXIT_FAILED

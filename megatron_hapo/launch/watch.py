@@ -59,6 +59,8 @@ class Watch:
         self._closed = threading.Event()
         self._failed = threading.Event()
         self._error: BaseException | None = None
+        self.told_by_another = False
+        """Whether the error is another rank's, which rank 0 tells the user."""
         self._interrupts = False
         self._stop_asked = False
         self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
@@ -161,6 +163,7 @@ class Watch:
         self._store.set(f"sign/{self._rank}", str(count))
         failures, stops, *counts = self._store.multi_get(["failures", "stops", *(f"sign/{r}" for r in signs.ranks)])
         if int(failures):
+            self.told_by_another = True
             return self._first_report()
         if self._rank == 0 and int(stops) and not self._stop_asked and self._interrupts:
             self._stop_asked = True
