@@ -102,14 +102,16 @@ class RayRolloutPool:
             from sglang_ext import cpu
 
             environment = cpu.environment(rollout.tp)
-        actor: Any = ray.remote(EngineActor).options(
-            num_cpus=0,
-            num_gpus=rollout.tp if device == "cuda" else 0,
-            runtime_env={"env_vars": environment},
-        )
+        actor: Any = ray.remote(EngineActor)
         places = ["DEFAULT"] * rollout.engines if nodes is None else [_only_on(node) for node in nodes]
         self._engines: list[Any] = [
-            actor.options(scheduling_strategy=place).remote(config, device, index) for index, place in enumerate(places)
+            actor.options(
+                num_cpus=0,
+                num_gpus=rollout.tp if device == "cuda" else 0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=place,
+            ).remote(config, device, index)
+            for index, place in enumerate(places)
         ]
 
     def wait_until_ready(self) -> None:
