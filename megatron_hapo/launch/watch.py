@@ -159,7 +159,9 @@ class Watch:
 
     def _look(self, signs: _Signs, count: int) -> HapoError | None:
         if os.getppid() != self._parent:
-            return TrainingError("the torchrun agent that started this rank has ended")
+            error = TrainingError(f"the torchrun agent of {self._store.get(f'name/{self._rank}').decode()} has ended")
+            self.report(error)
+            return error
         self._store.set(f"sign/{self._rank}", str(count))
         failures, stops, *counts = self._store.multi_get(["failures", "stops", *(f"sign/{r}" for r in signs.ranks)])
         if int(failures):

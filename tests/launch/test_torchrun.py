@@ -148,8 +148,8 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
                 (lost,) = two.ranks().values()
                 kill_hard(two.process)
-                one.until(lambda: "no sign of life" in one.text, "word of the lost host", 60)
-                assert "trainer rank 1 (" in one.text
+                told = "the torchrun agent of trainer rank 1 ("
+                one.until(lambda: told in one.text, "word of the lost host", 60)
                 two.until_gone(60)
                 assert not lost.is_running()
             with launched(agent(second, other_address), folder / "host_2_again.log") as again:
@@ -157,7 +157,7 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 assert codes == [0, 0], one.text[-6000:] + again.text[-6000:]
                 again.until_gone(60)
             one.until_gone(60)
-        assert "resuming from" in one.text
+        assert "resuming from" in one.text + again.text  # either may have become rank 0
     assert_same(metrics_of(config), ray_metrics, RESUMED)
 
 

@@ -93,7 +93,7 @@ def test_the_end_of_the_agent_ends_the_rank(watches, monkeypatch: pytest.MonkeyP
     (driver,) = watches(1)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert driver.failed.wait(5)
-    assert "torchrun agent that started this rank has ended" in str(driver.error)
+    assert str(driver.error) == "the torchrun agent of trainer rank 0 (host, process 0) has ended"
 
 
 def test_a_wish_to_stop_arrives_as_a_signal_at_the_driver_only_while_it_runs(watches) -> None:
