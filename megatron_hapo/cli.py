@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hapo.errors import HapoError
+from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
 from megatron_hapo.sizing.command import run as plan_command
 
@@ -41,11 +42,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model", description="Check a config, then train.")
-    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
-    train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, e.g. optimizer.lr=1e-6"
-    )
+    _add_config(train)
     train.set_defaults(run=_train)
+
+    check = commands.add_parser(
+        "check",
+        help="rehearse a run",
+        description="Check a config, start every part of its run and let each work once; nothing is trained.",
+    )
+    _add_config(check)
+    check.add_argument("--prompts", type=_positive, default=8, help="prompts to try (default: %(default)s)")
+    check.set_defaults(run=_check)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="accuracy of a model",
+        description="Evaluate the model folder of a config on its data.eval, by its section eval.",
+    )
+    _add_config(evaluation)
+    evaluation.set_defaults(run=_eval)
 
     convert = commands.add_parser(
         "convert", help="Hugging Face folder to Megatron checkpoint, and back", description="Convert a model's weights."
@@ -80,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, e.g. optimizer.lr=1e-6"
+    )
+
+
 def _train(arguments: argparse.Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_hapo.launch.torchrun import train
@@ -93,6 +115,37 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_hapo.launch.run import run_training
 
     run_training(config)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.preflight import load_checked_config
+
+    config = load_checked_config(arguments.config, arguments.overrides)
+
+    from megatron_hapo.launch.run import run_check
+
+    findings = run_check(config, prompts=arguments.prompts)
+    for finding in findings:
+        print(f"{finding.verdict + ':':<9} {finding.message}")
+    if any(finding.verdict == "fault" for finding in findings):
+        raise HapoError(f"{arguments.config}: this run would go wrong")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.preflight import load_checked_config
+
+    config = load_checked_config(arguments.config, arguments.overrides)
+    if config.data.eval is None:
+        raise ConfigError([f"{arguments.config}: data.eval: names no data to evaluate on"])
+    if is_megatron_folder(config.model.path):
+        raise ConfigError(
+            [f"{arguments.config}: model.path: engines read Hugging Face folders; `megatron-hapo convert` makes one"]
+        )
+
+    from megatron_hapo.launch.run import run_evaluation
+
+    for name, value in run_evaluation(config).items():
+        print(f"{name + ':':<21} {value:.4g}")
 
 
 def _positive(text: str) -> int:

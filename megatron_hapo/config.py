@@ -44,7 +44,7 @@ def _byte_size(text: str) -> str:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
 
 class ModelConfig(Section):
@@ -300,6 +300,14 @@ class RewardConfig(Section):
     overlong: OverlongConfig = OverlongConfig()
 
 
+class AsyncConfig(Section):
+    """Generation beside training."""
+
+    max_staleness: Literal[0, 1] = 0
+    """Steps by which the weights of rollouts may lag behind. 0: strictly on-policy. 1: the next step's rollouts are
+    generated while this step trains; needs algorithm.importance_correction."""
+
+
 class EvalConfig(Section):
     every: NonNegativeInt = 5
     """Evaluate every so many steps, and before the first and after the last; 0: never."""
@@ -370,6 +378,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    overlap: AsyncConfig = Field(AsyncConfig(), alias="async")  # a word that Python keeps for itself
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     eval: EvalConfig = EvalConfig()

@@ -34,6 +34,13 @@ def contradictions(config: Config) -> Iterator[Fault]:
             f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
             ("parallel.tp", "parallel.dp"),
         )
+    if config.overlap.max_staleness and config.algorithm.importance_correction.level == "none":
+        yield Fault(
+            "async.max_staleness",
+            f"{config.overlap.max_staleness} needs algorithm.importance_correction.level token or sequence, got none: "
+            "rollouts come from older weights than those that are trained",
+            ("algorithm.importance_correction",),
+        )
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",

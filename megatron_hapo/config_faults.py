@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 
@@ -82,9 +83,14 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[s
             continue
         keys.append(str(part))
         owner = sections[0] if sections else None
-        info = owner.model_fields.get(str(part)) if owner else None
+        info = _settings(owner).get(str(part)) if owner else None
         sections = list(_sections(info.annotation)) if info else []
     return ".".join(keys), owner
+
+
+def _settings(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The section's fields by the names that a config file has for them."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -97,7 +103,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _suggestion(key: str, owner: type[BaseModel] | None, schema: type[BaseModel]) -> str:
     name = key.rpartition(".")[2]
-    siblings = list(owner.model_fields) if owner else []
+    siblings = list(_settings(owner)) if owner else []
     near = difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [known for known in _known_keys(schema) if known.rpartition(".")[2] == name]
     if near:
@@ -108,7 +114,7 @@ def _suggestion(key: str, owner: type[BaseModel] | None, schema: type[BaseModel]
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
+    for name, info in _settings(section).items():
         yield prefix + name
         for inner in _sections(info.annotation):
             yield from _known_keys(inner, f"{prefix}{name}.")

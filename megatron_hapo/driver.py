@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.data import PromptSampler
 from megatron_hapo.entropy import EntropyStats
+from megatron_hapo.evaluation import evaluate
 from megatron_hapo.metrics import MetricsLogger, StepClock
 from megatron_hapo.prepare import (
     entropy_metrics,
@@ -21,10 +22,9 @@ from megatron_hapo.prepare import (
 )
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.rollout import collect_groups, generate_scored
+from megatron_hapo.rollout import collect_groups, staleness
+from megatron_hapo.rollout_source import Collected, Generation, RolloutSource
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
-
-EVAL_SEED = 1 << 40  # apart from every training step's
 
 
 @dataclass(kw_only=True)
@@ -45,20 +45,23 @@ class Driver:
     stop_requested: bool = False
     """Set from a signal handler: the loop ends after the step under way."""
     _saved_step: int = field(default=0, init=False)
+    _prompts_after: dict[int, int] = field(default_factory=dict, init=False)
+    """State of the prompt sampler after each step's generation."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
         config, step = self.config, self._resume()
         self.weight_sync.sync(policy_version=step)
         if step == 0 and self._evaluates(0):
-            self.logger.log(0, self.evaluate())
+            self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
+        rollouts = RolloutSource(self._generation, ahead=config.overlap.max_staleness, last_step=config.steps)
         while step < config.steps and not self.stop_requested:
             step += 1
             clock = StepClock()
-            metrics = self.train_step(step, clock)
+            metrics = self.train_step(step, rollouts, clock)
             if self._evaluates(step):
                 with clock("eval"):
-                    metrics |= self.evaluate()
+                    metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     self._save(step)
@@ -70,13 +73,10 @@ class Driver:
         if self._saved_step != step:
             self._save(step)
 
-    def train_step(self, step: int, clock: StepClock) -> dict[str, float]:
+    def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
         """One step of the paper's loop; step counts from 1."""
         config = self.config
-        groups, metrics = collect_groups(
-            self.pool, self.rewards, self.prompts.next, self._sampling(step), clock,
-            num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling,
-        )  # fmt: skip
+        groups, metrics = rollouts.take(step, clock)
         batch = with_advantages(groups, config.algorithm)
         with clock("log_probs"):
             scores = self.trainer.log_probs(batch)
@@ -87,25 +87,28 @@ class Driver:
                 seed=config.seed, step=step,
             )  # fmt: skip
             updates = [self.trainer.update(part, step=step) for part in parts]
+        rollouts.wait(clock)  # the engines' weights must not change under them
         with clock("weight_sync"):
             self.weight_sync.sync(policy_version=step)
         means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
         return {
             **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
-            **mismatch_metrics(batch, scores), **means,
+            **mismatch_metrics(batch, scores), **means, "rollout/staleness": staleness(groups, step),
         }  # fmt: skip
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on the evaluation prompts: base temperature, no overlong penalty, the same seeds every time."""
-        config = self.config
-        sampling = replace(
-            self._sampling(0), samples=config.eval.samples, temperature=config.eval.temperature,
-            top_p=config.eval.top_p, seed=config.seed + EVAL_SEED, adaptive=None,
-        )  # fmt: skip
-        groups = generate_scored(self.pool, self.rewards, self.eval_prompts, sampling, StepClock())
-        correct = [score.correct for group in groups for score in group.scores]
-        lengths = [len(rollout.response_ids) for group in groups for rollout in group.rollouts]
-        return {"eval/accuracy": float(np.mean(correct)), "eval/response_length": float(np.mean(lengths))}
+    def _generation(self, step: int) -> Generation:
+        """How to collect a step's groups, with the sampling that the present statistics ask for."""
+        sampling, config = self._sampling(step), self.config
+
+        def collect(clock: StepClock) -> Collected:
+            collected = collect_groups(
+                self.pool, self.rewards, self.prompts.next, sampling, clock,
+                num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling,
+            )  # fmt: skip
+            self._prompts_after[step] = self.prompts.state()
+            return collected
+
+        return collect
 
     def _sampling(self, step: int) -> Sampling:
         rollout, algorithm = self.config.rollout, self.config.algorithm
@@ -126,7 +129,9 @@ class Driver:
         return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
 
     def _save(self, step: int) -> None:
-        self.checkpoints.save(RunState(step=step, prompts=self.prompts.state(), stats=self.stats), self.trainer)
+        # Prompts of rollouts made ahead are not used up: a resumed run generates them anew.
+        prompts = self._prompts_after.get(step, self.prompts.state())
+        self.checkpoints.save(RunState(step=step, prompts=prompts, stats=self.stats), self.trainer)
         self._saved_step = step
 
     def _resume(self) -> int:

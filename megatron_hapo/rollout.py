@@ -76,6 +76,11 @@ def collect_groups(
     )
 
 
+def staleness(groups: Sequence[ScoredGroup], step: int) -> float:
+    """Steps by which the weights that sampled the groups lag behind those of this step's start, on average."""
+    return float(np.mean([step - 1 - rollout.policy_version for group in groups for rollout in group.rollouts]))
+
+
 def _metrics(groups: list[ScoredGroup], *, kept_share: float) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]

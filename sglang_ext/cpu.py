@@ -22,10 +22,10 @@ def environment(tp: int) -> dict[str, str]:
         # SGLang compiles the seeded sampler with torch.compile, which takes a C++ compiler and a minute on a CPU.
         "TORCH_COMPILE_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Without AMX kernels SGLang binds no threads, and each rank would take every core.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // tp)),
-        # Spinning threads of the scheduler's matrix products would take the cores from the others on a busy machine.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Without AMX kernels SGLang binds no threads, and each rank would take every core. For models small enough to
+        # be tried on a CPU one thread is the fastest: starting others costs more than a product of small matrices.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
+        "GOMP_SPINCOUNT": "10000",  # where more are asked for, they do not spin long on cores that others need
         "GLOO_SOCKET_IFNAME": "lo",  # the ranks of an engine share a node
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
@@ -118,7 +120,15 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             checkpoints=checkpoints,
         )
         driver.run()
-        yield {"config": config, "driver": driver, "recorder": recorder, "trainer": trainer, "prompts": evaluation}
+        yield {
+            "config": config,
+            "driver": driver,
+            "recorder": recorder,
+            "trainer": trainer,
+            "prompts": evaluation,
+            "weight_sync": weight_sync,
+            "rewards": rewards,
+        }
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "_".join(layout))
@@ -233,6 +243,23 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
         assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
+def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    values = make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump()
+    values |= {"steps": 3, "async": {"max_staleness": 1}}
+    values["algorithm"]["importance_correction"] = {"level": "token"}
+    with finished_run(Config.model_validate(values), pool) as run:
+        before, *steps = metrics_of(run)
+        versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
+    assert before["step"] == 0
+    assert [row["rollout/staleness"] for row in steps] == [0, 1, 1]
+    # evaluation, steps 1 and 2 from the first weights, evaluation, step 3 from the second, two evaluations
+    assert sorted(versions[:3], key=str) == [{0}, {0}, {0}]
+    assert versions[3:] == [{1}, {1}, {2}, {3}]
+    for row in steps:
+        assert row["weights/max"] <= 2
+        assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
+
+
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
     """Ray, trainer ranks, engine: every listening socket of this process and its descendants."""
     import psutil
@@ -256,6 +283,18 @@ def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
         trained["prompts"][:1], replace(trained["driver"]._sampling(0), samples=1)
     )[0]
     assert rollout.policy_version == 9
+
+
+def test_the_rehearsal_finds_every_part_sound(trained: dict[str, Any]) -> None:
+    run = trained
+    findings = rehearse(
+        run["config"], run["trainer"], run["recorder"], run["weight_sync"], run["rewards"], run["prompts"]
+    )
+    assert {finding.verdict for finding in findings} <= {"ok", "warning"}  # a random model is never right
+    told = "\n".join(finding.message for finding in findings)
+    assert "every engine holds the trainer's weights" in told
+    assert re.search(r"^log-probs of engine and trainer differ by \S+e-0[4-9] on average", told, re.MULTILINE)
+    assert re.search(r"^at the adaptive temperature, log-probs .* differ by \S+e-0[4-9] on average", told, re.MULTILINE)
 
 
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         # Nothing here asks Ray for CPUs, and it would start a worker for each. What else is left out (autoscaler, log
         # collector) would only slow a start down, in which Ray's processes wait 15 s for each other and no longer.
         num_cpus=0,
-        include_log_monitor=False,
+        include_log_monitor=False,  # type: ignore[arg-type]  # Ray calls it a string
         no_monitor=True,
         num_gpus=num_gpus,
         node_manager_port=first or 0,

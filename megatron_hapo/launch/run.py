@@ -1,4 +1,4 @@
-"""A whole training run: Ray, the trainer ranks, the engines, the data, the driver, and what is left for the user."""
+"""A whole run: Ray, the trainer ranks, the engines, the data, the driver, and what is left for the user."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +20,12 @@ from megatron_hapo.checkpoint.run_state import Checkpoints
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
+from megatron_hapo.evaluation import evaluate
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
-from megatron_hapo.protocols import Trainer
+from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.rehearsal import Finding, rehearse
 from megatron_hapo.report import write_report
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt
@@ -37,6 +40,11 @@ class LaunchedTrainer(Trainer, Protocol):
 
 class Launcher(Protocol):
     """How the processes of a run come to be."""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        ...
 
     def ray_cluster(self) -> AbstractContextManager[object]:
         """Ray is up within it, with this process as a driver."""
@@ -55,17 +63,11 @@ class Launcher(Protocol):
         ...
 
 
-def run_training(config: Config) -> None:
-    """Train as a checked config says, with Ray's trainer; continues from the run folder's newest checkpoint."""
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    drive(config, RayLauncher(config, device=device), device=device)
-
-
 class RayLauncher:
     """Trainer ranks and engines are Ray actors; Ray places them."""
 
-    def __init__(self, config: Config, *, device: str):
-        self._config, self._device = config, device
+    def __init__(self, config: Config):
+        self._config, self.device = config, _device(config)
 
     def ray_cluster(self) -> AbstractContextManager[object]:
         return local_ray()
@@ -74,14 +76,18 @@ class RayLauncher:
         return None
 
     def start_trainer(self) -> RayTrainer:
-        return RayTrainer(self._config, device=self._device)
+        return RayTrainer(self._config, device=self.device)
 
     def running(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
 
-def drive(config: Config, launcher: Launcher, *, device: str) -> None:
-    """The run from the driver's process, with whatever launcher."""
+def run_training(config: Config, launcher: Launcher | None = None) -> None:
+    """Train as a checked config says; continues from the run folder's newest checkpoint.
+
+    Args:
+        launcher: None is Ray's.
+    """
     prompts, eval_prompts = _load_data(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
@@ -89,33 +95,81 @@ def drive(config: Config, launcher: Launcher, *, device: str) -> None:
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
+        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config)))
+        metrics = stack.enter_context(
+            MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
+        )
+        driver = Driver(
+            config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
+            trainer=parts.trainer, pool=parts.pool, weight_sync=parts.weight_sync, rewards=parts.rewards,
+        )  # fmt: skip
+        with _graceful_stop(driver):
+            driver.run()
+        if driver.stop_requested:
+            logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
+            return
+        if config.checkpoint.hf_at_end:
+            parts.trainer.export_hf(config.run_dir.absolute() / "hf")
+    _tell_what_is_left(config)
+
+
+def run_evaluation(config: Config) -> dict[str, float]:
+    """Evaluate the model folder's own weights on the evaluation data. Starts engines only."""
+    _, prompts = _load_data(config)
+    with local_ray(), open_rollouts(config) as (pool, rewards):
+        pool.wait_until_ready()
+        return evaluate(pool, rewards, prompts, config)
+
+
+def run_check(config: Config, *, prompts: int) -> list[Finding]:
+    """Start every part of the run and let each work once, on this many prompts; nothing is trained or written."""
+    sampler, _ = _load_data(config)
+    with open_parts(config, RayLauncher(config)) as parts:
+        return rehearse(config, parts.trainer, parts.pool, parts.weight_sync, parts.rewards, sampler.next(prompts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The running parts of a job."""
+
+    trainer: Trainer
+    pool: RolloutPool
+    weight_sync: WeightSync
+    rewards: RewardPool
+
+
+@contextlib.contextmanager
+def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
+    """Trainer ranks, engines, reward workers and the way of the weights, all of them ready."""
+    with contextlib.ExitStack() as stack:
         stack.enter_context(launcher.ray_cluster())
         with launcher.running():
-            rewards = stack.enter_context(
-                RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens)
-            )
             # Engines start in their own processes while the trainer builds its model.
-            pool = RayRolloutPool(config, device=device, nodes=launcher.engine_nodes())
-            stack.callback(pool.close)
+            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_nodes()))
             trainer = launcher.start_trainer()
             stack.callback(trainer.close)
             pool.wait_until_ready()
             weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool))
-            metrics = stack.enter_context(
-                MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
-            )
-            driver = Driver(
-                config=config, trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards, prompts=prompts,
-                eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
-            )  # fmt: skip
-            with _graceful_stop(driver):
-                driver.run()
-            if driver.stop_requested:
-                logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
-                return
-            if config.checkpoint.hf_at_end:
-                trainer.export_hf(config.run_dir.absolute() / "hf")
-    _tell_what_is_left(config)
+            yield Parts(trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards)
+
+
+@contextlib.contextmanager
+def open_rollouts(config: Config, nodes: Sequence[str] | None = None) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
+    """Engines, which are still starting, and reward workers.
+
+    Args:
+        nodes: Ray's node id for each engine; None leaves it to Ray.
+    """
+    with RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
+        pool = RayRolloutPool(config, device=_device(config), nodes=nodes)
+        try:
+            yield pool, rewards
+        finally:
+            pool.close()
+
+
+def _device(config: Config) -> str:
+    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:

@@ -126,10 +126,10 @@ class _End:
 
 
 def _drive(config: Config, launcher: TorchrunLauncher) -> None:
-    from megatron_hapo.launch.run import drive  # imports Ray, which reads the environment at once
+    from megatron_hapo.launch.run import run_training  # imports Ray, which reads the environment at once
 
     thread = launcher.start_rank()
-    drive(config, launcher, device=launcher.device)
+    run_training(config, launcher)
     launcher.commander.stop()
     thread.join(_END_SECONDS)
 
@@ -298,6 +298,9 @@ class _RankThread(threading.Thread):
                 serve(control, target)
             else:
                 serve_driver(control, target, self._commander)
+            from megatron_hapo import parallel  # imports Megatron, which start_rank prepares for
+
+            parallel.shutdown()
         except BaseException as error:
             self._watch.fail(error)
 
