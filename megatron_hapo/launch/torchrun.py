@@ -68,6 +68,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
 def _quieten() -> None:
     """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("megatron.core", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
