@@ -115,9 +115,12 @@ class Watch:
     def interrupting(self) -> Iterator[None]:
         """Within it a failure elsewhere is raised, whatever the main thread waits for; a wish to stop is a SIGTERM."""
 
+        raised: list[BaseException] = []
+
         def on_failure(number: int, frame: FrameType | None) -> None:
             if self._interrupts and self._error is not None:
                 self._interrupts = False
+                raised.append(self._error)
                 raise self._error
 
         previous = signal.signal(signal.SIGUSR1, on_failure)
@@ -126,6 +129,10 @@ class Watch:
             if self._error is not None:
                 raise self._error
             yield
+        except BaseException:
+            if raised:  # Ray and others wrap what comes out of a signal handler
+                raise raised[0] from None
+            raise
         finally:
             self._interrupts = False
             signal.signal(signal.SIGUSR1, previous)

@@ -146,12 +146,10 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 one.until(lambda: rows_of(config) >= 3, "second step", START_SECONDS)
                 two.note()
                 assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
-                (lost,) = two.ranks().values()
                 kill_hard(two.process)
                 told = "the torchrun agent of trainer rank 1 ("
                 one.until(lambda: told in one.text, "word of the lost host", 60)
                 two.until_gone(60)
-                assert not lost.is_running()
             with launched(agent(second, other_address), folder / "host_2_again.log") as again:
                 codes = [one.wait(2 * START_SECONDS), again.wait(60)]
                 assert codes == [0, 0], one.text[-6000:] + again.text[-6000:]

@@ -68,16 +68,6 @@ class Launch:
         except psutil.NoSuchProcess:
             return
 
-    def ranks(self) -> dict[int, psutil.Process]:
-        """The rank processes by their number, as their environment tells."""
-        ranks = {}
-        for process in psutil.Process(self.process.pid).children():
-            try:
-                ranks[int(process.environ()["RANK"])] = process
-            except (psutil.Error, KeyError):
-                continue
-        return ranks
-
     def all_gone(self) -> bool:
         """Whether nothing is left of all that it started."""
         return not [p for p in self.seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
