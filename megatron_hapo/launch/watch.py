@@ -191,7 +191,7 @@ class Watch:
         if account["own"]:
             kind = getattr(errors, account["kind"], TrainingError)
             return kind(account["text"].splitlines() if kind is ConfigError else account["text"])
-        return TrainingError(f"trainer {who} failed:\n{account['text']}")
+        return TrainingError(f"{who} failed:\n{account['text']}")
 
 
 class _Signs:
