@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from megatron_hapo.launch.torchrun import train
+
+        train(arguments.config, arguments.overrides)
+        return
     from megatron_hapo.preflight import load_checked_config
 
     config = load_checked_config(arguments.config, arguments.overrides)

@@ -21,6 +21,7 @@ from megatron_hapo.errors import ConfigError
 from megatron_hapo.pipeline import Pipeline
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -374,6 +375,21 @@ class WeightSyncConfig(Section):
     """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
 
 
+class LaunchConfig(Section):
+    """Ray under torchrun; without effect where Ray starts the trainer."""
+
+    engines: Literal["trainer_nodes", "own_nodes"] = "trainer_nodes"
+    """`trainer_nodes`: engines stand on the nodes of the trainer ranks, on GPUs that these leave free. `own_nodes`: on
+    Ray nodes without trainer ranks, which join with `ray start --address HEAD:ray_port` and the same RAY_AUTH_TOKEN."""
+    ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the Ray head on the first node; 0: any that is free. The others learn it from torchrun's rendezvous."""
+    ray_worker_ports: tuple[Port, Port] | None = None
+    """First and last port for everything else of Ray, on every node, where a firewall asks for it; at least 10 and one
+    for each engine. `None`: any that are free."""
+    start_timeout_seconds: PositiveFloat = 300
+    """The run fails if ranks, Ray nodes or room for the engines take longer to come."""
+
+
 class Config(Section):
     """One run."""
 
@@ -398,6 +414,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -76,6 +76,13 @@ def contradictions(config: Config) -> Iterator[Fault]:
         yield Fault("rollout.ep", f"must be 1 or rollout.tp={rollout.tp}, got {rollout.ep}", ("rollout.tp",))
     elif rollout.ep > 1 and config.device == "cpu":
         yield Fault("rollout.ep", f"must be 1 with device=cpu, got {rollout.ep}: SGLang has no kernel", ("device",))
+    ports = config.launch.ray_worker_ports
+    if ports is not None and ports[1] - ports[0] + 1 < 10 + rollout.engines:
+        yield Fault(
+            "launch.ray_worker_ports",
+            f"must span at least {10 + rollout.engines} ports, from the first to the last, got {list(ports)}",
+            ("rollout.engines",),
+        )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if rollout.kv_cache_tokens is None and config.device == "cpu":
         yield Fault("rollout.kv_cache_tokens", "is required with device=cpu", ("device",))

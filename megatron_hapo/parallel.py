@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core import tensor_parallel as megatron_tp
+from torch.distributed.distributed_c10d import Store
 
 from megatron_hapo.pipeline import Pipeline
 
@@ -132,12 +133,13 @@ def _one(group: object) -> dist.ProcessGroup:
 
 
 def init_distributed(
-    *, rank: int, world_size: int, init_method: str, device: torch.device, timeout_seconds: float
+    *, rank: int, world_size: int, init_method: str | Store, device: torch.device, timeout_seconds: float
 ) -> None:
-    """Join the trainer's world: NCCL on GPUs, gloo on CPUs."""
+    """Join the trainer's world, by torch's URL or a store: NCCL on GPUs, gloo on CPUs."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        init_method=init_method if isinstance(init_method, str) else None,
+        store=None if isinstance(init_method, str) else init_method,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),

@@ -46,7 +46,9 @@ class Outcome:
 def main() -> None:
     """Serve until the pool closes its end of the pipe. Arguments: see command_arguments."""
     descriptor, module, timeout_seconds, memory_bytes = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which then closes the pipe
+    # Ctrl-C, and torchrun's SIGTERM to the process group, are for the driver, which then closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; ours are on

@@ -138,6 +138,10 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["trainer.quantization=fp8", "trainer.dtype=float32"],
             "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
         ),
+        (
+            ["launch.ray_worker_ports=[20000, 20010]", "rollout.engines=4"],
+            "launch.ray_worker_ports: must span at least 14 ports, from the first to the last, got [20000, 20010]",
+        ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),
         (

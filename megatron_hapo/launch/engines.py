@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
@@ -88,10 +89,18 @@ class EngineActor:
         self._engine.shutdown()
 
 
-class RayRolloutPool:
-    """protocols.RolloutPool over Ray actors, one an engine."""
+def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
-    def __init__(self, config: Config, *, device: str):
+
+class RayRolloutPool:
+    """protocols.RolloutPool over Ray actors, one an engine.
+
+    Args:
+        nodes: Ray's node id for each engine; None leaves the choice to Ray.
+    """
+
+    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         environment = {}
@@ -99,12 +108,14 @@ class RayRolloutPool:
             from sglang_ext import cpu
 
             environment = cpu.environment(rollout.tp)
-        actor: Any = ray.remote(EngineActor).options(
+        actor: Any = ray.remote(EngineActor)
+        places = ["DEFAULT"] * rollout.engines if nodes is None else [_only_on(node) for node in nodes]
+        self._start = lambda index: actor.options(
             num_cpus=0,
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
-        )
-        self._start = lambda index: actor.remote(config, device, index)
+            scheduling_strategy=places[index],
+        ).remote(config, device, index)
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._policy_version = 0
         self._plans: list[ray.ObjectRef] = []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_hapo.config import Config
 
 if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
     from megatron_hapo.trainer import TrainerRank
 
 
@@ -26,8 +28,12 @@ def environment(device: str, *, loopback: bool) -> dict[str, str]:
     return variables
 
 
-def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str) -> TrainerRank:
-    """Join the trainer's world and build this rank's shard. All ranks call it together."""
+def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:
+    """Join the trainer's world and build this rank's shard. All ranks call it together.
+
+    Args:
+        init_method: where the ranks meet: torch's URL, or a store that only they use.
+    """
     import torch
 
     if device == "cpu":

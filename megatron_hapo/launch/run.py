@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -37,8 +38,60 @@ from megatron_hapo.weight_sync import open_weight_sync
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: Config) -> None:
-    """Train as a checked config says; continues from the run folder's newest checkpoint."""
+class LaunchedTrainer(Trainer, Protocol):
+    def close(self) -> None: ...
+
+
+class Launcher(Protocol):
+    """How the processes of a run come to be."""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        ...
+
+    def ray_cluster(self) -> AbstractContextManager[object]:
+        """Ray is up within it, with this process as a driver."""
+        ...
+
+    def engine_nodes(self) -> Sequence[str] | None:
+        """Ray's node id for each engine; None leaves it to Ray."""
+        ...
+
+    def start_trainer(self) -> LaunchedTrainer:
+        """The trainer, whose ranks may still be loading their weights."""
+        ...
+
+    def running(self) -> AbstractContextManager[object]:
+        """Around everything that needs the trainer; ends before the parts are closed."""
+        ...
+
+
+class RayLauncher:
+    """Trainer ranks and engines are Ray actors; Ray places them."""
+
+    def __init__(self, config: Config):
+        self._config, self.device = config, _device(config)
+
+    def ray_cluster(self) -> AbstractContextManager[object]:
+        return local_ray()
+
+    def engine_nodes(self) -> None:
+        return None
+
+    def start_trainer(self) -> RayTrainer:
+        return RayTrainer(self._config, device=self.device)
+
+    def running(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+def run_training(config: Config, launcher: Launcher | None = None) -> None:
+    """Train as a checked config says; continues from the run folder's newest checkpoint.
+
+    Args:
+        launcher: None is Ray's.
+    """
     prompts, eval_prompts = _load_data(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
@@ -46,7 +99,7 @@ def run_training(config: Config) -> None:
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
-        parts = stack.enter_context(open_parts(config))
+        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config)))
         metrics = stack.enter_context(
             MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         )
@@ -78,7 +131,7 @@ def run_evaluation(config: Config) -> dict[str, float]:
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """Start every part of the run and let each work once, on this many prompts; nothing is trained or written."""
     sampler, _ = _load_data(config)
-    with open_parts(config) as parts:
+    with open_parts(config, RayLauncher(config)) as parts:
         return rehearse(config, parts.trainer, parts.pool, parts.weight_sync, parts.rewards, sampler.next(prompts))
 
 
@@ -93,25 +146,30 @@ class Parts:
 
 
 @contextlib.contextmanager
-def open_parts(config: Config) -> Iterator[Parts]:
+def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
     """Trainer ranks, engines, reward workers and the way of the weights, all of them ready."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(local_ray())
-        # Engines start in their own processes while the trainer builds its model.
-        pool, rewards = stack.enter_context(open_rollouts(config))
-        trainer = RayTrainer(config, device=_device(config))
-        stack.callback(trainer.close)
-        pool.wait_until_ready()
-        address = ray.util.get_node_ip_address()
-        weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
-        yield Parts(trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards)
+        stack.enter_context(launcher.ray_cluster())
+        with launcher.running():
+            # Engines start in their own processes while the trainer builds its model.
+            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_nodes()))
+            trainer = launcher.start_trainer()
+            stack.callback(trainer.close)
+            pool.wait_until_ready()
+            address = ray.util.get_node_ip_address()
+            weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
+            yield Parts(trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards)
 
 
 @contextlib.contextmanager
-def open_rollouts(config: Config) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
-    """Engines, which are still starting, and reward workers."""
+def open_rollouts(config: Config, nodes: Sequence[str] | None = None) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
+    """Engines, which are still starting, and reward workers.
+
+    Args:
+        nodes: Ray's node id for each engine; None leaves it to Ray.
+    """
     with RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
-        pool = RayRolloutPool(config, device=_device(config))
+        pool = RayRolloutPool(config, device=_device(config), nodes=nodes)
         try:
             yield pool, rewards
         finally:

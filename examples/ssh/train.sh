@@ -1,0 +1,35 @@
+#!/bin/bash
+# Trains on hosts that ssh reaches without a password, one torchrun a host:
+#
+#   HOSTS="node1 node2" RANKS_PER_HOST=4 examples/ssh/train.sh configs/recipe/qwen3_8b_hapo.yaml parallel.dp=4 ...
+#
+# This folder, the environment (VENV), model, data and output_dir have the same paths on every host. Ctrl-C ends the run
+# at once; the same command goes on from its last checkpoint. SIGTERM to a torchrun ends it with a checkpoint.
+set -euo pipefail
+
+read -ra hosts <<<"${HOSTS:?names of the hosts, the first one drives}"
+bin=${VENV:-$PWD/.venv}/bin
+
+run_on() { # rank of the host, its name, the arguments of `train`
+    local rank=$1 host=$2
+    shift 2
+    # -tt: torchrun ends with this ssh.
+    ssh -tt "$host" "cd $(printf %q "$PWD") && exec $(printf '%q ' "$bin/torchrun" \
+        --nnodes "${#hosts[@]}" \
+        --nproc-per-node "${RANKS_PER_HOST:-8}" \
+        --node-rank "$rank" \
+        --master-addr "${hosts[0]}" \
+        --master-port "${RENDEZVOUS_PORT:-29500}" \
+        -m megatron_hapo train "$@")" </dev/null 2>&1 | sed -u "s/^/$host: /"
+}
+
+for rank in "${!hosts[@]}"; do
+    run_on "$rank" "${hosts[$rank]}" "$@" &
+done
+# Background processes of a script ignore Ctrl-C, so pass it on.
+trap 'kill $(jobs -p) 2>/dev/null || true' INT TERM
+status=0
+for job in $(jobs -p); do
+    wait "$job" || status=$?
+done
+exit "$status"

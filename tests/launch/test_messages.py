@@ -1,0 +1,74 @@
+"""What crosses between the driver and torchrun's ranks comes out as it went in, and nothing else can cross."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hapo.entropy import EntropyStats
+from megatron_hapo.launch.messages import decode, encode
+from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
+from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+
+BATCH = TrainBatch(
+    token_ids=np.arange(5, dtype=np.int32),
+    sequence_lengths=np.array([5]),
+    response_lengths=np.array([3]),
+    temperatures=np.ones(3, np.float32),
+    rollout_log_probs=np.array([-0.1, -np.inf, np.nan], np.float32),
+    advantages=np.zeros(1, np.float32),
+    reasoning=np.array([True, False, True]),
+    stats=EntropyStats(pivot=0.1, log_max=float("inf"), log_min=-2.0, rms=1 / 3, num_tokens=3),
+)
+PIECE = Piece("a.weight", 1, 2, 3, 4)
+VALUES = [
+    None,
+    [1, 2.5, "text", True, 2**63],
+    {"a": 1, 2: [None]},
+    (Path("/run/x"), ()),
+    SendingTask((Channel(0, 1, 2, (PIECE,), (PIECE, PIECE)),), (OwnBlock(PIECE, "hf", 0, 1),)),
+    [(Parameter("p", 2, 3, (Block("t", 0, 0, 2, 3, 0, 0),)),)],
+    Transfer(folder="/dev/shm/x", number=1, plan="f", dtype="float32", slot_bytes=8, deadline_seconds=0.1),
+    {"lm_head.weight": [2**64 - 1]},
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_values_come_out_as_they_went_in(value: object) -> None:
+    restored = decode(encode(value))
+    assert restored == value
+    assert type(restored) is type(value)
+
+
+def test_arrays_keep_dtype_shape_and_bits() -> None:
+    scores = TokenScores(
+        log_probs=np.empty(0, np.float32),
+        rollout_temperature_log_probs=np.arange(12, dtype=np.float32).reshape(3, 4)[:, ::2],
+        entropies=np.array(2.0, np.float64),
+    )
+    bucket = WeightBucket(names=("x",), shapes=((3,),), dtypes=("bfloat16",), data=np.arange(6, dtype=np.uint8))
+    batch, (rows, restored), restored_bucket = decode(encode([BATCH, ([3, 1], scores), bucket]))
+    assert rows == [3, 1]
+    assert batch.stats == BATCH.stats
+    for got, want in ((batch, BATCH), (restored, scores), (restored_bucket, bucket)):
+        for name, array in vars(want).items():
+            if isinstance(array, np.ndarray):
+                np.testing.assert_array_equal(getattr(got, name), array)
+                assert getattr(got, name).dtype == array.dtype
+    assert batch.token_ids.flags.aligned
+    assert batch.token_ids.flags.writeable  # torch wants to share it
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([object()]), Exception("x"), b"bytes"])
+def test_nothing_else_is_sent(value: object) -> None:
+    with pytest.raises(TypeError, match="cannot be sent"):
+        encode([value])
+
+
+def test_a_name_that_is_no_record_is_not_looked_up() -> None:
+    forged = encode(PIECE).replace(b'"Piece"', b'"print"')
+    with pytest.raises(KeyError):
+        decode(forged)

@@ -1,0 +1,198 @@
+"""torchrun gives the same run as the Ray launcher, on one host and on two, and ends and resumes as it should.
+
+Real processes throughout: torchrun's agents, Megatron ranks over gloo, Ray nodes, an SGLang engine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hapo.config import Config
+from tests.launch.torchrun_process import (
+    Launch,
+    kill_hard,
+    launched,
+    metrics_of,
+    torchrun,
+    train_command,
+    two_hosts,
+    write_config,
+)
+from tests.test_loop import make_config
+
+SAME = {"rel": 1e-5, "abs": 1e-5}
+RESUMED = {"rel": 1e-3, "abs": 1e-5}
+"""A resumed optimizer rounds once more."""
+START_SECONDS = 900
+"""For a run on a busy machine; no test fails by the time that passes, but those that say what the time may be."""
+
+FAULT = """
+import os
+
+if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    from megatron_hapo.launch.ranks import RankObject
+
+    results = RankObject.results
+
+    def failing(self, method, arguments, options):
+        if method == "update" and options["step"] == 2:
+            raise ZeroDivisionError("a fault of the test")
+        return results(self, method, arguments, options)
+
+    RankObject.results = failing
+"""
+
+
+def run_config(model: Path, folder: Path, name: str, **weight_sync: object) -> Config:
+    config = make_config(model, folder, {"dp": 2})
+    return config.model_copy(
+        update={
+            "name": name,
+            "steps": 3,
+            "trainer": config.trainer.model_copy(update={"timeout_seconds": 600}),
+            "rollout": config.rollout.model_copy(update={"timeout_seconds": 900}),
+            "checkpoint": config.checkpoint.model_copy(update={"every": 1, "hf_at_end": False}),
+            "weight_sync": config.weight_sync.model_copy(update=weight_sync),
+            "launch": config.launch.model_copy(update={"start_timeout_seconds": 900}),
+        }
+    )
+
+
+def rows_of(config: Config) -> int:
+    return len(metrics_of(config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def ray_metrics(tiny_qwen3: Path, folder: Path) -> list[dict[str, float]]:
+    """Of the run by the Ray launcher."""
+    config = run_config(tiny_qwen3, folder, "ray")
+    command = [sys.executable, *train_command(write_config(config, folder))]
+    with launched(command, folder / "ray.log") as launch:
+        assert launch.wait(START_SECONDS) == 0, launch.text[-6000:]
+    metrics = metrics_of(config)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    return metrics
+
+
+def assert_same(rows: list[dict[str, float]], want: list[dict[str, float]], tolerance: dict[str, float]) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in want]
+    for row, other in zip(rows, want, strict=True):
+        assert row == pytest.approx(other, **tolerance)
+
+
+@pytest.mark.slow
+def test_one_node_gives_the_metrics_of_the_ray_launcher(
+    tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
+) -> None:
+    config = run_config(tiny_qwen3, folder, "one_node")
+    command = torchrun("--standalone", "--nproc-per-node", "2", *train_command(write_config(config, folder)))
+    with launched(command, folder / "one_node.log") as launch:
+        assert launch.wait(START_SECONDS) == 0, launch.text[-6000:]
+        launch.until_gone(60)
+    assert_same(metrics_of(config), ray_metrics, SAME)
+
+
+@pytest.mark.slow
+def test_a_failed_rank_is_told_by_rank_0_and_the_restart_resumes(
+    tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
+) -> None:
+    config = run_config(tiny_qwen3, folder, "failed_rank", method="gather")
+    (folder / "fault").mkdir()
+    (folder / "fault/sitecustomize.py").write_text(FAULT)
+    paths = os.pathsep.join([str(folder / "fault"), str(Path(__file__).parents[2])])
+    command = torchrun(
+        "--nnodes", "1", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0", *train_command(write_config(config, folder)),
+    )  # fmt: skip
+    with launched(command, folder / "failed_rank.log", environment={"PYTHONPATH": paths}) as launch:
+        assert launch.wait(2 * START_SECONDS) == 0, launch.text[-6000:]
+        launch.until_gone(60)
+        assert "trainer rank 1 (" in launch.text
+        assert "in failing" in launch.text
+        assert "ZeroDivisionError: a fault of the test" in launch.text
+        assert f"resuming from {config.run_dir.absolute()}/checkpoints/step_00000001" in launch.text
+    assert_same(metrics_of(config), ray_metrics, RESUMED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and `ip`")
+def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
+    tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
+) -> None:
+    config = run_config(tiny_qwen3, folder, "two_hosts", method="gather")
+    path = write_config(config, folder)
+    with two_hosts() as hosts:
+        (first, address), (second, other_address) = hosts.items()
+
+        def agent(namespace: str, own_address: str) -> list[str]:
+            return torchrun(
+                "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", f"{address}:29400", "--rdzv-conf", f"is_host={int(namespace == first)}",
+                "--local-addr", own_address, *train_command(path), namespace=namespace,
+            )  # fmt: skip
+
+        with launched(agent(first, address), folder / "host_1.log") as one:
+            with launched(agent(second, other_address), folder / "host_2.log") as two:
+                one.until(lambda: rows_of(config) >= 3, "second step", START_SECONDS)
+                two.note()
+                assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
+                kill_hard(two.process)
+                told = "the torchrun agent of trainer rank 1 ("
+                one.until(lambda: told in one.text, "word of the lost host", 60)
+                two.until_gone(60)
+            with launched(agent(second, other_address), folder / "host_2_again.log") as again:
+                codes = [one.wait(2 * START_SECONDS), again.wait(60)]
+                assert codes == [0, 0], one.text[-6000:] + again.text[-6000:]
+                again.until_gone(60)
+            one.until_gone(60)
+        assert "resuming from" in one.text + again.text  # either may have become rank 0
+    assert_same(metrics_of(config), ray_metrics, RESUMED)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_asked_to_stop_ends_with_a_checkpoint(tiny_qwen3: Path, folder: Path) -> None:
+    """SIGTERM at the agent, as from Slurm or Kubernetes."""
+    config = run_config(tiny_qwen3, folder, "stopped").model_copy(update={"steps": 1000})
+    command = torchrun(
+        "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "600",
+        *train_command(write_config(config, folder)),
+    )  # fmt: skip
+    with launched(command, folder / "stopped.log") as launch:
+        launch.until(lambda: rows_of(config) >= 2, "first step", START_SECONDS)
+        launch.process.terminate()
+        launch.until(lambda: launch.process.poll() is not None, "end", 600)
+        launch.until_gone(60)
+        assert "the same command goes on" in launch.text
+    newest = sorted((config.run_dir / "checkpoints").glob("step_*"))[-1]
+    assert int(newest.name.removeprefix("step_")) == metrics_of(config)[-1]["step"]
+
+
+def test_ranks_that_the_layout_does_not_divide_are_one_line(tiny_qwen3: Path, tmp_path: Path) -> None:
+    config = run_config(tiny_qwen3, tmp_path, "uneven").model_copy(update={"steps": 1})
+    command = torchrun("--standalone", "--nproc-per-node", "3", *train_command(write_config(config, tmp_path)))
+    with launched(command, tmp_path / "log") as launch:
+        assert launch.wait(300) != 0
+        told = [line for line in launch.text.splitlines() if line.startswith("parallel: ")]
+        assert told == [
+            "parallel: tp=1 x pp=1 x cp=1 x dp=2 are 2 ranks, torchrun started 3; set parallel.dp=3, or start 2 ranks"
+        ]
+        assert not config.run_dir.exists()
+
+
+def test_launches_leave_nothing_behind_that_they_note(tmp_path: Path) -> None:
+    """The helper of these tests sees processes that end up without a parent."""
+    with launched(["sh", "-c", "sleep 30 & sleep 1"], tmp_path / "log") as launch:
+        assert isinstance(launch, Launch)
+        assert launch.wait(20) == 0
+        assert not launch.all_gone()
+    launch.until_gone(10)

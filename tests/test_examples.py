@@ -1,0 +1,73 @@
+"""The launch files in `examples` are what their tools can read, and call the command line as it is."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_hapo.cli import _parser
+from megatron_hapo.config import load_config
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_run_torchrun_on_each_host(path: Path, tmp_path: Path) -> None:
+    """With stand-ins for the cluster's own commands: what torchrun would be given, host by host."""
+    calls = tmp_path / "calls"
+    stand_ins = {
+        "scontrol": "printf 'n1\\nn2\\n'",
+        "srun": f'shift; echo "$@" >> {calls}',
+        "ssh": f'shift; echo "$@" >> {calls}',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
+        "HOSTS": "n1 n2", "RANKS_PER_HOST": "4", "VENV": "/venv",
+    }  # fmt: skip
+    subprocess.run(["bash", str(path), "a.yaml", "output_dir=/runs/a b"], check=True, env=environment)
+    hosts = 1 if path.suffix == ".sbatch" else 2
+    lines = sorted(calls.read_text().splitlines())
+    assert len(lines) == hosts
+    for rank, line in enumerate(lines):
+        assert "torchrun --nnodes 2 --nproc-per-node 4 " in line
+        assert "n1:29500" in line or f"--node-rank {rank} --master-addr n1 --master-port 29500" in line
+        _, _, command = line.partition("-m megatron_hapo ")
+        arguments = shlex.split(command) if hosts == 2 else ["train", "a.yaml", "output_dir=/runs/a b"]
+        assert _parser().parse_args(arguments).overrides == ["output_dir=/runs/a b"]
+
+
+def test_the_kubernetes_job_is_whole() -> None:
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes/train.yaml").read_text())
+    pod = job["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    arguments = container["args"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert f"--rdzv-endpoint={first}:29500" in arguments
+    assert f"--nnodes={job['spec']['parallelism']}" in arguments
+    assert job["spec"]["parallelism"] == job["spec"]["completions"]
+    names = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == names
+
+    train = arguments[arguments.index("train") :]
+    parsed = _parser().parse_args(train)
+    config = load_config(EXAMPLES.parent / parsed.config, parsed.overrides)
+    ranks = next(int(a.partition("=")[2]) for a in arguments if a.startswith("--nproc-per-node"))
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    pods = job["spec"]["parallelism"]
+    assert config.parallel.world_size == ranks * pods
+    assert config.rollout.engines * config.rollout.tp == (gpus - ranks) * pods
