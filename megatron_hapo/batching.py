@@ -17,18 +17,23 @@ from torch import Tensor
 from megatron_hapo.types import TrainBatch
 
 
-def plan_microbatches(lengths_B: np.ndarray, *, dp_size: int, max_tokens: int) -> list[list[list[int]]]:
+def plan_microbatches(
+    lengths_B: np.ndarray, *, dp_size: int, max_tokens: int, multiple: int = 1
+) -> list[list[list[int]]]:
     """Rows of each micro-batch of each data-parallel rank: balanced tokens, equally many micro-batches on every rank.
 
     Sequences go longest first to the rank with the fewest tokens, then first-fit into micro-batches of at most
     `max_tokens` (a longer sequence stands alone). A rank with fewer micro-batches splits its largest, or, when nothing
     is left to split, gets empty ones: collectives need equal numbers.
 
+    Args:
+        multiple: of the number of micro-batches, which the interleaved pipeline takes in groups of this size.
     Returns:
         plan[dp_rank][microbatch] = rows, each row exactly once.
     """
     if dp_size < 1 or max_tokens < 1:
         raise ValueError(f"dp_size and max_tokens must be positive, got {dp_size} and {max_tokens}")
+    assert multiple >= 1, multiple
     order = np.argsort(-lengths_B, kind="stable")
     loads, rows_of_rank = np.zeros(dp_size, dtype=np.int64), [[] for _ in range(dp_size)]
     for row in order:
@@ -37,6 +42,7 @@ def plan_microbatches(lengths_B: np.ndarray, *, dp_size: int, max_tokens: int) -
         loads[rank] += lengths_B[row]
     plan = [_first_fit(rows, lengths_B, max_tokens) for rows in rows_of_rank]
     most = max(1, max(len(microbatches) for microbatches in plan))
+    most = -(-most // multiple) * multiple
     for microbatches in plan:
         while len(microbatches) < most:
             largest = max(microbatches, key=len, default=[])

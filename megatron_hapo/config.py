@@ -18,6 +18,7 @@ from megatron_hapo.config_checks import contradictions, settings_without_effect
 from megatron_hapo.config_faults import Fault, schema_faults
 from megatron_hapo.config_sources import COMMAND_LINE, read_sources
 from megatron_hapo.errors import ConfigError
+from megatron_hapo.pipeline import Pipeline
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -62,6 +63,14 @@ class ParallelConfig(Section):
     """Tensor parallel size."""
     pp: PositiveInt = 1
     """Pipeline parallel size."""
+    vpp: PositiveInt = 1
+    """Interleaved pipeline: every stage holds so many chunks of the layers in turn, which shrinks the pipeline's bubble
+    to 1 / vpp and sends vpp times as many messages."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage, which holds the embedding too. `None`: as many as the stages between."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage, which holds the output head and the loss too. `None`: as many as the stages
+    between."""
     cp: PositiveInt = 1
     """Context parallel size: each sequence is cut over so many ranks."""
     dp: PositiveInt = 1
@@ -79,6 +88,15 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(
+            pp=self.pp,
+            vpp=self.vpp,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
+
 
 class TrainerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -87,8 +105,12 @@ class TrainerConfig(Section):
     """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation of whole layers."""
+    overlap_communication: bool = False
+    """Reduce gradients while the last micro-batch's backward pass runs; with distributed_optimizer, gather the updated
+    weights while the next forward pass runs."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it. `selective`: feed-forward blocks, and the inner part
+    of the attention where it is not fused. `full`: whole layers, of which only the inputs are kept."""
     timeout_seconds: PositiveFloat = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 

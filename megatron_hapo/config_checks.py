@@ -28,6 +28,10 @@ def contradictions(config: Config) -> Iterator[Fault]:
             ("algorithm.advantage",),
         )
     parallel = config.parallel
+    if parallel.pp == 1:
+        for name, none in (("vpp", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
+            if (given := getattr(parallel, name)) != none:
+                yield Fault(f"parallel.{name}", f"needs parallel.pp of at least 2, got {given}", ("parallel.pp",))
     if parallel.tp * parallel.dp % parallel.ep:
         yield Fault(
             "parallel.ep",
@@ -109,6 +113,10 @@ def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fau
         "parallel.sequence_parallel": (
             config.parallel.tp > 1 or not config.parallel.sequence_parallel,
             "parallel.tp is 1",
+        ),
+        "trainer.overlap_communication": (
+            config.parallel.dp * config.parallel.cp > 1 or not config.trainer.overlap_communication,
+            "parallel.dp and parallel.cp are 1",
         ),
         "algorithm.advantage_fallback": (
             algorithm.advantage == "token_level_group_average",

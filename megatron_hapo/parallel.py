@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 from megatron.core import tensor_parallel as megatron_tp
 from torch.distributed.distributed_c10d import Store
 
+from megatron_hapo.pipeline import Pipeline
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -20,7 +22,7 @@ class ParallelLayout:
     tp_size: int
     tp_rank: int
     tp_group: dist.ProcessGroup
-    pp_size: int
+    pipeline: Pipeline
     pp_rank: int
     pp_group: dist.ProcessGroup
     cp_size: int
@@ -39,11 +41,12 @@ class ParallelLayout:
     """Rank among those that hold the same experts."""
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def pp_size(self) -> int:
+        return self.pipeline.pp
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the model's last layer, and the output head, in the last of its chunks."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -58,7 +61,17 @@ class ParallelLayout:
 
 
 def initialize(
-    *, tp: int, pp: int, cp: int = 1, ep: int = 1, device: torch.device, seed: int, timeout_seconds: float
+    *,
+    tp: int,
+    pp: int,
+    vpp: int = 1,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    device: torch.device,
+    seed: int,
+    timeout_seconds: float,
 ) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
@@ -68,6 +81,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tp,
         pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
@@ -80,7 +94,7 @@ def initialize(
         tp_size=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
-        pp_size=pp,
+        pipeline=Pipeline(pp=pp, vpp=vpp, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
         cp_size=cp,

@@ -72,7 +72,7 @@ def check_layout(config: Config, shape: Shape) -> list[Fault]:
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     parallel = config.parallel
-    for name, message in layout_faults(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep):
+    for name, message in layout_faults(shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep):
         yield Fault(f"parallel.{name}", message, ("model.path",))
     for _, message in layout_faults(shape, tp=config.rollout.tp):
         yield Fault("rollout.tp", message, ("model.path",))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -26,14 +25,14 @@ from torch import Tensor
 
 from megatron_hapo.batching import MicroBatch, pack, plan_microbatches
 from megatron_hapo.checkpoint import distributed as checkpoint
-from megatron_hapo.checkpoint.hf import spoken_tensors, write_stage
+from megatron_hapo.checkpoint.hf import place_of, spoken_tensors, write_stage
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
-from megatron_hapo.model.build import build_model, first_layer
-from megatron_hapo.model.families import Placement, hf_tensor_shapes, placement, read_shape
+from megatron_hapo.model.build import build_model, named_parameters
+from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.objective import policy_loss
 from megatron_hapo.parallel import ParallelLayout
@@ -59,12 +58,12 @@ class TrainerRank:
         self.config, self.layout = config, layout
         self.shape = read_shape(config.model.path)
         dtype = getattr(torch, config.trainer.dtype)
-        self.model: GPTModel = build_model(
+        self.model = build_model(
             self.shape,
             layout,
             dtype=dtype,
             sequence_parallel=config.parallel.sequence_parallel,
-            recompute=config.trainer.recompute == "full",
+            recompute=config.trainer.recompute,
             spec=config.model.spec,
         )
         load_weights(self.model, self.shape, layout, config.model.path)
@@ -74,15 +73,29 @@ class TrainerRank:
 
     def _wrap_for_training(self, dtype: torch.dtype) -> None:
         config, bf16 = self.config, dtype == torch.bfloat16
-        megatron_config = self.model.config
-        module = Float16Module(megatron_config, self.model) if bf16 else self.model
-        self._ddp = DistributedDataParallel(
-            megatron_config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.trainer.distributed_optimizer
-            ),
-            module,
-        )
+        overlap, sharded = config.trainer.overlap_communication, config.trainer.distributed_optimizer
+        self._gathers_late = overlap and sharded
+        self._megatron_config = megatron_config = self.model[0].config
+        self._ddp: list[Any] = [  # Megatron's functions differ in the type of list that they are annotated with
+            DistributedDataParallel(
+                megatron_config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=sharded,
+                    overlap_grad_reduce=overlap,
+                    overlap_param_gather=self._gathers_late,
+                ),
+                Float16Module(megatron_config, chunk) if bf16 else chunk,
+                # Of the chunks of an interleaved pipeline one is communicated while another computes.
+                disable_bucketing=number > 0,
+            )
+            for number, chunk in enumerate(self.model)
+        ]
+        if overlap:
+            no_sync: Any = [chunk.no_sync for chunk in self._ddp]
+            megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if self._gathers_late:
+            self._gather_output_head_in_time()
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -94,9 +107,10 @@ class TrainerRank:
                 clip_grad=config.optimizer.clip_grad,
                 bf16=bf16,
                 params_dtype=dtype,
-                use_distributed_optimizer=config.trainer.distributed_optimizer,
+                use_distributed_optimizer=sharded,
+                overlap_param_gather=self._gathers_late,
             ),
-            [self._ddp],
+            self._ddp,
             use_gloo_process_groups=False,
         )
         megatron_config.grad_scale_func = self._optimizer.scale_loss
@@ -104,6 +118,19 @@ class TrainerRank:
         megatron_config.finalize_model_grads_func = lambda model, num_tokens=None, **rest: finalize_model_grads(
             model, None, **rest
         )
+
+    def _gather_output_head_in_time(self) -> None:
+        """Megatron waits for a layer's weights when the layer is called; the output processor never calls its own."""
+        model, ddp = self.model[-1], self._ddp[-1]
+        if model.post_process:
+            wait_for = ddp._make_forward_pre_hook()
+            final_norm: Any = model.decoder.final_layernorm
+            final_norm.register_forward_pre_hook(lambda *_: wait_for(model.output_layer))
+
+    def _finish_gathering(self) -> None:
+        """Before weights are read outside a forward pass; the ranks of a dp x cp group call it together."""
+        for chunk in self._ddp if self._gathers_late else ():
+            chunk.start_param_sync(force_sync=True)
 
     # ----- forward pass
 
@@ -165,7 +192,8 @@ class TrainerRank:
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are unchanged.
         """
-        self._ddp.zero_grad_buffer()
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         loss_of = partial(self._loss, num_tokens=batch.num_response_tokens, stats=batch.stats)
         collected = self._run(self._microbatches(batch), loss_of, forward_only=False)
@@ -231,13 +259,16 @@ class TrainerRank:
             max_bytes=config.weight_sync.bucket_bytes,
             checksums=EngineCut(config.rollout.tp, self.shape.num_heads, self.shape.num_kv_heads) if verify else None,
         )
+        self._finish_gathering()
         for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
             yield from bucket.add(name, tensor.to(dtype))
         yield from bucket.rest()
 
     def own_parameters(self) -> tuple[Parameter, ...]:
         """What this rank holds of the policy, in Hugging Face coordinates; a tied output head is not repeated."""
-        return rank_parameters(self._named_parameters(), self._place, self.shape)
+        return rank_parameters(
+            self._named_parameters(), lambda name: place_of(name, self.shape, self.layout), self.shape
+        )
 
     def prepare_sending(self, task: SendingTask) -> None:
         """Take this rank's part of the plan, for all `send_weights` to come."""
@@ -250,6 +281,7 @@ class TrainerRank:
             What this rank adds to the checksums of the engines' slices, if the sync is verified.
         """
         assert self._sending is not None, "prepare_sending comes first"
+        self._finish_gathering()
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
         with torch.no_grad():
             send(self._sending.channels, matrices, transfer)
@@ -264,22 +296,17 @@ class TrainerRank:
             )
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named_parameters(self.model):
             if not (name == "output_layer.weight" and self.shape.tied_embeddings):
                 yield name, parameter
 
-    def _place(self, name: str) -> Placement:
-        return placement(
-            name, self.shape, first_layer=first_layer(self.model),
-            tp_rank=self.layout.tp_rank, tp_size=self.layout.tp_size,
-            ep_rank=self.layout.ep_rank, ep_size=self.layout.ep_size,
-        )  # fmt: skip
-
     def export_hf(self, folder: Path) -> dict[str, str] | None:
         """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""
+        self._finish_gathering()
         return write_stage(self.model, self.shape, self.layout, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
+        self._finish_gathering()
         checkpoint.save(self.model, self._optimizer, self.layout, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -292,8 +319,10 @@ class TrainerRank:
             batch.sequence_lengths,
             dp_size=self.layout.dp_size,
             max_tokens=self.config.trainer.max_tokens_per_microbatch,
+            # The interleaved schedule takes micro-batches in groups of as many as there are stages.
+            multiple=self.layout.pp_size if len(self.model) > 1 else 1,
         )
-        multiple = self.layout.tp_size if self.model.config.sequence_parallel else 1
+        multiple = self.layout.tp_size if self._megatron_config.sequence_parallel else 1
         return [
             pack(
                 batch,
@@ -330,7 +359,7 @@ class TrainerRank:
                 output_processor_context=microbatch.predicting_positions,
                 # The vocabulary-parallel function makes float32 copies of a chunk at a time; a whole one is the
                 # classic way to run out of memory.
-                **({"fp32_output": False} if self.model.config.bf16 else {}),
+                **({"fp32_output": False} if self._megatron_config.bf16 else {}),
             )
 
             def on_output(logits_NV: Tensor, non_loss_data: bool = False) -> Any:
@@ -346,7 +375,7 @@ class TrainerRank:
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
+                data_iterator=[iter(microbatches) for _ in self._ddp],
                 model=self._ddp,
                 num_microbatches=len(microbatches),
                 seq_length=longest,

@@ -34,6 +34,19 @@ def test_every_row_is_in_exactly_one_microbatch_within_the_budget(dp_size: int, 
     assert all(lengths[microbatch].sum() <= 128 for microbatches in plan for microbatch in microbatches)
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_microbatches_come_in_groups_for_an_interleaved_pipeline(dp_size: int, multiple: int) -> None:
+    lengths = np.random.default_rng(3).integers(1, 100, 23)
+    free = plan_microbatches(lengths, dp_size=dp_size, max_tokens=128)
+    plan = plan_microbatches(lengths, dp_size=dp_size, max_tokens=128, multiple=multiple)
+    assert len(plan[0]) == -(-len(free[0]) // multiple) * multiple
+    assert {len(microbatches) for microbatches in plan} == {len(plan[0])}
+    rows = [row for microbatches in plan for microbatch in microbatches for row in microbatch]
+    assert sorted(rows) == list(range(23))
+    assert all(microbatch for microbatches in plan for microbatch in microbatches), "filler, where rows could be split"
+
+
 def test_ranks_are_balanced() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 1, 512).astype(int) + 1
     plan = plan_microbatches(lengths, dp_size=8, max_tokens=8192)

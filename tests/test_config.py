@@ -82,7 +82,8 @@ def test_all_faults_come_at_once_and_name_their_origin(tmp_path):
 def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
     path = write(tmp_path, MINIMAL.replace("size: 100", "size: 100, max_term: 4") + "clip_high: 0.3\n")
     assert faults_of(path, "algorithm.entropy.pivott=0.7", "parallel.qqq=1") == [
-        "command line: parallel.qqq: unknown key; allowed here: tp, pp, cp, dp, ep, sequence_parallel, gpu_memory",
+        "command line: parallel.qqq: unknown key; allowed here: tp, pp, vpp, first_stage_layers, last_stage_layers, "
+        "cp, dp, ep, sequence_parallel, gpu_memory",
         "command line: algorithm.entropy.pivott: unknown key; did you mean pivot?",
         "run.yaml: data.train.max_term: unknown key; did you mean max_terms?",
         "run.yaml: clip_high: unknown key; did you mean algorithm.clip_high?",
@@ -130,6 +131,12 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
         (
             ["launch.ray_worker_ports=[20000, 20010]", "rollout.engines=4"],
             "launch.ray_worker_ports: must span at least 14 ports, from the first to the last, got [20000, 20010]",
+        ),
+        (["parallel.vpp=2"], "parallel.vpp: needs parallel.pp of at least 2, got 2"),
+        (["parallel.last_stage_layers=1"], "parallel.last_stage_layers: needs parallel.pp of at least 2, got 1"),
+        (
+            ["trainer.overlap_communication=true"],
+            "trainer.overlap_communication: has no effect: parallel.dp and parallel.cp are 1",
         ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),

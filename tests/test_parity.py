@@ -12,9 +12,16 @@ from tests.distributed import run_ranks
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, expected_tensors, write_family
 
 _PAIRS = [{"tp": 2}, {"pp": 2}]
+_CHUNKS: dict[str, list[dict[str, int]]] = {
+    "qwen3": [{"pp": 2, "vpp": 2}, {"pp": 2, "first_stage_layers": 3}],
+    "qwen3_moe_mixed": [{"pp": 2, "vpp": 2}],
+}
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {case: [{}] for case in FAMILIES},
-    2: {case: [*_PAIRS, {"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else _PAIRS for case in FAMILIES},
+    2: {
+        case: [*_PAIRS, *([{"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else []), *_CHUNKS.get(case, [])]
+        for case in FAMILIES
+    },
     4: {"qwen2": [{"tp": 2, "pp": 2}], "qwen3_moe": [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}]},
 }
 

@@ -16,6 +16,7 @@ from megatron_hapo.errors import HapoError
 from megatron_hapo.preflight import check_run
 from megatron_hapo.sizing import settings
 from megatron_hapo.sizing.memory import GIB
+from megatron_hapo.sizing.parameters import stage_layers
 from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
 from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
 from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
@@ -48,9 +49,21 @@ def test_every_plan_fits_its_gpus_and_the_longest_sequence(gpus: int) -> None:
         assert plan.layout.world_size + plan.engines * plan.rollout_tp <= gpus
         assert plan.layout.tokens_per_microbatch >= WORKLOAD.longest
         assert plan.layout.tp <= 8
-        assert QWEN3_8B.num_layers % plan.layout.pp == 0
+        assert list(plan.layout.pipeline.faults(QWEN3_8B.num_layers)) == []
         assert plan.engine.kv_tokens >= WORKLOAD.longest
         assert 0 < plan.time.mfu < 0.6
+
+
+def test_layers_that_do_not_split_leave_fewer_to_the_end_stages() -> None:
+    cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"], placement="colocated")
+    shape = replace(QWEN3_8B, num_layers=94)
+    plans, _ = search(shape, WORKLOAD, cluster, Limits())
+    sizes = {
+        plan.layout.pp: [len(stage_layers(shape, plan.layout, stage)) for stage in range(plan.layout.pp)]
+        for plan in plans
+    }
+    assert sizes[4] == [23, 24, 24, 23]
+    assert sizes[2] == [47, 47]
 
 
 def test_more_gpus_and_shared_gpus_are_faster() -> None:

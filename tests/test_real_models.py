@@ -105,7 +105,7 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tup
     for rank in (0, world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         layout = parallel.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
-        model = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
+        (model,) = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
         seen.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
         frequencies = model.rotary_pos_emb.inv_freq.tolist()
         del model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,13 +15,14 @@ from megatron_hapo.sizing.memory import (
     activation_bytes,
     engine_memory,
     head_bytes,
+    microbatches_in_flight,
     optimizer_bytes_per_element,
     optimizer_elements,
     trainer_memory,
 )
-from megatron_hapo.sizing.parameters import Layout, model_parameters, stage_parameters
+from megatron_hapo.sizing.parameters import Layout, Recompute, model_parameters, stage_parameters
 from tests.distributed import run_ranks
-from tests.test_trainer import make_batch, make_config
+from tests.test_trainer import make_batch, make_config, make_grid
 from tests.tiny_model import write_tiny_qwen3
 
 QWEN3_8B = Shape(
@@ -45,7 +46,8 @@ SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 3
 HELD = [
     {"tp": 2, "dtype": "bfloat16"},
     {"pp": 2, "dtype": "float32"},
-    {"pp": 2, "tied": True, "dtype": "bfloat16"},
+    {"pp": 2, "vpp": 2, "tied": True, "dtype": "bfloat16"},
+    {"pp": 2, "first_stage_layers": 1, "dtype": "float32"},
     {"dp": 2, "dtype": "bfloat16"},
     {"dp": 2, "dtype": "bfloat16", "distributed_optimizer": False},
     {"dp": 2, "dtype": "float32"},
@@ -54,16 +56,14 @@ SEQUENCE, SEQUENCES = 250, 4
 
 
 def layout_of(case: dict[str, Any]) -> Layout:
-    sizes = {name: case[name] for name in ("tp", "pp", "dp", "distributed_optimizer") if name in case}
+    sizes = {name: value for name, value in case.items() if name not in ("tied", "dtype")}
     return Layout(**sizes, bytes_per_parameter=2 if case["dtype"] == "bfloat16" else 4)
 
 
 def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Weights, gradients and optimizer state of this rank's real trainer after one update, for each layout."""
-    import torch
     from megatron.core import parallel_state
 
-    from megatron_hapo import parallel
     from megatron_hapo.trainer import TrainerRank
 
     def size(storages: dict[int, int]) -> int:
@@ -74,13 +74,10 @@ def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]])
 
     found = []
     for case in cases:
-        config = make_config(models[case.get("tied", False)], {name: case.get(name, 1) for name in ("tp", "pp", "dp")})
-        options = {"dtype": case["dtype"], "distributed_optimizer": case.get("distributed_optimizer", True)}
-        config = config.model_copy(update={"trainer": config.trainer.model_copy(update=options)})
-        grid = parallel.initialize(
-            tp=config.parallel.tp, pp=config.parallel.pp, device=torch.device("cpu"), seed=0, timeout_seconds=60
-        )
-        trainer = TrainerRank(config, grid)
+        layout = {name: value for name, value in case.items() if name not in ("tied", "dtype")}
+        config = make_config(models[case.get("tied", False)], layout)
+        config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"dtype": case["dtype"]})})
+        trainer = TrainerRank(config, make_grid(config))
         batch = make_batch()
         trainer.update(
             replace(
@@ -90,8 +87,9 @@ def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]])
             ),
             step=1,
         )
-        weights = storages(p.data for p in trainer.model.parameters())
-        gradients = storages(p.main_grad for p in trainer.model.parameters())
+        parameters: list[Any] = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+        weights = storages(p.data for p in parameters)
+        gradients = storages(p.main_grad for p in parameters)
         optimizer = storages(_optimizer_tensors(trainer._optimizer))
         for key in (*weights, *gradients):
             optimizer.pop(key, None)
@@ -131,7 +129,7 @@ def test_a_rank_holds_what_the_model_says(tmp_path: Path) -> None:
             assert ranks[rank][number] == pytest.approx(expected, rel=0.02), (case, rank)
 
 
-def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, bool]]) -> list[float]:
+def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompute]]) -> list[float]:
     """Most bytes alive at once in a forward and backward pass, beyond the parameters and their gradients."""
     import torch
 
@@ -143,8 +141,8 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, bool]])
     grid = parallel.initialize(tp=1, pp=1, device=torch.device("cpu"), seed=0, timeout_seconds=60)
     shape, peaks = read_shape(model_path), []
     for dtype, recompute in cases:
-        model = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
-        model = model.to(getattr(torch, dtype)).train()
+        chunks: list[Any] = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
+        model = chunks[0].to(getattr(torch, dtype)).train()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.05)
             parameter.grad = torch.zeros_like(parameter)
@@ -164,10 +162,11 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, bool]])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_activations_are_what_the_model_says(tmp_path: Path, layers: int) -> None:
     path = write_tiny_qwen3(tmp_path, layers=layers, vocab_size=300, **SIZES)
-    cases = [(dtype, recompute) for dtype in ("float32", "bfloat16") for recompute in (False, True)]
+    choices = get_args(Recompute)
+    cases: list[tuple[str, Recompute]] = [(dtype, choice) for dtype in ("float32", "bfloat16") for choice in choices]
     for (dtype, recompute), measured in zip(cases, run_ranks(1, activation_peaks, path, cases)[0], strict=True):
         layout = Layout(
-            recompute="full" if recompute else "none",
+            recompute=recompute,
             tokens_per_microbatch=SEQUENCE * SEQUENCES,
             bytes_per_parameter=4 if dtype == "float32" else 2,
         )
@@ -216,9 +215,21 @@ def test_each_size_cuts_what_it_is_to_cut() -> None:
     assert parts(dp=8).optimizer == pytest.approx(whole.optimizer / 8, rel=0.001)
     assert parts(dp=8, distributed_optimizer=False).optimizer == whole.optimizer
     assert parts(recompute="full").activations < 0.1 * whole.activations
+    none, selective, full = (parts(recompute=recompute).activations for recompute in ("none", "selective", "full"))
+    assert full < selective < 0.7 * none
     # The first stage of a pipeline keeps as many micro-batches as there are stages: no gain without recomputation.
     first = activation_bytes(QWEN3_8B, Layout(pp=4), 0, in_flight=4, spec="te")
     assert first == pytest.approx(whole.activations, rel=0.05)
+
+
+def test_an_interleaved_pipeline_holds_more() -> None:
+    """Narayanan et al. (arXiv:2104.04473), section 2.2: 1 + (pp - 1) / (pp vpp) times as much on the first stage."""
+    plain = [microbatches_in_flight(Layout(pp=4), stage) for stage in range(4)]
+    assert plain == [4, 3, 2, 1]
+    interleaved = [microbatches_in_flight(Layout(pp=4, vpp=2), stage) for stage in range(4)]
+    assert interleaved == [5.5, 4.5, 3.5, 2.5]
+    assert interleaved[0] / plain[0] == 1 + 3 / (4 * 2)
+    assert microbatches_in_flight(Layout(pp=4, vpp=2), 0, 4) == 4
 
 
 def test_transformer_engine_saves_less_than_torch() -> None:

@@ -32,13 +32,17 @@ _EXPERTS = {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_int
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    # Layers enough for the chunks of an interleaved pipeline.
+    "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True, "num_hidden_layers": 4}),
     "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": True}),
     # One dense layer, weights of chosen experts not normalised; the experts are stored stacked.
-    "qwen3_moe_mixed": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {**_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 4},
+    ),
 }
 """Case to transformers' class prefix and config."""
 STACKED = "qwen3_moe_mixed"

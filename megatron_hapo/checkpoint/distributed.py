@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,23 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_hapo.checkpoint.weights import use_plain_results_queue
+from megatron_hapo.checkpoint.weights import set_weights, sharded_weights, use_plain_results_queue
 from megatron_hapo.parallel import ParallelLayout
 
 
-def save(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Every rank writes its part; returns when all have."""
     use_plain_results_queue()
     dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
 
-def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
+def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Fill model and optimizer of this rank from a checkpoint of any layout."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = _parts(optimizer)
     for part in parts:
         part._init_optimizer_states_with_dummy_values()
     state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
-    model.load_state_dict(state["model"])
+    set_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for part in parts:
         # Megatron gives all parameters one `step` tensor, and torch's Adam would count it up once for each of them.
@@ -37,16 +39,43 @@ def load(model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, 
 
 
 def _state(
-    model: GPTModel, optimizer: MegatronOptimizer, layout: ParallelLayout, *, is_loading: bool
+    model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": layout.dp_cp_group,
     }
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
+    state: dict[str, Any] = {"model": sharded_weights(model, layout, metadata=metadata)}
+    with _padding_counted(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state
+
+
+@contextlib.contextmanager
+def _padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let Megatron (0.19.2) keep the padding between the gathered buckets of a distributed optimizer.
+
+    It leaves the padding out where it joins them, and then cuts parameters out at places that count it. With more than
+    one bucket it would write states, and master weights, that are shifted: overlapped communication has several, and so
+    has a tied embedding with pp > 1, which gets a bucket of its own.
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", ())]
+    sizes = [(buffer, buffer.numel) for buffer in buffers]
+    sizes += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
+    kept = [holder.numel_unpadded for holder, _ in sizes]
+    for holder, size in sizes:
+        holder.numel_unpadded = size
+    try:
+        yield
+    finally:
+        for (holder, _), size in zip(sizes, kept, strict=True):
+            holder.numel_unpadded = size
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """One for the experts' parameters and one for the others, if there are experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def keep_torch_adam_steps() -> None:

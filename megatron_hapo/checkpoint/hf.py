@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hapo.checkpoint.hf_reader import HfReader
-from megatron_hapo.model.build import first_layer
+from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
 from megatron_hapo.parallel import ParallelLayout
 
@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 
 
 def load_hf_weights(
-    model: GPTModel, shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
+    model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
 ) -> None:
     """Fill this rank's parameters; vocabulary padding becomes zero. Every rank calls it on its own.
 
@@ -32,8 +32,8 @@ def load_hf_weights(
     """
     reader = HfReader(folder, shape)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = reader.read(_place(name, model, shape, layout, layout.tp_rank))
+        for name, parameter in named_parameters(model):
+            value = reader.read(place_of(name, shape, layout))
             if value.shape != parameter.shape:
                 parameter.zero_()
             parameter[tuple(slice(size) for size in value.shape)].copy_(value)
@@ -42,7 +42,11 @@ def load_hf_weights(
 
 
 def hf_tensors(
-    model: GPTModel, shape: Shape, layout: ParallelLayout, *, select: Callable[[str], bool] = lambda name: True
+    model: Sequence[GPTModel],
+    shape: Shape,
+    layout: ParallelLayout,
+    *,
+    select: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole HF tensors of this pipeline stage, one at a time, on every tensor-parallel rank of it.
 
@@ -53,16 +57,16 @@ def hf_tensors(
         select: which Megatron parameters; the same answers on the ranks of a tp group.
     """
     sizes = hf_tensor_shapes(shape)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if name == "output_layer.weight" and shape.tied_embeddings:
             continue
         if not select(name):
             continue
-        cut = not is_expert(name) and _place(name, model, shape, layout, 0).axis is not None
+        cut = not is_expert(name) and place_of(name, shape, layout).axis is not None
         shards = _all_shards(parameter.detach(), layout) if cut else [parameter.detach()]
         wholes: dict[str, Tensor] = {}
         for rank, shard in enumerate(shards):
-            place = _place(name, model, shape, layout, rank)
+            place = place_of(name, shape, layout, tp_rank=rank)
             if place.axis is None:
                 yield place.runs[0].tensor, shard
                 break
@@ -75,7 +79,7 @@ def hf_tensors(
         yield from wholes.items()
 
 
-def spoken_tensors(model: GPTModel, shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
+def spoken_tensors(model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
     """hf_tensors that this rank is to write or send, so that each tensor of the model comes from one rank.
 
     Of its tensor- and data-parallel copies the first rank speaks; for an expert the first rank that holds it.
@@ -98,12 +102,13 @@ def _all_shards(local: Tensor, layout: ParallelLayout) -> list[Tensor]:
     return shards
 
 
-def _place(name: str, model: GPTModel, shape: Shape, layout: ParallelLayout, tp_rank: int) -> Placement:
+def place_of(name: str, shape: Shape, layout: ParallelLayout, *, tp_rank: int | None = None) -> Placement:
+    """Where a parameter of this rank, or of another rank of its tp group, lies; `name` as of `named_parameters`."""
     return placement(
         name,
         shape,
-        first_layer=first_layer(model),
-        tp_rank=tp_rank,
+        first_layer=0,
+        tp_rank=layout.tp_rank if tp_rank is None else tp_rank,
         tp_size=layout.tp_size,
         ep_rank=layout.ep_rank,
         ep_size=layout.ep_size,
@@ -111,7 +116,7 @@ def _place(name: str, model: GPTModel, shape: Shape, layout: ParallelLayout, tp_
 
 
 def write_stage(
-    model: GPTModel,
+    model: Sequence[GPTModel],
     shape: Shape,
     layout: ParallelLayout,
     folder: Path,

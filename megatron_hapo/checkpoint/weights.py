@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_hapo.parallel import ParallelLayout
 
 
 def load_weights(
-    model: GPTModel, shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
+    model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
 ) -> None:
     """Fill this rank's parameters from a model folder of either kind. All ranks call it together.
 
@@ -34,18 +35,30 @@ def load_weights(
     except (CheckpointingException, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:500]
         raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error
-    model.load_state_dict(state["model"])
+    set_weights(model, state["model"])
 
 
-def save_weights(model: GPTModel, layout: ParallelLayout, folder: Path) -> None:
+def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
     """Write a model without optimizer in torch_dist format; every rank its part."""
     use_plain_results_queue()
     dist_checkpointing.save({"model": sharded_weights(model, layout)}, str(folder))
 
 
-def sharded_weights(model: GPTModel, layout: ParallelLayout) -> dict[str, Any]:
-    """This rank's parameters with their places in the whole, as dist_checkpointing takes them."""
-    return model.sharded_state_dict(metadata={"dp_cp_group": layout.dp_cp_group})
+def sharded_weights(
+    model: Sequence[GPTModel], layout: ParallelLayout, *, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """This rank's parameters with their places in the whole, as dist_checkpointing takes them, chunk by chunk.
+
+    The file knows no chunks: each tensor is stored under its own name and place.
+    """
+    metadata = {"dp_cp_group": layout.dp_cp_group, **(metadata or {})}
+    return {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)}
+
+
+def set_weights(model: Sequence[GPTModel], state: Mapping[str, Any]) -> None:
+    """Take what was loaded for `sharded_weights`."""
+    for number, chunk in enumerate(model):
+        chunk.load_state_dict(state[str(number)])
 
 
 def use_plain_results_queue() -> None:

@@ -26,6 +26,7 @@ from megatron_hapo.checkpoint.folder import (
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.launch.rank import environment, rendezvous_file
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
+from megatron_hapo.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +115,8 @@ def check(job: Conversion) -> None:
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
     shape = read_shape(job.source)
-    faults = [f"--{name}: {message}" for name, message in layout_faults(shape, tp=job.tp, pp=job.pp, ep=job.ep)]
+    found = layout_faults(shape, tp=job.tp, pipeline=Pipeline(pp=job.pp), ep=job.ep)
+    faults = [f"--{name}: {message}" for name, message in found]
     is_megatron = is_megatron_folder(job.source)
     if job.direction == "megatron-to-hf" and not is_megatron:
         faults.append(f"{job.source}: no Megatron checkpoint (torch_dist)")
@@ -171,7 +173,8 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
     shape, (source_dtype, dtype) = read_shape(job.source), job.dtypes
     to_megatron = job.direction == "hf-to-megatron"
     model = build_model(shape, layout, dtype=getattr(torch, dtype if to_megatron else source_dtype))
-    local_bytes = sum(parameter.numel() for parameter in model.parameters()) * _BYTES[source_dtype]
+    num_local = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
+    local_bytes = num_local * _BYTES[source_dtype]
     with _progress(f"reading {job.source}", local_bytes, show=dist.get_rank() == 0) as progress:
         load_weights(model, shape, layout, job.source, progress=progress)
     target = partial_folder(job.target)
@@ -181,7 +184,7 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
     else:
-        own_bytes = sum(parameter.numel() for parameter in model.parameters()) * _BYTES[dtype] * layout.tp_size
+        own_bytes = num_local * _BYTES[dtype] * layout.tp_size
         with _progress(f"writing {job.target}", own_bytes, show=dist.get_rank() == 0) as progress:
             part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
         parts: list[Any] = [None] * dist.get_world_size()

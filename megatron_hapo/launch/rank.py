@@ -60,6 +60,9 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
     layout = parallel.initialize(
         tp=config.parallel.tp,
         pp=config.parallel.pp,
+        vpp=config.parallel.vpp,
+        first_stage_layers=config.parallel.first_stage_layers,
+        last_stage_layers=config.parallel.last_stage_layers,
         cp=config.parallel.cp,
         ep=config.parallel.ep,
         device=torch_device,

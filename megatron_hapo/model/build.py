@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,12 +21,24 @@ from megatron_hapo.parallel import ParallelLayout
 
 logger = logging.getLogger(__name__)
 
+Recompute = Literal["none", "selective", "full"]
+_LAYERS = "decoder.layers."
+
 
 def transformer_config(
-    shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: bool, te: bool
+    shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute, te: bool
 ) -> TransformerConfig:
     """Megatron's config of this model on this layout."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = _recompute_options(recompute, te=te)
+    pipeline = layout.pipeline
+    if pipeline.vpp > 1:
+        options |= {
+            "virtual_pipeline_model_parallel_size": pipeline.vpp,
+            # Else one message exchange carries activations and gradients, and where both neighbours of a stage are the
+            # same (pp = 2) Megatron 0.19.2 takes the shapes of the ones for those of the others.
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
     if shape.moe is not None:
         options |= {
             "num_moe_experts": shape.moe.num_experts,
@@ -39,8 +52,6 @@ def transformer_config(
             "expert_model_parallel_size": layout.ep_size,
             "expert_tensor_parallel_size": 1,
         }
-    if recompute:
-        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -61,7 +72,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp_size,
-        pipeline_model_parallel_size=layout.pp_size,
+        pipeline_model_parallel_size=pipeline.pp,
+        num_layers_in_first_pipeline_stage=pipeline.first_stage_layers,
+        num_layers_in_last_pipeline_stage=pipeline.last_stage_layers,
         context_parallel_size=layout.cp_size,
         sequence_parallel=sequence_parallel and layout.tp_size > 1,
         # Packed micro-batches differ in length; Megatron accepts that for dense models only with this dispatcher.
@@ -89,34 +102,61 @@ def build_model(
     *,
     dtype: torch.dtype,
     sequence_parallel: bool = True,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     spec: Literal["auto", "te", "local"] = "auto",
-) -> GPTModel:
-    """This rank's part of the model, with uninitialised weights, on the layout's device."""
+) -> list[GPTModel]:
+    """The chunks of the model that this rank holds, in the order of their layers, on the layout's device.
+
+    Their weights are uninitialised. It is one chunk unless the pipeline is interleaved.
+    """
     te = _use_transformer_engine(spec, layout.device)
     config = transformer_config(
         shape, layout, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute, te=te
     )
+    return [_build_chunk(shape, layout, config, te=te, chunk=chunk) for chunk in range(layout.pipeline.vpp)]
+
+
+def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig, *, te: bool, chunk: int) -> GPTModel:
+    vpp = layout.pipeline.vpp
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, shape, te),
+        transformer_layer_spec=_block_spec(config, shape, te, chunk),
         vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
         max_sequence_length=shape.max_positions,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.pp_rank == 0 and chunk == 0,
+        post_process=layout.is_last_stage and chunk == vpp - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_base,  # type: ignore[arg-type]  # annotated int, used as a number
+        vp_stage=chunk if vpp > 1 else None,
     )
     if shape.rope_scaling is not None:
         _scale_rope(model, shape.rope_scaling)
     return model.to(layout.device)
 
 
-def first_layer(model: GPTModel) -> int:
-    """Global index of the first layer that this rank holds."""
-    return get_transformer_layer_offset(model.config)
+def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Megatron's names and parameters of this rank's chunks; a layer has its number in the whole model."""
+    for chunk in model:
+        offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        for name, parameter in chunk.named_parameters():
+            if name.startswith(_LAYERS):
+                number, rest = name.removeprefix(_LAYERS).split(".", 1)
+                name = f"{_LAYERS}{offset + int(number)}.{rest}"
+            yield name, parameter
+
+
+def _recompute_options(recompute: Recompute, *, te: bool) -> dict[str, Any]:
+    match recompute:
+        case "none":
+            return {}
+        case "full":
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        case "selective":
+            # Transformer Engine's fused attention keeps no more than its inputs and output.
+            modules = ["mlp", "moe"] if te else ["core_attn", "mlp", "moe"]
+            return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
@@ -145,9 +185,9 @@ def _use_transformer_engine(spec: str, device: torch.device) -> bool:
     return te
 
 
-def _block_spec(config: TransformerConfig, shape: Shape, te: bool) -> Any:
-    """Specs of this stage's layers."""
-    first, number = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+def _block_spec(config: TransformerConfig, shape: Shape, te: bool, chunk: int) -> Any:
+    """Specs of a chunk's layers."""
+    first, number = get_transformer_layer_offset(config, chunk), get_num_layers_to_build(config, chunk)
     layer_spec = _te_layer_spec if te else _local_layer_spec
     layers = [layer_spec(config, experts=shape.has_experts(layer)) for layer in range(first, first + number)]
     if te:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from megatron_hapo.parallel import ParallelLayout
 
 
 @torch.no_grad()
-def logits_of(model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: list[list[int]]) -> list[Tensor] | None:
+def logits_of(
+    model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, sequences: list[list[int]]
+) -> list[Tensor] | None:
     """Logits of token sequences, packed into one micro-batch. Every rank calls it with the same sequences.
 
     Returns:
@@ -38,18 +41,21 @@ def logits_of(model: GPTModel, shape: Shape, layout: ParallelLayout, sequences: 
         )
         return output, lambda logits, non_loss_data=False: logits
 
-    model.eval()
+    for chunk in model:
+        chunk.eval()
     collected = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(()),
-        model=model,
-        num_microbatches=1,
+        data_iterator=[iter(()) for _ in model],
+        model=list(model),
+        # The interleaved schedule wants as many as there are stages: they are all the same one.
+        num_microbatches=layout.pp_size if len(model) > 1 else 1,
         seq_length=len(tokens),
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    model.train()
+    for chunk in model:
+        chunk.train()
     if not layout.is_last_stage:
         return None
     local = collected[0][0].contiguous()

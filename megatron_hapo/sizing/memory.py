@@ -108,7 +108,7 @@ def _stage_memory(
 ) -> TrainerMemory:
     parameters = stage_parameters(shape, layout, stage)
     sharded = optimizer_elements(shape, layout, stage)
-    in_flight = min(layout.pp - stage, num_microbatches or layout.pp)
+    in_flight = microbatches_in_flight(layout, stage, num_microbatches)
     last = stage == layout.pp - 1
     return TrainerMemory(
         weights=layout.bytes_per_parameter * parameters.total,
@@ -121,6 +121,17 @@ def _stage_memory(
         sync_buckets=sync_bytes(shape, layout, bucket_bytes=bucket_bytes),
         reserve=FIXED_RESERVE_BYTES + round(FRAGMENTATION * gpu_bytes) if gpu_bytes else 0,
     )
+
+
+def microbatches_in_flight(layout: Layout, stage: int, num_microbatches: int | None = None) -> float:
+    """Micro-batches whose activations a stage holds at its peak: whole ones, or, interleaved, vpp-ths of them.
+
+    A stage's forward passes before its first backward pass, and one more: Megatron's `get_pp_rank_microbatches`.
+    """
+    chunks = layout.pp - stage
+    if layout.vpp > 1:
+        chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks / layout.vpp, num_microbatches or chunks)
 
 
 def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
@@ -161,10 +172,11 @@ def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:
     return bucket_bytes + (2 if layout.tp > 1 else 1) * largest
 
 
-def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: int, spec: Spec) -> int:
+def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: float, spec: Spec) -> int:
     """At the peak of a stage that has `in_flight` micro-batches between their forward and their backward pass.
 
-    With full recomputation every layer keeps its input, and one layer at a time has all of its activations.
+    With full recomputation every layer keeps its input, and one layer at a time has all of its activations. With
+    selective recomputation that is so of its feed-forward block, and of the inner part of an unfused attention.
     """
     tokens = layout.tokens_per_rank
     layers = stage_layers(shape, layout, stage)
@@ -175,6 +187,9 @@ def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: int
     ends = residual * (stage == 0) + _norm(h, w, spec) / layout.sequence_shards * (stage == layout.pp - 1)
     if layout.recompute == "full":
         kept, working = residual * len(layers) + ends, max(saved) + temporary
+    elif layout.recompute == "selective":
+        again = [recomputed_bytes(shape, layout, layer, spec=spec) for layer in layers]
+        kept, working = sum(saved) - sum(again) + ends, max(again) + temporary
     else:
         kept, working = sum(saved) + ends, temporary
     return round(tokens * (in_flight * kept + working))
@@ -205,6 +220,23 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
         return hidden + attention + w * units * shape.ffn_size / tp
     routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h + units * moe.ffn_size / tp)
     return hidden + attention + routed + 8 * moe.num_experts / layout.sequence_shards
+
+
+def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
+    """What selective recomputation need not keep of one token of a layer, out of `layer_activation_bytes`."""
+    w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.tp
+    fused, moe = spec == "te", experts(shape, layer)
+    units = 3 if fused else 5
+    if moe is None:
+        block = w * units * shape.ffn_size / tp
+    else:
+        block = moe.top_k * EXPERT_IMBALANCE * w * (2 * h + units * moe.ffn_size / tp)
+        block += 8 * moe.num_experts / layout.sequence_shards
+    q = shape.num_heads * shape.head_dim / tp
+    # Queries, keys and values are its inputs, of which padded copies are made; its output is kept as o_proj's input.
+    k = shape.num_kv_heads * shape.head_dim / tp
+    padding = PADDING_OF_GROUPS if spec == "local" else 1.0
+    return block + (0 if fused else w * padding * (2 * q + 2 * k))
 
 
 def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
+from megatron_hapo.pipeline import Pipeline
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +19,17 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    """Chunks of a pipeline stage."""
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     cp: int = 1
     ep: int = 1
     """Experts are dealt out over so many of the dp x cp ranks; an expert is cut over tp like all else."""
     dp: int = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
-    recompute: Literal["none", "full"] = "none"
+    recompute: Recompute = "none"
     tokens_per_microbatch: int = 16384
     """Of one data-parallel rank, before context parallelism cuts it."""
     bytes_per_parameter: int = 2
@@ -30,6 +38,15 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(
+            pp=self.pp,
+            vpp=self.vpp,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
 
     @property
     def tokens_per_rank(self) -> int:
@@ -53,6 +70,7 @@ class Parameters:
         return self.dense + self.expert
 
 
+@lru_cache(maxsize=1024)
 def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
     """Parameters of a rank of a pipeline stage, as Megatron allocates them.
 
@@ -80,10 +98,10 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
 def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
     """The layers of a pipeline stage."""
-    number = shape.num_layers // layout.pp
-    return range(stage * number, (stage + 1) * number)
+    return [layer for chunk in layout.pipeline.chunks(shape.num_layers, stage) for layer in chunk]
 
 
+@lru_cache(maxsize=64)
 def model_parameters(shape: Shape) -> int:
     """Of the whole model, without padding and copies."""
     return stage_parameters(shape, Layout(), 0).total
@@ -96,11 +114,15 @@ def experts(shape: Shape, layer: int) -> MoeShape | None:
 
 def active_parameters(shape: Shape, layer: int) -> int:
     """Parameters of one layer that one token meets in a matrix multiplication."""
-    attention = _attention(shape, 1)
+    return _attention(shape, 1) + feed_forward_parameters(shape, layer)
+
+
+def feed_forward_parameters(shape: Shape, layer: int) -> int:
+    """Those of them in the feed-forward block, or in the router and the chosen experts."""
     moe = experts(shape, layer)
     if moe is None:
-        return attention + 3 * shape.hidden_size * shape.ffn_size
-    return attention + shape.hidden_size * (moe.num_experts + 3 * moe.top_k * moe.ffn_size)
+        return 3 * shape.hidden_size * shape.ffn_size
+    return shape.hidden_size * (moe.num_experts + 3 * moe.top_k * moe.ffn_size)
 
 
 def _attention(shape: Shape, tp: int) -> int:

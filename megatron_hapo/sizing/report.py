@@ -81,9 +81,11 @@ def _memory_table(plans: Sequence[Plan]) -> Table:
 
 
 def short(layout: Layout) -> str:
-    """tp2 dp12: the sizes above one."""
-    sizes = [f"{name}{size}" for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1]
-    return " ".join(sizes) or "dp1"
+    """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven."""
+    sizes = {name: str(size) for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1}
+    if layout.first_stage_layers is not None:
+        sizes["pp"] += f"[{layout.first_stage_layers}..{layout.last_stage_layers}]"
+    return " ".join(f"{name}{size}" for name, size in sizes.items()) or "dp1"
 
 
 def title(cluster: Cluster) -> str:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import Shape
+from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.sizing.memory import GIB, EngineMemory, Spec, TrainerMemory, engine_memory, trainer_memory
-from megatron_hapo.sizing.parameters import Layout, experts, model_parameters
+from megatron_hapo.sizing.parameters import Layout, Recompute, experts, model_parameters
 from megatron_hapo.sizing.throughput import (
     Gpu,
     StepTime,
@@ -22,6 +23,7 @@ from megatron_hapo.sizing.throughput import (
 )
 
 Placement = Literal["disaggregated", "colocated"]
+MOST_UNEVEN_STAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Limits:
     """What the plan may use, as the config knows it."""
 
     max_cp: int = 1
-    recompute: tuple[Literal["none", "full"], ...] = ("none", "full")
+    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -96,11 +98,14 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                 if nearest is None or memory.total < nearest[0]:
                     nearest = (memory.total, f"{describe(layout)}: {reason}")
                 continue
+            training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
             for rollout_tp, engine, running in engines:
                 left = cluster.gpus if cluster.placement == "colocated" else cluster.gpus - trainer_gpus
                 if left < rollout_tp:
                     continue
-                plan = _plan(shape, workload, cluster, layout, memory, rollout_tp, engine, running, left // rollout_tp)
+                plan = _plan(
+                    shape, workload, cluster, layout, memory, training, rollout_tp, engine, running, left // rollout_tp
+                )
                 key = (layout.tp, layout.pp, layout.cp, layout.ep, rollout_tp)
                 if key not in best or plan.time.total < best[key].time.total:
                     best[key] = plan
@@ -114,7 +119,12 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
 
 def describe(layout: Layout) -> str:
     """tp=2 pp=1 cp=1 ep=1 dp=4, 16384 tokens, recompute none."""
-    sizes = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "cp", "ep", "dp"))
+    pipeline = f"pp={layout.pp}"
+    if layout.vpp > 1:
+        pipeline += f" vpp={layout.vpp}"
+    if layout.first_stage_layers is not None:
+        pipeline += f" ({layout.first_stage_layers} layers in the first stage, {layout.last_stage_layers} in the last)"
+    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp} ep={layout.ep} dp={layout.dp}"
     return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}"
 
 
@@ -133,13 +143,14 @@ def _plan(
     cluster: Cluster,
     layout: Layout,
     memory: TrainerMemory,
+    training: tuple[float, float, float],
     rollout_tp: int,
     engine: EngineMemory,
     running: int,
     engines: int,
 ) -> Plan:
     gpu = cluster.gpu
-    score, update, bubble = train_seconds(shape, layout, workload, gpu, nvlink_size=cluster.nvlink_size)
+    score, update, bubble = training
     # Scoring is one forward pass, an update a forward and a backward pass, which is twice as much.
     useful = 4 * model_flops(
         shape,
@@ -207,7 +218,8 @@ def _layouts(
         if fault := _tp_fault(shape, tp):
             rejections.append(Rejection(f"tp={tp}", fault))
             continue
-        for pp, cp in itertools.product(_divisors(shape.num_layers), _powers_of_two(limits.max_cp)):
+        for pipeline, cp in itertools.product(_pipelines(shape.num_layers), _powers_of_two(limits.max_cp)):
+            pp = pipeline.pp
             if gpus % (tp * pp * cp):
                 continue
             dp = gpus // (tp * pp * cp)
@@ -218,11 +230,27 @@ def _layouts(
             for ep in _powers_of_two(dp) if moe else [1]:
                 if dp % ep or (moe and moe.num_experts % ep):
                     continue
-                grid = Layout(tp=tp, pp=pp, cp=cp, ep=ep, dp=dp, bytes_per_parameter=limits.bytes_per_parameter)
+                grid = Layout(
+                    tp=tp, **vars(pipeline), cp=cp, ep=ep, dp=dp, bytes_per_parameter=limits.bytes_per_parameter
+                )
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
                     budget = -(-factor * workload.longest // 1024) * 1024
                     yield replace(grid, tokens_per_microbatch=budget, recompute=recompute)
+
+
+def _pipelines(num_layers: int) -> Iterator[Pipeline]:
+    """Equal stages, interleaved or not; where layers do not split, fewer in the first and the last stage."""
+    for pp in sorted({*_divisors(num_layers), *_powers_of_two(min(num_layers, MOST_UNEVEN_STAGES))}):
+        if num_layers % pp == 0:
+            yield from (
+                Pipeline(pp=pp, vpp=vpp) for vpp in (1, 2, 4) if vpp == 1 or (pp > 1 and num_layers % (pp * vpp) == 0)
+            )
+            continue
+        middle = -(-num_layers // pp)
+        ends = num_layers - (pp - 2) * middle
+        if ends >= 2:
+            yield Pipeline(pp=pp, first_stage_layers=ends // 2, last_stage_layers=ends - ends // 2)
 
 
 def _microbatches(workload: Workload, layout: Layout) -> int:

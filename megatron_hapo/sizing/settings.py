@@ -23,7 +23,8 @@ MEAN_OVER_MAX = 0.25
 """Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
 tokens in the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
-PLANNED_SIZES = ("tp", "pp", "cp", "ep", "dp")
+PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "ep", "dp")
+UNEVEN_STAGES = ("first_stage_layers", "last_stage_layers")
 
 
 def layout_of(config: Config) -> Layout:
@@ -32,6 +33,7 @@ def layout_of(config: Config) -> Layout:
     known = ParallelConfig.model_fields.keys() & set(PLANNED_SIZES)
     return Layout(
         **{name: getattr(config.parallel, name) for name in known},
+        **{name: getattr(config.parallel, name) for name in UNEVEN_STAGES},
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         recompute=config.trainer.recompute,
@@ -69,10 +71,8 @@ def limits_of(config: Config) -> Limits:
 
 
 def recompute_choices() -> tuple[Any, ...]:
-    """Those of the config that the memory model knows."""
-    return tuple(
-        name for name in get_args(TrainerConfig.model_fields["recompute"].annotation) if name in {"none", "full"}
-    )
+    """Those of the config."""
+    return get_args(TrainerConfig.model_fields["recompute"].annotation)
 
 
 def spec_here(config: Config) -> Spec:
@@ -93,7 +93,11 @@ def plan_settings(plan: Plan) -> dict[str, Any]:
     layout = plan.layout
     sizes = [name for name in PLANNED_SIZES if name in ParallelConfig.model_fields]
     return {
-        "parallel": {**{name: getattr(layout, name) for name in sizes}, "sequence_parallel": layout.sequence_parallel},
+        "parallel": {
+            **{name: getattr(layout, name) for name in sizes},
+            **{name: value for name in UNEVEN_STAGES if (value := getattr(layout, name)) is not None},
+            "sequence_parallel": layout.sequence_parallel,
+        },
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
         "rollout": {"engines": plan.engines, "tp": plan.rollout_tp},
     }

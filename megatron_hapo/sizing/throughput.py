@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing.memory import kv_bytes_per_token
-from megatron_hapo.sizing.parameters import Layout, active_parameters, experts, stage_layers, stage_parameters
+from megatron_hapo.sizing.parameters import (
+    Layout,
+    active_parameters,
+    experts,
+    feed_forward_parameters,
+    stage_layers,
+    stage_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,7 @@ class StepTime:
         return self.generate + self.log_probs + self.update + self.sync
 
 
+@lru_cache(maxsize=256)
 def model_flops(shape: Shape, *, tokens: float, length: float, response_share: float) -> float:
     """Operations of a forward pass: 2 for each weight a token meets, 2 L q a layer for causal attention, the head."""
     layers = sum(
@@ -129,18 +138,29 @@ def train_seconds(
     """Seconds of scoring and of all updates of a step, and the bubble's share of an update."""
     tokens_of_rank = workload.responses_per_minibatch * workload.mean_tokens / layout.dp
     microbatches = max(1, math.ceil(tokens_of_rank / layout.tokens_per_microbatch))
+    if layout.vpp > 1:  # taken in groups of as many as there are stages
+        microbatches = math.ceil(microbatches / layout.pp) * layout.pp
     tokens = tokens_of_rank / microbatches
     forward = [
         _stage_forward_seconds(shape, layout, workload, gpu, stage, tokens, nvlink_size) for stage in range(layout.pp)
     ]
-    slots = microbatches + layout.pp - 1
-    backward_factor = 3 if layout.recompute == "full" else 2
-    update = slots * max(forward) * (1 + backward_factor)
+    fill = (layout.pp - 1) / layout.vpp
+    slots = microbatches + fill
+    update = slots * max(forward) * (3 + _recomputed_share(shape, layout))
     update += _gradient_seconds(shape, layout, gpu, nvlink_size)
     # Scoring takes the whole step's responses at once, so that its pipeline fills only once.
-    score = (workload.minibatches * microbatches + layout.pp - 1) * max(forward)
+    score = (workload.minibatches * microbatches + fill) * max(forward)
     busy = microbatches * sum(forward) / len(forward)
     return score, workload.minibatches * update, 1 - busy / (slots * max(forward))
+
+
+def _recomputed_share(shape: Shape, layout: Layout) -> float:
+    """Of a forward pass, what the backward pass does again; of selective recomputation the feed-forward blocks."""
+    if layout.recompute != "selective":
+        return 1.0 if layout.recompute == "full" else 0.0
+    layers = range(shape.num_layers)
+    blocks = sum(feed_forward_parameters(shape, layer) for layer in layers)
+    return blocks / sum(active_parameters(shape, layer) for layer in layers)
 
 
 def _stage_forward_seconds(
@@ -173,7 +193,7 @@ def _stage_forward_seconds(
         rows = tokens * workload.mean_response_tokens / workload.mean_tokens
         seconds += 2 * rows * h * shape.vocab_size / shards / (MATMUL_EFFICIENCY * gpu.flops)
     if layout.pp > 1:
-        seconds += local * h * w / layout.sequence_shards / _link(gpu, layout.world_size, nvlink_size)
+        seconds += layout.vpp * local * h * w / layout.sequence_shards / _link(gpu, layout.world_size, nvlink_size)
     return seconds
 
 
@@ -194,6 +214,7 @@ def _link(gpu: Gpu, ranks: int, nvlink_size: int) -> float:
     return LINK_EFFICIENCY * (gpu.nvlink_bandwidth if ranks <= nvlink_size else gpu.network_bandwidth)
 
 
+@lru_cache(maxsize=256)
 def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, engines: int, running: int) -> float:
     """Seconds until the last response is done.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hapo.errors import ConfigError
+from megatron_hapo.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def read_shape(model_path: Path) -> Shape:
     return FAMILIES[family](config)
 
 
-def layout_faults(shape: Shape, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[tuple[str, str]]:
-    """Why the model does not split over a layout: ("tp", "pp" or "ep", what is wrong); nothing where it does."""
+def layout_faults(
+    shape: Shape, *, tp: int = 1, ep: int = 1, pipeline: Pipeline | None = None
+) -> Iterator[tuple[str, str]]:
+    """Why the model does not split over a layout: (name of the size, what is wrong); nothing where it does."""
     sizes = {
         "attention heads": shape.num_heads,
         "key-value heads": shape.num_kv_heads,
@@ -89,8 +92,7 @@ def layout_faults(shape: Shape, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Ite
     for what, size in sizes.items():
         if size % tp:
             yield "tp", f"{size} {what} do not split over tp={tp}"
-    if shape.num_layers % pp:
-        yield "pp", f"{shape.num_layers} layers do not split over pp={pp}"
+    yield from (pipeline or Pipeline()).faults(shape.num_layers)
     if shape.moe is None and ep > 1:
         yield "ep", f"ep={ep}, but the model has no experts (model_type {shape.family})"
     if shape.moe is not None and shape.moe.num_experts % ep:
