@@ -41,6 +41,7 @@ _EXIT_FAULT = 2
 _EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
 _END_SECONDS = 60.0
+_RENDEZVOUS_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 _RAY_HEAD = "ray/head"
 
@@ -106,8 +107,18 @@ def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> Non
     try:
         _drive(config, TorchrunLauncher(config, place, device, address, run_store, watch, end))
     except BaseException as error:
-        leave(end.because(error))
+        code = end.because(error)
+        _wait_for_rendezvous(place)
+        leave(code)
     watch.close()
+
+
+def _wait_for_rendezvous(place: Place) -> None:
+    """Where torchrun will restart: it counts an agent that was killed among the living for 15 s, and whoever comes back
+    sooner is given it as a partner and fails."""
+    restarts_left = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) - int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if place.num_nodes > 1 and restarts_left > 0:
+        time.sleep(_RENDEZVOUS_SECONDS)
 
 
 class _End:
@@ -164,10 +175,10 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
             watch.fail(error)
         while thread.is_alive() and not watch.failed.wait(_POLL_SECONDS):
             pass
-    if watch.told_by_another:
-        leave(_EXIT_FAILED)
     if watch.error is not None:
-        leave(_tell(watch.error))
+        code = _EXIT_FAILED if watch.told_by_another else _tell(watch.error)
+        _wait_for_rendezvous(place)
+        leave(code)
     watch.close()
 
 
