@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from megatron_hapo.config import Config, dump_config
+from tests.test_loop import is_timed
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": None, "RAY_ADDRESS": None}
@@ -110,10 +111,7 @@ def metrics_of(config: Config) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without what the clock makes different."""
     path = config.run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per_second"))}
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if not is_timed(name)} for row in rows]
 
 
 def kill_hard(process: psutil.Process | subprocess.Popen[bytes]) -> None:
