@@ -242,8 +242,7 @@ def test_failed_updates_raise_and_leave_the_engine_alive(engine, reference):
     engine.begin_weight_update()
     with pytest.raises(WeightSyncError, match=f"loading {name}"):
         engine.load_bucket(bucket)
-    with pytest.raises(WeightSyncError, match="already open"):
-        engine.begin_weight_update()
+    engine.begin_weight_update()  # anew
     load(engine, reference.state_dict())  # SGLang may have written part of the tensor
     engine.end_weight_update(0)
     assert_greedy_equals(engine, reference)
