@@ -90,12 +90,7 @@ class ParallelConfig(Section):
 
     @property
     def pipeline(self) -> Pipeline:
-        return Pipeline(
-            pp=self.pp,
-            vpp=self.vpp,
-            first_stage_layers=self.first_stage_layers,
-            last_stage_layers=self.last_stage_layers,
-        )
+        return Pipeline.of(self)
 
 
 class TrainerConfig(Section):

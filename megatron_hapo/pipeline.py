@@ -6,7 +6,7 @@ Megatron's rule (0.19.2, `get_num_layers_to_build`, `get_transformer_layer_offse
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,11 @@ class Pipeline:
     """Layers of the first stage, where it has not as many as the others (it holds the embedding too)."""
     last_stage_layers: int | None = None
     """The same of the last stage (it holds the output head)."""
+
+    @classmethod
+    def of(cls, sizes: object) -> Pipeline:
+        """From what has these settings among others."""
+        return cls(**{field.name: getattr(sizes, field.name) for field in fields(cls)})
 
     def chunks(self, num_layers: int, stage: int) -> list[range]:
         """The layers of each chunk of a stage; `faults` must be empty."""

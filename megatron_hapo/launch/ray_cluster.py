@@ -153,7 +153,7 @@ def connected(address: str, *, ip: str) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, _node_ip_address=ip, **options)
-    except Exception as error:
+    except Exception as error:  # Ray raises all sorts
         reason = " ".join(str(error).split())
         raise RolloutError(f"cannot join Ray at {address}: {type(error).__name__}: {reason}") from error
     try:

@@ -99,7 +99,7 @@ def main() -> int:
     except FaultError as fault:
         print(json.dumps({"fault": str(fault)}), file=answer, flush=True)
         return 1
-    except Exception as error:
+    except Exception as error:  # whatever it is, the rank is told
         reason = " ".join(str(error).split())
         fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": "timed out" in reason}
         print(json.dumps(fault), file=answer, flush=True)

@@ -171,7 +171,7 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
             if place.local_rank == 0:
                 _prepare_ray(place, orders["token"])
                 _join_ray(stack, place, config, device, address, store, watch)
-        except Exception as error:
+        except Exception as error:  # whatever it is, all ranks are told, and this one ends with it below
             watch.fail(error)
         while thread.is_alive() and not watch.failed.wait(_POLL_SECONDS):
             pass

@@ -42,12 +42,7 @@ class Layout:
 
     @property
     def pipeline(self) -> Pipeline:
-        return Pipeline(
-            pp=self.pp,
-            vpp=self.vpp,
-            first_stage_layers=self.first_stage_layers,
-            last_stage_layers=self.last_stage_layers,
-        )
+        return Pipeline.of(self)
 
     @property
     def tokens_per_rank(self) -> int:
