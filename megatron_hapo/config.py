@@ -385,6 +385,14 @@ class LaunchConfig(Section):
     """The run fails if ranks, Ray nodes or room for the engines take longer to come."""
 
 
+class ProfileConfig(Section):
+    """Where the time of a step goes; see docs/profiling.md."""
+
+    steps: tuple[PositiveInt, ...] = ()
+    """Steps that are traced into `profile/step_*` of the run folder: the operators of every trainer rank, and the whole
+    step over all processes. They take longer than others."""
+
+
 class Config(Section):
     """One run."""
 
@@ -410,6 +418,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     launch: LaunchConfig = LaunchConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def run_dir(self) -> Path:

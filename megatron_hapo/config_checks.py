@@ -76,6 +76,8 @@ def contradictions(config: Config) -> Iterator[Fault]:
         yield Fault("rollout.ep", f"must be 1 or rollout.tp={rollout.tp}, got {rollout.ep}", ("rollout.tp",))
     elif rollout.ep > 1 and config.device == "cpu":
         yield Fault("rollout.ep", f"must be 1 with device=cpu, got {rollout.ep}: SGLang has no kernel", ("device",))
+    if beyond := [step for step in config.profile.steps if step > config.steps]:
+        yield Fault("profile.steps", f"must be steps of the run, 1 to steps={config.steps}, got {beyond}", ("steps",))
     ports = config.launch.ray_worker_ports
     if ports is not None and ports[1] - ports[0] + 1 < 10 + rollout.engines:
         yield Fault(

@@ -20,6 +20,7 @@ from megatron_hapo.prepare import (
     with_advantages,
     with_scores,
 )
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.rollout import collect_groups, staleness
@@ -42,6 +43,7 @@ class Driver:
     logger: MetricsLogger
     checkpoints: Checkpoints
     utilization: Utilization
+    profiler: StepProfiler
     stats: EntropyStats | None = None
     """Of the previous step, for the sampler; None before the first, which samples at the base temperature."""
     stop_requested: bool = False
@@ -59,18 +61,18 @@ class Driver:
         rollouts = RolloutSource(self._generation, ahead=config.overlap.max_staleness, last_step=config.steps)
         while step < config.steps and not self.stop_requested:
             step += 1
-            clock = StepClock()
-            metrics = self.train_step(step, rollouts, clock)
-            if self._evaluates(step):
-                with clock("eval"):
-                    metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                with clock("checkpoint"):
-                    self._save(step)
-            if config.checkpoint.hf_every and step % config.checkpoint.hf_every == 0:
-                with clock("checkpoint"):
-                    self.trainer.export_hf(config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
-            metrics |= clock.metrics()
+            with self.profiler.clock(step) as clock:
+                metrics = self.train_step(step, rollouts, clock)
+                if self._evaluates(step):
+                    with clock("eval"):
+                        metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
+                if config.checkpoint.every and step % config.checkpoint.every == 0:
+                    with clock("checkpoint"):
+                        self._save(step)
+                if config.checkpoint.hf_every and step % config.checkpoint.hf_every == 0:
+                    with clock("checkpoint"):
+                        self.trainer.export_hf(config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
+                metrics |= clock.metrics()
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
         if self._saved_step != step:

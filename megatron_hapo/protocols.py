@@ -11,6 +11,7 @@ from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBat
 if TYPE_CHECKING:
     from megatron_hapo.resharding.plan import Parameter, SendingTask
     from megatron_hapo.resharding.transfer import Transfer
+    from megatron_hapo.spans import Timeline
     from sglang_ext.receive import Request
 
 
@@ -55,6 +56,14 @@ class Trainer(Protocol):
         """The policy as a Hugging Face folder."""
         ...
 
+    def start_profile(self) -> None:
+        """Every rank begins to trace its operators and to record what it is asked to do."""
+        ...
+
+    def finish_profile(self, folder: Path) -> list[Timeline]:
+        """Every rank ends that, and writes its operators into the folder; what each did."""
+        ...
+
 
 class RolloutPool(Protocol):
     """All rollout engines."""
@@ -85,6 +94,14 @@ class RolloutPool(Protocol):
 
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
         """Compare with the checksums, if there are any, and then, on all engines alike, take the new version."""
+        ...
+
+    def start_profile(self) -> None:
+        """Every engine begins to record what it is asked to do."""
+        ...
+
+    def finish_profile(self) -> list[Timeline]:
+        """What each engine did."""
         ...
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +17,7 @@ import ray
 import torch
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
-from megatron_hapo.config import Config
+from megatron_hapo.config import Config, ProfileConfig
 from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
@@ -24,6 +26,7 @@ from megatron_hapo.launch.run import local_ray
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling
@@ -121,6 +124,9 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
             utilization=Utilization(config=config, shape=read_shape(config.model.path), peak_flops=None),
+            profiler=StepProfiler(
+                config.profile.steps, config.run_dir / "profile", trainer=trainer, pool=recorder, rewards=rewards
+            ),
         )
         driver.run()
         yield {
@@ -138,8 +144,9 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
 def trained(
     request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """Two steps on one layout, and the exported model."""
+    """Two steps on one layout, the second of them profiled, and the exported model."""
     config = make_config(tiny_qwen3, tmp_path_factory.mktemp("runs"), request.param)
+    config = config.model_copy(update={"profile": ProfileConfig(steps=(2,))})
     with finished_run(config, pool) as run:
         run["trainer"].export_hf(config.run_dir / "hf")
         yield run
@@ -151,8 +158,6 @@ def is_timed(metric: str) -> bool:
 
 
 def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
-    import json
-
     lines = (trained["config"].run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -234,6 +239,47 @@ def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
         after |= load_file(path)
     assert after.keys() == before.keys()
     assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_profiled_step_is_traced_over_all_processes(trained: dict[str, Any]) -> None:
+    config = trained["config"]
+    (folder,) = (config.run_dir / "profile").iterdir()
+    assert_step_is_traced(folder, config)
+    for rank in range(config.parallel.world_size):
+        events = read_trace(folder / f"trainer_rank_{rank:05d}.json.gz")
+        assert {"log_probs", "update", "aten::mm"} <= {event.get("name") for event in events}
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    return json.loads(gzip.open(path).read())["traceEvents"]
+
+
+def assert_step_is_traced(folder: Path, config: Config) -> None:
+    """Every process has its row, and what it did lies within the stage of the driver that asked for it."""
+    events = read_trace(folder / "step.json.gz")
+    rows = {e["pid"]: e["args"]["name"].partition(" (")[0] for e in events if e["name"] == "process_name"}
+    ranks = [f"trainer rank {rank}" for rank in range(config.parallel.world_size)]
+    engines = [f"engine {index}" for index in range(config.rollout.engines)]
+    workers = [f"reward worker {index}" for index in range(config.reward.workers)]
+    assert list(rows.values()) == ["driver", *ranks, *engines, *workers]
+    spans = [(rows[e["pid"]], e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+    stages = [(name, begin, end) for row, name, begin, end in spans if row == "driver"]
+    assert {name for name, _, _ in stages} >= {"rollout", "reward", "log_probs", "update", "weight_sync"}
+    where = {
+        "generate": ("rollout", "eval"),
+        "score": ("reward", "eval"),
+        **{name: (name,) for name in ("log_probs", "update")},
+        "save_checkpoint": ("checkpoint",),
+    }
+    for row, name, begin, end in (span for span in spans if span[0] != "driver"):
+        stage = where.get(name, ("weight_sync",))
+        assert any(s in stage and b <= begin <= end <= e for s, b, e in stages), (row, name, begin, end)
+    done = {row: {name for r, name, _, _ in spans if r == row} for row in rows.values()}
+    for rank in ranks:
+        assert done[rank] >= {"log_probs", "update", "send_weights"}
+    for engine in engines:
+        assert done[engine] == {"generate", "receive_weights", "verify", "end_weight_update"}
+    assert all(done[worker] == {"score"} for worker in workers)
 
 
 @pytest.mark.parametrize("trained", [{"tp": 2}], indirect=True)

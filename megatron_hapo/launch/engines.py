@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.remote import gather
+from megatron_hapo.spans import SpanRecorder, Timeline, recorded
 from megatron_hapo.types import Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext.receive import Request
 
@@ -26,7 +27,7 @@ class EngineActor:
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
-        self._index = index
+        self._index, self.spans = index, SpanRecorder(f"engine {index}")
         self._engine = Engine(
             EngineConfig(
                 model_path=config.model.path.absolute(),
@@ -46,6 +47,7 @@ class EngineActor:
     def ready(self) -> None:
         """Answers once the engine has started and proved its hook."""
 
+    @recorded
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
         return self._engine.generate(prompts, sampling)
 
@@ -53,10 +55,12 @@ class EngineActor:
         self._checksums = {}
         self._engine.begin_weight_update()
 
+    @recorded
     def load_bucket(self, bucket: WeightBucket) -> None:
         self._engine.load_bucket(bucket)
         self._checksums |= bucket.checksums or {}
 
+    @recorded
     def end_weight_update(self, policy_version: int) -> None:
         self.verify(self._checksums)
         self._engine.end_weight_update(policy_version)
@@ -67,11 +71,13 @@ class EngineActor:
     def prepare_receiving(self, plans: Sequence[str]) -> None:
         self._engine.prepare_receiving(plans)
 
+    @recorded
     def receive_weights(self, request: Request) -> None:
         self.begin_weight_update()
         with self._named():
             self._engine.receive_weights(request)
 
+    @recorded
     def verify(self, checksums: dict[str, list[int]]) -> None:
         if checksums:
             with self._named():
@@ -84,6 +90,12 @@ class EngineActor:
             yield
         except WeightSyncError as error:
             raise WeightSyncError(f"engine {self._index}: {error}") from error
+
+    def start_profile(self) -> None:
+        self.spans.start()
+
+    def finish_profile(self) -> Timeline:
+        return self.spans.finish()
 
     def shutdown(self) -> None:
         self._engine.shutdown()
@@ -201,6 +213,12 @@ class RayRolloutPool:
         if self._plans:
             self._prepare(dead)
         return dead
+
+    def start_profile(self) -> None:
+        self._all(lambda engine: engine.start_profile.remote(), "starting the profile", RolloutError)
+
+    def finish_profile(self) -> list[Timeline]:
+        return self._all(lambda engine: engine.finish_profile.remote(), "finishing the profile", RolloutError)
 
     def close(self) -> None:
         for engine in self._engines:

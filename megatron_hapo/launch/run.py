@@ -26,6 +26,7 @@ from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.rehearsal import Finding, rehearse
 from megatron_hapo.report import write_report
@@ -107,6 +108,10 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
                 config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(_device(config))
+            ),
+            profiler=StepProfiler(
+                config.profile.steps, config.run_dir.absolute() / "profile",
+                trainer=parts.trainer, pool=parts.pool, rewards=parts.rewards,
             ),
             trainer=parts.trainer, pool=parts.pool, weight_sync=parts.weight_sync, rewards=parts.rewards,
         )  # fmt: skip
