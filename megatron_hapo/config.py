@@ -76,8 +76,11 @@ class ParallelConfig(Section):
     dp: PositiveInt = 1
     """Data parallel size."""
     ep: PositiveInt = 1
-    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many of the tp x dp ranks
-    of a pipeline stage; within such a group each expert stands on one rank, whole."""
+    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many groups of the tp x dp
+    ranks of a pipeline stage."""
+    etp: PositiveInt = 1
+    """Expert tensor parallel size: each expert is cut over so many neighbouring ranks of a tp group, which then share
+    its tokens too. 1 leaves experts whole: small ones compute faster so, and need ep for the memory."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
     gpu_memory: Annotated[str, AfterValidator(_byte_size)] | None = None

@@ -32,11 +32,14 @@ def contradictions(config: Config) -> Iterator[Fault]:
         for name, none in (("vpp", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
             if (given := getattr(parallel, name)) != none:
                 yield Fault(f"parallel.{name}", f"needs parallel.pp of at least 2, got {given}", ("parallel.pp",))
-    if parallel.tp * parallel.dp % parallel.ep:
+    if parallel.tp % parallel.etp:
+        yield Fault("parallel.etp", f"must divide parallel.tp={parallel.tp}, got {parallel.etp}", ("parallel.tp",))
+    elif parallel.tp * parallel.dp % (parallel.etp * parallel.ep):
         yield Fault(
             "parallel.ep",
-            f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
-            ("parallel.tp", "parallel.dp"),
+            f"must divide parallel.tp * parallel.dp / parallel.etp = {parallel.tp * parallel.dp // parallel.etp}, "
+            f"got {parallel.ep}",
+            ("parallel.tp", "parallel.dp", "parallel.etp"),
         )
     if config.trainer.quantization != "none" and config.trainer.dtype != "bfloat16":
         yield Fault(

@@ -83,7 +83,7 @@ def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
     path = write(tmp_path, MINIMAL.replace("size: 100", "size: 100, max_term: 4") + "clip_high: 0.3\n")
     assert faults_of(path, "algorithm.entropy.pivott=0.7", "parallel.qqq=1") == [
         "command line: parallel.qqq: unknown key; allowed here: tp, pp, vpp, first_stage_layers, last_stage_layers, "
-        "cp, dp, ep, sequence_parallel, gpu_memory",
+        "cp, dp, ep, etp, sequence_parallel, gpu_memory",
         "command line: algorithm.entropy.pivott: unknown key; did you mean pivot?",
         "run.yaml: data.train.max_term: unknown key; did you mean max_terms?",
         "run.yaml: clip_high: unknown key; did you mean algorithm.clip_high?",

@@ -19,10 +19,23 @@ _CHUNKS: dict[str, list[dict[str, int]]] = {
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {case: [{}] for case in FAMILIES},
     2: {
-        case: [*_PAIRS, *([{"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else []), *_CHUNKS.get(case, [])]
+        case: [
+            *_PAIRS,
+            *([{"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "etp": 2}] if "moe" in case else []),
+            *_CHUNKS.get(case, []),
+        ]
         for case in FAMILIES
     },
-    4: {"qwen2": [{"tp": 2, "pp": 2}], "qwen3_moe": [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}]},
+    4: {
+        "qwen2": [{"tp": 2, "pp": 2}],
+        "qwen3_moe": [
+            {"tp": 2, "ep": 2},
+            {"tp": 2, "ep": 4},
+            {"pp": 2, "ep": 2},
+            {"tp": 2, "etp": 2, "ep": 2},
+            {"tp": 4, "etp": 2, "ep": 2},
+        ],
+    },
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hapo.errors import HapoError
-from megatron_hapo.model.families import Shape
+from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.sizing.memory import GIB, EngineMemory, Spec, TrainerMemory, engine_memory, trainer_memory
 from megatron_hapo.sizing.parameters import Layout, Recompute, experts, model_parameters
@@ -78,7 +78,7 @@ class Rejection:
 
 
 def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
-    """Plans, the shortest step first, one for each (tp, pp, cp, ep) and engine tp; and what was rejected.
+    """Plans, the shortest step first, one for each (tp, pp, cp, etp, ep) and engine tp; and what was rejected.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
@@ -107,7 +107,7 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                 plan = _plan(
                     shape, workload, cluster, layout, memory, training, rollout_tp, engine, running, left // rollout_tp
                 )
-                key = (layout.tp, layout.pp, layout.cp, layout.ep, rollout_tp)
+                key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, rollout_tp)
                 if key not in best or plan.time.total < best[key].time.total:
                     best[key] = plan
     if not best:
@@ -125,7 +125,8 @@ def describe(layout: Layout) -> str:
         pipeline += f" vpp={layout.vpp}"
     if layout.first_stage_layers is not None:
         pipeline += f" ({layout.first_stage_layers} layers in the first stage, {layout.last_stage_layers} in the last)"
-    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp} ep={layout.ep} dp={layout.dp}"
+    experts_cut = f" etp={layout.etp}" if layout.etp > 1 else ""
+    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp}{experts_cut} ep={layout.ep} dp={layout.dp}"
     return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}"
 
 
@@ -187,7 +188,7 @@ def _engine_choices(
     """(tp, memory, running requests) of engines that hold the model and one longest response."""
     choices, rejections = [], []
     for tp in _divisors(cluster.nvlink_size):
-        fault = _tp_fault(shape, tp, replicate=limits.replicate_kv_heads)
+        fault = _tp_fault(shape, tp, engine=True, replicate=limits.replicate_kv_heads)
         if fault:
             rejections.append(Rejection(f"rollout.tp={tp}", fault))
             continue
@@ -228,17 +229,26 @@ def _layouts(
                 reason = f"a mini-batch has {workload.responses_per_minibatch} responses, fewer than dp={dp} ranks"
                 rejections.append(Rejection(f"tp={tp} pp={pp} cp={cp} dp={dp}", reason))
                 continue
-            for ep in _powers_of_two(dp) if moe else [1]:
-                if dp % ep or (moe and moe.num_experts % ep):
-                    continue
+            for etp, ep in _expert_grids(moe, tp, dp):
                 grid = Layout(
-                    tp=tp, **vars(pipeline), cp=cp, ep=ep, dp=dp,
+                    tp=tp, **vars(pipeline), cp=cp, ep=ep, etp=etp, dp=dp,
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
                     budget = -(-factor * workload.longest // 1024) * 1024
                     yield replace(grid, tokens_per_microbatch=budget, recompute=recompute)
+
+
+def _expert_grids(moe: MoeShape | None, tp: int, dp: int) -> Iterator[tuple[int, int]]:
+    """(etp, ep): experts whole or cut over all tp ranks, dealt out over what is left of tp x dp."""
+    if moe is None:
+        yield 1, 1
+        return
+    for etp in dict.fromkeys((1, tp)):
+        for ep in _powers_of_two(tp * dp // etp):
+            if moe.ffn_size % etp == 0 and moe.num_experts % ep == 0 and tp * dp % (etp * ep) == 0:
+                yield etp, ep
 
 
 def _pipelines(num_layers: int) -> Iterator[Pipeline]:
@@ -260,12 +270,12 @@ def _microbatches(workload: Workload, layout: Layout) -> int:
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 
-def _tp_fault(shape: Shape, tp: int, *, replicate: bool = False) -> str | None:
+def _tp_fault(shape: Shape, tp: int, *, engine: bool = False, replicate: bool = False) -> str | None:
     sizes = {"attention heads": shape.num_heads, "feed-forward units": shape.ffn_size}
     if not (replicate and tp % shape.num_kv_heads == 0):
         sizes["key-value heads"] = shape.num_kv_heads
     moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
-    if moe:
+    if moe and engine:  # the trainer may leave them whole
         sizes["feed-forward units of an expert"] = moe.ffn_size
     bad = [f"{size} {what}" for what, size in sizes.items() if size % tp]
     return f"{' and '.join(bad)} do not split over tp={tp}" if bad else None
