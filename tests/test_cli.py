@@ -99,10 +99,7 @@ BAD_INPUT = {
     ),
     "etp and ep are more than the ranks": (
         ["parallel.tp=2", "parallel.etp=2", "parallel.ep=2"],
-        "command line: parallel.ep: must divide parallel.tp * parallel.dp / parallel.etp = 1, got 2",
-    ),
-    "no experts to cut": (
-        ["parallel.tp=2", "parallel.etp=2"],
+        "command line: parallel.ep: must divide parallel.tp * parallel.dp / parallel.etp = 1, got 2\n"
         "command line: parallel.etp: etp=2, but the model has no experts (model_type qwen3)",
     ),
     "steps to profile after the last": (
