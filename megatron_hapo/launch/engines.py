@@ -39,6 +39,9 @@ class EngineActor:
                 kv_cache_tokens=rollout.kv_cache_tokens,
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
                 seed=config.seed + index,
+                # The first sync brings them: a Megatron checkpoint could not be read here, a large model would be read
+                # once an engine, and SGLang (0.5.23) knows no stacked experts.
+                read_weights=False,
             )
         )
         self._checksums: dict[str, list[int]] = {}
@@ -188,7 +191,7 @@ class RayRolloutPool:
         """Drop every engine that has died, or does not answer in time, and start another in its place.
 
         Returns:
-            Their indices. The new engines hold the weights of the model folder, under version 0.
+            Their indices. The new engines hold random weights, under version 0.
         """
         deadline = time.monotonic() + patience_seconds
         answers = [engine.ready.remote() for engine in self._engines]
