@@ -22,7 +22,7 @@ from sglang_ext.receive import Request
 class EngineActor:
     """Holds an sglang_ext Engine and forwards."""
 
-    def __init__(self, config: Config, device: str, index: int):
+    def __init__(self, config: Config, device: str, index: int, *, read_weights: bool):
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
@@ -39,9 +39,7 @@ class EngineActor:
                 kv_cache_tokens=rollout.kv_cache_tokens,
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
                 seed=config.seed + index,
-                # The first sync brings them: a Megatron checkpoint could not be read here, a large model would be read
-                # once an engine, and SGLang (0.5.23) knows no stacked experts.
-                read_weights=False,
+                read_weights=read_weights,
             )
         )
         self._checksums: dict[str, list[int]] = {}
@@ -101,9 +99,11 @@ class RayRolloutPool:
 
     Args:
         nodes: Ray's node id for each engine; None leaves the choice to Ray.
+        read_weights: from the model folder. Without, the first sync brings them: a large model would be read once an
+            engine, a Megatron checkpoint not at all, and SGLang (0.5.23) knows no stacked experts.
     """
 
-    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None):
+    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None, read_weights: bool = False):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         environment = {}
@@ -118,7 +118,7 @@ class RayRolloutPool:
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
             scheduling_strategy=places[index],
-        ).remote(config, device, index)
+        ).remote(config, device, index, read_weights=read_weights)
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._policy_version = 0
         self._plans: list[ray.ObjectRef] = []
