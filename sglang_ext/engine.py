@@ -47,10 +47,12 @@ class EngineConfig:
     context_tokens: int
     """Longest prompt and response together."""
     seed: int
+    read_weights: bool = True
+    """False: start with random weights, whatever the folder holds; the first weight update brings the true ones."""
 
 
 class Engine:
-    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, random if that has none."""
+    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, or random ones."""
 
     def __init__(self, config: EngineConfig):
         """Starts the engine and proves its sampling.
@@ -67,6 +69,7 @@ class Engine:
         self._config = config
         self._policy_version = 0
         self._updating = self._flushed = False
+        self._proved = config.read_weights  # random weights give all tokens much the same chance, at any temperature
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -168,13 +171,19 @@ class Engine:
         self._update(weights.checksum_payload(checksums), weights.VERIFY, "verifying weights")
 
     def end_weight_update(self, policy_version: int) -> None:
-        """Last call of an update: the engine now holds this version, and nothing cached from another."""
+        """Last call of an update: the engine now holds this version, and nothing cached from another.
+
+        The first one of an engine that has not read its weights proves the sampling again, on the true ones.
+        """
         _expect(self._engine.end_weight_update(), "end_weight_update")
         if not self._flushed:
             flushed = self._engine.flush_cache()
             _expect((flushed.success, flushed.message), "flushing the KV cache")
         self._updating = self._flushed = False
         self._policy_version = policy_version
+        if not self._proved:
+            self.self_test()
+            self._proved = True
 
     @property
     def policy_version(self) -> int:
@@ -257,8 +266,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "sleep_on_idle": True,
         "log_level": "error",
     }
-    if not any(config.model_path.glob("*.safetensors")):
-        arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
+    if not config.read_weights:
+        arguments["load_format"] = "dummy"
     if config.device == "cpu":
         arguments |= {
             "device": "cpu",

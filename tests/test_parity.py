@@ -16,6 +16,7 @@ _CHUNKS: dict[str, list[dict[str, int]]] = {
     "qwen3": [{"pp": 2, "vpp": 2}, {"pp": 2, "first_stage_layers": 3}],
     "qwen3_moe_mixed": [{"pp": 2, "vpp": 2}],
 }
+_EXPERTS_4 = [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2, "ep": 2}]
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {case: [{}] for case in FAMILIES},
     2: {
@@ -27,14 +28,11 @@ LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
         for case in FAMILIES
     },
     4: {
-        "qwen2": [{"tp": 2, "pp": 2}],
-        "qwen3_moe": [
-            {"tp": 2, "ep": 2},
-            {"tp": 2, "ep": 4},
-            {"pp": 2, "ep": 2},
-            {"tp": 2, "etp": 2, "ep": 2},
-            {"tp": 4, "etp": 2, "ep": 2},
-        ],
+        case: [
+            {"tp": 2, "pp": 2},
+            *(_EXPERTS_4 if case == "qwen3_moe" else []),
+        ]
+        for case in FAMILIES
     },
 }
 
