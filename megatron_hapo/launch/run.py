@@ -22,6 +22,7 @@ from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.evaluation import evaluate
+from megatron_hapo.launch import ray_cluster
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.trainer import RayTrainer
 from megatron_hapo.metrics import MetricsLogger
@@ -210,17 +211,26 @@ def local_ray() -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
-        # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant
-        # for this process, the variable for those that it starts.
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        # No actor asks for a CPU, and Ray would start an idle worker for each.
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": 0}
+    address = os.environ.get("RAY_ADDRESS")
     _end_on_sigterm()
-    _start_ray(options)
-    _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
+    with _own_ray() if address is None else ray_cluster.connected(address):
+        _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
+        yield
+
+
+@contextlib.contextmanager
+def _own_ray() -> Iterator[None]:
+    # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
+    # this process, the variable for those that it starts.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    # No actor asks for a CPU, and Ray would start an idle worker for each.
+    _start_ray(
+        {
+            "address": "local", "include_dashboard": False, "num_cpus": 0,
+            "log_to_driver": False, "logging_level": logging.ERROR,
+        }
+    )  # fmt: skip
     try:
         yield
     finally:
