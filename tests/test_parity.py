@@ -49,7 +49,7 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
     from megatron_hapo import parallel
     from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors
     from megatron_hapo.model.build import build_model
-    from megatron_hapo.model.families import read_shape
+    from megatron_hapo.model.families import is_hf_expert, read_shape
     from megatron_hapo.model.forward import logits_of
 
     seen = []
@@ -65,6 +65,9 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
             model = build_model(shape, layout, dtype=torch.bfloat16)
             load_hf_weights(model, shape, layout, folder / f"{case}_bf16")
             tensors = [(name, value.clone()) for name, value in spoken_tensors(model, shape, layout)]
+            # A rank whose experts nobody takes yet must not be needed any more for what others gather.
+            experts = [is_hf_expert(name) for name, _ in tensors]
+            assert experts == sorted(experts)
             seen.append(
                 {
                     "logits": logits and torch.cat(logits).numpy(),
