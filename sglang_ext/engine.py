@@ -55,10 +55,12 @@ class EngineConfig:
     context_tokens: int
     """Longest prompt and response together."""
     seed: int
+    read_weights: bool = True
+    """False: start with random weights, whatever the folder holds; the first weight update brings the true ones."""
 
 
 class Engine:
-    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, random if that has none."""
+    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, or random ones."""
 
     def __init__(self, config: EngineConfig):
         """Starts the engine and proves its sampling.
@@ -76,6 +78,7 @@ class Engine:
         self._updating = self._flushed = self._paused = False
         self._drops = 0
         self._calls: dict[int, _Call] = {}
+        self._proved = config.read_weights  # random weights give all tokens much the same chance, at any temperature
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -140,7 +143,9 @@ class Engine:
         """
         if self._updating:
             return
-        if in_flight != "finish":
+        if (
+            in_flight != "finish" and self._proved
+        ):  # random weights have nothing in flight, and are proved by generating
             self._paused = True
             self._loop.run_until_complete(self._pause(drop=in_flight == "abort"))
         _expect(self._engine.begin_weight_update(), "begin_weight_update")
@@ -191,7 +196,10 @@ class Engine:
         self._update(weights.checksum_payload(checksums), weights.VERIFY, "verifying weights")
 
     def end_weight_update(self, policy_version: int) -> None:
-        """Last call of an update: the engine now holds this version, and nothing cached from another."""
+        """Last call of an update: the engine now holds this version, and nothing cached from another.
+
+        The first one of an engine that has not read its weights proves the sampling again, on the true ones.
+        """
         from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
 
         _expect(self._engine.end_weight_update(), "end_weight_update")
@@ -202,6 +210,9 @@ class Engine:
         version = UpdateWeightVersionReqInput(new_version=str(policy_version), abort_all_requests=False)
         self._loop.run_until_complete(self._engine.tokenizer_manager.update_weight_version(version))
         self._updating = self._flushed = False
+        if not self._proved:
+            self.self_test()
+            self._proved = True
 
     def resume(self) -> None:
         """Lets responses go on that an update has paused, after its end."""
@@ -361,8 +372,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "sleep_on_idle": True,
         "log_level": "error",
     }
-    if not any(config.model_path.glob("*.safetensors")):
-        arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
+    if not config.read_weights:
+        arguments["load_format"] = "dummy"
     if config.device == "cpu":
         arguments |= {
             "device": "cpu",

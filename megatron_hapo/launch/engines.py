@@ -28,7 +28,7 @@ _GENERATIONS = 2
 class EngineActor:
     """Holds an sglang_ext Engine and forwards: generation in threads of its own, all else in one."""
 
-    def __init__(self, config: Config, device: str, index: int):
+    def __init__(self, config: Config, device: str, index: int, *, read_weights: bool):
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
@@ -46,6 +46,7 @@ class EngineActor:
                 kv_cache_tokens=rollout.kv_cache_tokens,
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
                 seed=config.seed + index,
+                read_weights=read_weights,
             )
         )
         self._checksums: dict[str, list[int]] = {}
@@ -109,9 +110,11 @@ class RayRolloutPool:
 
     Args:
         nodes: Ray's node id for each engine; None leaves the choice to Ray.
+        read_weights: from the model folder. Without, the first sync brings them: a large model would be read once an
+            engine, a Megatron checkpoint not at all, and SGLang (0.5.23) knows no stacked experts.
     """
 
-    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None):
+    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None, read_weights: bool = False):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
@@ -128,7 +131,7 @@ class RayRolloutPool:
             num_gpus=rollout.tp if device == "cuda" else 0,
             runtime_env={"env_vars": environment},
             scheduling_strategy=places[index],
-        ).remote(config, device, index)
+        ).remote(config, device, index, read_weights=read_weights)
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._versions = [0]  # of every sync that all engines confirmed
         self._calls = itertools.count()
@@ -231,7 +234,7 @@ class RayRolloutPool:
         """Drop every engine that has died, or does not answer in time, and start another in its place.
 
         Returns:
-            Their indices. The new engines hold the weights of the model folder, under version 0.
+            Their indices. The new engines hold random weights, under version 0.
         """
         deadline = time.monotonic() + patience_seconds
         answers = [engine.ready.remote() for engine in self._engines]
