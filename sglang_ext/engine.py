@@ -83,7 +83,8 @@ class Engine:
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
         self._engine = sglang.Engine(**_server_arguments(config))
-        self._loop = self._engine.loop = _LoopThread(self._engine.loop)  # type: ignore[assignment]  # all of it that SGLang uses
+        self._loop = _LoopThread(self._engine.loop)
+        self._engine.loop = self._loop  # type: ignore[assignment]  # SGLang's engine calls run_until_complete alone
         try:
             self.self_test()
         except BaseException:
@@ -143,9 +144,8 @@ class Engine:
         """
         if self._updating:
             return
-        if (
-            in_flight != "finish" and self._proved
-        ):  # random weights have nothing in flight, and are proved by generating
+        # With random weights nothing is in flight, and the end of the update generates to prove the sampling.
+        if in_flight != "finish" and self._proved:
             self._paused = True
             self._loop.run_until_complete(self._pause(drop=in_flight == "abort"))
         _expect(self._engine.begin_weight_update(), "begin_weight_update")

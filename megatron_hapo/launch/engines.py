@@ -150,24 +150,16 @@ class RayRolloutPool:
             samples=sampling.samples, engines=len(self._engines), room=self._room,
         )  # fmt: skip
         rollouts: dict[tuple[int, int], Rollout] = {}
-        working: dict[Any, tuple[int, Any]] = {}  # call of an engine to its index and actor
+        working: dict[ray.ObjectRef, tuple[int, Any]] = {}  # to the engine and its actor
         deadline = time.monotonic() + self._timeout_seconds
         while not dispatch.done:
-            idle = set(range(len(self._engines))) - {engine for engine, _ in working.values()}
-            for engine, groups in dispatch.assign(sorted(idle)).items():
+            idle = sorted(set(range(len(self._engines))) - {engine for engine, _ in working.values()})
+            for engine, groups in dispatch.assign(idle).items():
                 if dispatch.busy(engine):
                     actor, given = self._engines[engine], {group: prompts[group] for group in groups}
                     working[actor.advance.remote(call, given, sampling)] = engine, actor
-            done, _ = ray.wait(list(working), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                late = ", ".join(f"engine {engine}" for engine, _ in sorted(working.values()))
-                raise RolloutError(f"generating: no answer within {self._timeout_seconds:g} s from {late}")
-            engine, actor = working.pop(done[0])
-            try:
-                finished = result(done[0])
-            except RayActorError as failure:
-                if not self._replaced_in_sync(engine, actor):
-                    raise RolloutError(death(f"generating: engine {engine}", failure)) from None
+            engine, finished = self._first_finished(working, deadline)
+            if finished is None:
                 dispatch.lost(engine)
                 continue
             for group, sample, rollout in finished:
@@ -175,6 +167,24 @@ class RayRolloutPool:
                 rollouts[group, sample] = rollout
                 dispatch.finished(engine, group)
         return [[rollouts[group, sample] for sample in range(sampling.samples)] for group in range(len(prompts))]
+
+    def _first_finished(
+        self, working: dict[ray.ObjectRef, tuple[int, Any]], deadline: float
+    ) -> tuple[int, list[tuple[int, int, Rollout]] | None]:
+        """The first engine that answers, which is then no longer working, and the responses that it has finished; None
+        if it died in a sync that has replaced it."""
+        done, _ = ray.wait(list(working), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            late = ", ".join(f"engine {engine}" for engine in sorted(engine for engine, _ in working.values()))
+            raise RolloutError(f"generating: no answer within {self._timeout_seconds:g} s from {late}")
+        engine, actor = working.pop(done[0])
+        try:
+            return engine, result(done[0])
+        except RayActorError as failure:
+            self._synced.wait()
+            if self._engines[engine] is actor:
+                raise RolloutError(death(f"generating: engine {engine}", failure)) from None
+            return engine, None
 
     def _check_versions(self, engine: int, rollout: Rollout, versions: Sequence[int]) -> None:
         """No token of other weights than those of the syncs that all engines confirmed goes into training."""
@@ -184,11 +194,6 @@ class RayRolloutPool:
                 f"engine {engine} holds version {others.pop()} of the weights, the last sync brought version "
                 f"{versions[-1]} to all engines"
             )
-
-    def _replaced_in_sync(self, engine: int, actor: Any) -> bool:
-        """Whether there is another actor for this engine, which has died, after the sync under way."""
-        self._synced.wait()
-        return self._engines[engine] is not actor
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
         self._synced.clear()
