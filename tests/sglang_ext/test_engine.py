@@ -64,9 +64,9 @@ def response_logits(reference, rollout: Rollout) -> Tensor:
 
 def assert_log_probs_are_at_recorded_temperatures(reference, rollouts: Sequence[Rollout]) -> None:
     for rollout in rollouts:
-        logits_RV = response_logits(reference, rollout) / torch.from_numpy(rollout.temperatures)[:, None]
-        expected_R = torch.log_softmax(logits_RV, -1).gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])
-        torch.testing.assert_close(torch.from_numpy(rollout.rollout_log_probs), expected_R[:, 0], atol=2e-3, rtol=0)
+        logits_RV = response_logits(reference, rollout) / torch.tensor(rollout.temperatures)[:, None]
+        expected_R = torch.log_softmax(logits_RV, -1).gather(1, torch.tensor(rollout.response_ids).long()[:, None])
+        torch.testing.assert_close(torch.tensor(rollout.rollout_log_probs), expected_R[:, 0], atol=2e-3, rtol=0)
 
 
 EOS = 258  # of the byte-level tokenizer
