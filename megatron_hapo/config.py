@@ -158,7 +158,8 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()
     """Beside the end-of-sequence tokens of the model's generation config."""
     max_running_requests: PositiveInt = 256
-    """Requests that one engine decodes together."""
+    """Requests that one engine decodes together. It is given about an eighth more, which wait in it; what is left goes
+    to whichever engine has room first."""
     memory_fraction: Fraction = 0.8
     """Share of a GPU's memory for weights and KV cache."""
     kv_cache_tokens: PositiveInt | None = None
@@ -334,7 +335,8 @@ class AsyncConfig(Section):
 
     max_staleness: Literal[0, 1] = 0
     """Steps by which the weights of rollouts may lag behind. 0: strictly on-policy. 1: the next step's rollouts are
-    generated while this step trains; needs algorithm.importance_correction."""
+    generated while this step trains; needs algorithm.importance_correction, and weight_sync.in_flight says what becomes
+    of those that training overtakes."""
 
 
 class EvalConfig(Section):
@@ -369,6 +371,10 @@ class WeightSyncConfig(Section):
     `direct`: the buckets in flight together are of at most twice this size."""
     verify_every: PositiveInt = 10
     """Compare a checksum of the engine's weights with the trainer's on the first and every so many syncs."""
+    in_flight: Literal["finish", "pause", "abort"] = "finish"
+    """Responses of the next step that are unfinished when the weights change, with async.max_staleness=1. `finish`: the
+    sync waits for them. `pause`: they wait, and go on from the new weights, with their prefix computed anew (partial
+    rollouts: each token carries the version of its weights). `abort`: they are generated anew."""
     timeout_seconds: PositiveFloat = 600
     """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
 

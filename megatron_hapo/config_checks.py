@@ -55,6 +55,12 @@ def contradictions(config: Config) -> Iterator[Fault]:
             "rollouts come from older weights than those that are trained",
             ("algorithm.importance_correction",),
         )
+    if config.weight_sync.in_flight != "finish" and not config.overlap.max_staleness:
+        yield Fault(
+            "weight_sync.in_flight",
+            f"{config.weight_sync.in_flight} needs async.max_staleness of 1, got 0: nothing is generated beside a sync",
+            ("async.max_staleness",),
+        )
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",

@@ -92,7 +92,8 @@ class Driver:
                 seed=config.seed, step=step,
             )  # fmt: skip
             updates = [self.trainer.update(part, step=step) for part in parts]
-        rollouts.wait(clock)  # the engines' weights must not change under them
+        if config.weight_sync.in_flight == "finish":
+            rollouts.wait(clock)
         with clock("weight_sync"):
             self.weight_sync.sync(policy_version=step)
         means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}

@@ -73,7 +73,7 @@ class RolloutPool(Protocol):
         ...
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
-        """Load these weights into every engine; afterwards all rollouts carry the version."""
+        """Load these weights into every engine; afterwards all tokens are sampled from this version, and carry it."""
         ...
 
     def sees(self, path: Path) -> bool:

@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class RewardPool:
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._tokenizer = load_tokenizer(tokenizer_path)
+        self._lock = threading.Lock()  # a step generated ahead is scored beside an evaluation
         self._pool = WorkerPool(
             num_workers=config.workers, timeout_seconds=config.timeout_seconds, memory_bytes=config.memory_bytes
         )
@@ -63,12 +65,12 @@ class RewardPool:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """A score for each rollout, in their order."""
         texts = self._tokenizer.batch_decode([r.response_ids.tolist() for r in rollouts], skip_special_tokens=True)
-        outcomes = self._pool.run(
-            [
-                Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)
-                for text, rollout in zip(texts, rollouts, strict=True)
-            ]
-        )
+        jobs = [
+            Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)
+            for text, rollout in zip(texts, rollouts, strict=True)
+        ]
+        with self._lock:
+            outcomes = self._pool.run(jobs)
         _log_failures(rollouts, outcomes)
         return [self._score(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
 

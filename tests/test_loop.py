@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from megatron_hapo.model.families import read_shape
 from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
@@ -69,8 +71,11 @@ def make_config(model: Path, folder: Path, layout: dict[str, int]) -> Config:
 
 @pytest.fixture(scope="module")
 def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
-    """One engine for all layouts."""
-    config = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), {"tp": 1})
+    """One engine for all layouts; every sync pauses it, whether or not there is anything to pause."""
+    values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), {"tp": 1}).model_dump()
+    values |= {"async": {"max_staleness": 1}}
+    values["weight_sync"]["in_flight"] = "pause"
+    config = Config.model_validate(values)
     with local_ray(), ExitStack() as stack:
         rollout_pool = RayRolloutPool(config, device="cpu")
         stack.callback(rollout_pool.close)
@@ -202,8 +207,6 @@ def test_temperatures_are_those_of_the_recorded_distributions(trained: dict[str,
     assert sampling.adaptive is not None
     groups = trained["recorder"].generate(trained["prompts"], sampling)
     rollouts = [rollout for group in groups for rollout in group]
-    from megatron_hapo.types import pack_rollouts
-
     scores = trainer.log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
     expected = adaptive_temperature(torch.from_numpy(scores.entropies), 1.0, sampling.adaptive.stats, tau=TAU)
     recorded = np.concatenate([rollout.temperatures for rollout in rollouts])
@@ -266,7 +269,7 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
     stages = [(name, begin, end) for row, name, begin, end in spans if row == "driver"]
     assert {name for name, _, _ in stages} >= {"rollout", "reward", "log_probs", "update", "weight_sync"}
     where = {
-        "generate": ("rollout", "eval"),
+        "advance": ("rollout", "eval"),
         "score": ("reward", "eval"),
         **{name: (name,) for name in ("log_probs", "update")},
         "save_checkpoint": ("checkpoint",),
@@ -278,7 +281,7 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
     for rank in ranks:
         assert done[rank] >= {"log_probs", "update", "send_weights"}
     for engine in engines:
-        assert done[engine] == {"generate", "receive_weights", "verify", "end_weight_update"}
+        assert done[engine] == {"advance", "receive_weights", "verify", "end_weight_update"}
     assert all(done[worker] == {"score"} for worker in workers)
 
 
@@ -297,11 +300,16 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
         assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
-def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
-    values = make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump()
+def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
+    values = make_config(model, folder, {"tp": 1}).model_dump()
     values |= {"steps": 3, "async": {"max_staleness": 1}}
     values["algorithm"]["importance_correction"] = {"level": "token"}
-    with finished_run(Config.model_validate(values), pool) as run:
+    values["weight_sync"]["in_flight"] = in_flight
+    return Config.model_validate(values)
+
+
+def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    with finished_run(ahead_config(tiny_qwen3, tmp_path, "finish"), pool) as run:
         before, *steps = metrics_of(run)
         versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
     assert before["step"] == 0
@@ -312,6 +320,29 @@ def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, ti
     for row in steps:
         assert row["weights/max"] <= 2
         assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
+
+
+def test_rollouts_in_flight_go_through_syncs(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    with finished_run(ahead_config(tiny_qwen3, tmp_path, "pause"), pool) as run:
+        _, *steps = metrics_of(run)
+        assert steps[0]["rollout/staleness"] == 0
+        assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
+
+        # The weights stay the same now, so the trainer can score what came of several versions.
+        version, sampling = 100, replace(run["driver"]._sampling(4), samples=64)
+        with ThreadPoolExecutor(1) as thread:
+            generation = thread.submit(pool.generate, run["prompts"], sampling)
+            while not generation.done():
+                time.sleep(0.1)
+                version += 1
+                run["weight_sync"].sync(policy_version=version)
+        rollouts = [rollout for group in generation.result() for rollout in group]
+        scores = run["trainer"].log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
+    assert [rollout.prompt.uid for rollout in rollouts[::64]] == [prompt.uid for prompt in run["prompts"]]
+    assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # a seed each
+    assert any(len(set(rollout.policy_versions)) > 1 for rollout in rollouts)
+    recorded = np.concatenate([rollout.rollout_log_probs for rollout in rollouts])
+    np.testing.assert_allclose(scores.rollout_temperature_log_probs, recorded, atol=2e-3)
 
 
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
