@@ -153,13 +153,15 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
         RolloutError: the cluster is not there, or refuses it.
     """
     import ray
+    from ray._private import services
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ip is not None:
         options["_node_ip_address"] = ip
     if _HOST_AND_PORT.fullmatch(address) is not None:
         try:
-            reach(address)  # Ray would try for a minute
+            # Ray would try for minutes, and where the address is loopback, at this host's other address.
+            reach(services.canonicalize_bootstrap_address(address) or address)
         except FaultError as fault:
             raise RolloutError(str(fault)) from None
     try:
