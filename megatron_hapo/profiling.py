@@ -39,7 +39,7 @@ class StepProfiler:
 
     @contextmanager
     def clock(self, step: int) -> Iterator[StepClock]:
-        """The clock of a step that runs inside. No process may be at work for another step."""
+        """The clock of a step that runs inside."""
         if step not in self._steps:
             yield StepClock()
             return
@@ -81,13 +81,22 @@ def step_trace(driver: Timeline, others: Sequence[Timeline]) -> dict[str, Any]:
         events.append({"ph": "M", "name": "process_sort_index", "pid": row, "tid": 0, "args": {"sort_index": row}})
         events += [
             {
-                "ph": "X", "name": span.name, "cat": "step", "pid": row, "tid": 0,
+                "ph": "X", "name": span.name, "cat": "step", "pid": row, "tid": lane,
                 "ts": (span.begin_ns + correction_ns - begin_ns) / 1e3, "dur": (span.end_ns - span.begin_ns) / 1e3,
             }
-            for span in timeline.spans
+            for span, lane in _in_lanes(timeline.spans)
         ]  # fmt: skip
     begin = datetime.fromtimestamp(begin_ns / 1e9, UTC).isoformat()
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"begin": begin, "begin_ns": begin_ns}}
+
+
+def _in_lanes(spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
+    """Each span and the first lane that is free for it: viewers cannot show spans that overlap in one."""
+    ends: list[int] = []
+    for span in sorted(spans, key=lambda span: span.begin_ns):
+        lane = next((lane for lane, end_ns in enumerate(ends) if end_ns <= span.begin_ns), len(ends))
+        ends[lane : lane + 1] = [span.end_ns]
+        yield span, lane
 
 
 def clock_correction_ns(stages: Sequence[Span], spans: Sequence[Span]) -> int:

@@ -28,23 +28,25 @@ class Timeline(NamedTuple):
 
 
 class SpanRecorder:
-    """Spans of this process between `start` and `finish`; at other times they are forgotten at once."""
+    """Spans of this process, in all its threads, that end between `start` and `finish`; others are forgotten."""
 
     def __init__(self, process: str):
         self._process = process
         self._spans: list[Span] | None = None
+        self._start_ns = 0
 
     def start(self) -> None:
-        self._spans = []
+        self._start_ns, self._spans = time.time_ns(), []
 
     def finish(self) -> Timeline:
         spans, self._spans = self._spans or [], None
         return Timeline(self._process, socket.gethostname(), spans)
 
     def add(self, name: str, begin_ns: int) -> None:
-        """A span that ends now."""
-        if self._spans is not None:
-            self._spans.append(Span(name, begin_ns, time.time_ns()))
+        """A span that ends now; if it began before `start`, it counts from there."""
+        spans = self._spans
+        if spans is not None:
+            spans.append(Span(name, max(begin_ns, self._start_ns), time.time_ns()))
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -39,7 +39,7 @@ def test_every_process_is_a_row_on_the_drivers_time_axis() -> None:
         Timeline("driver", "a", STAGES),
         [
             Timeline("trainer rank 0", "a", spans(*RANK)),
-            Timeline("engine 0", "b", spans(("generate", 1, 49))),
+            Timeline("engine 0", "b", spans(("advance", 1, 49))),
             Timeline("reward worker 0", "a", []),
         ],
     )
@@ -47,7 +47,7 @@ def test_every_process_is_a_row_on_the_drivers_time_axis() -> None:
     assert list(got) == ["driver (a)", "trainer rank 0 (a)", "engine 0 (b)", "reward worker 0 (a)"]
     assert got["driver (a)"][2] == ("update", 100, 200)
     assert got["trainer rank 0 (a)"] == [pytest.approx(span) for span in RANK]
-    assert got["engine 0 (b)"] == [("generate", 1, 49)]
+    assert got["engine 0 (b)"] == [("advance", 1, 49)]
     assert trace["otherData"]["begin"].startswith("2023-11-14T22:13:20.123")
     order = [e["args"]["sort_index"] for e in trace["traceEvents"] if e["name"] == "process_sort_index"]
     assert order == [0, 1, 2, 3]
@@ -68,8 +68,8 @@ def test_a_correction_holds_for_all_rows_of_its_host_and_is_told() -> None:
         Timeline("driver", "a", STAGES),
         [
             Timeline("trainer rank 0", "b", spans(*RANK, ahead_ms=500)),
-            Timeline("engine 0", "b", spans(("generate", 1, 49), ahead_ms=500)),
-            Timeline("engine 1", "c", spans(("generate", 1, 49), ahead_ms=0.2)),
+            Timeline("engine 0", "b", spans(("advance", 1, 49), ahead_ms=500)),
+            Timeline("engine 1", "c", spans(("advance", 1, 49), ahead_ms=0.2)),
         ],
     )
     got = rows(trace)
@@ -78,7 +78,7 @@ def test_a_correction_holds_for_all_rows_of_its_host_and_is_told() -> None:
         "engine 0 (b, clock corrected by -499.0 ms)",
         "engine 1 (c)",
     ]
-    assert got["engine 0 (b, clock corrected by -499.0 ms)"][0] == ("generate", pytest.approx(2), pytest.approx(50))
+    assert got["engine 0 (b, clock corrected by -499.0 ms)"][0] == ("advance", pytest.approx(2), pytest.approx(50))
 
 
 def test_spans_are_kept_only_between_start_and_finish() -> None:
