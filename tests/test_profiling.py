@@ -81,6 +81,13 @@ def test_a_correction_holds_for_all_rows_of_its_host_and_is_told() -> None:
     assert got["engine 0 (b, clock corrected by -499.0 ms)"][0] == ("advance", pytest.approx(2), pytest.approx(50))
 
 
+def test_what_overlaps_has_lanes_of_its_own() -> None:
+    advance = spans(("a", 0, 10), ("b", 5, 30), ("c", 10, 20), ("d", 12, 14), ("e", 30, 31))
+    trace = step_trace(Timeline("driver", "a", STAGES), [Timeline("engine 0", "a", advance[::-1])])
+    lanes = {event["name"]: event["tid"] for event in trace["traceEvents"] if event["name"] in "abcde"}
+    assert lanes == {"a": 0, "b": 1, "c": 0, "d": 2, "e": 0}
+
+
 def test_spans_are_kept_only_between_start_and_finish() -> None:
     class Part:
         spans = SpanRecorder("part")
