@@ -34,7 +34,9 @@ def told(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int =
     ours = [
         line
         for line in lines
-        if not re.match(r"[EWI]\d{4} |INFO |={5}|-{5}|\s|Traceback|Root Cause|Failures|\[\d\]:|$", line)
+        if not re.match(
+            r"[EWI]\d{4} |INFO |\[[\d-]{10} [\d:,]+ W |={5}|-{5}|\s|Traceback|Root Cause|Failures|\[\d\]:|$", line
+        )
     ]
     return "\n".join(
         line for line in ours if not line.startswith(("torch.distributed.elastic", "megatron_hapo FAILED"))
