@@ -169,8 +169,8 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
     except Exception as error:  # Ray raises all sorts
         reason = " ".join(str(error).split())
         raise RolloutError(
-            f"cannot join Ray at {address}: {type(error).__name__}: {reason}; this process must have the cluster's token "
-            "(RAY_AUTH_TOKEN) and its version of Ray"
+            f"cannot join Ray at {address}: {type(error).__name__}: {reason}; this process must have the cluster's "
+            "token (RAY_AUTH_TOKEN) and its version of Ray"
         ) from error
     try:
         yield
