@@ -52,6 +52,17 @@ def contradictions(config: Config) -> Iterator[Fault]:
             "rollouts come from older weights than those that are trained",
             ("algorithm.importance_correction",),
         )
+    if config.placement == "colocated":
+        yield from _colocated(config)
+    if config.optimizer.cpu_offload:
+        if config.device == "cpu":
+            yield Fault("optimizer.cpu_offload", "needs GPUs, got device=cpu: all memory is the host's", ("device",))
+        if not config.trainer.distributed_optimizer:
+            yield Fault(
+                "optimizer.cpu_offload",
+                "needs trainer.distributed_optimizer=true, got false: Megatron offloads no other",
+                ("trainer.distributed_optimizer",),
+            )
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",
@@ -114,6 +125,30 @@ def contradictions(config: Config) -> Iterator[Fault]:
             )
 
 
+def _colocated(config: Config) -> Iterator[Fault]:
+    rollout, world_size = config.rollout, config.parallel.world_size
+    if config.overlap.max_staleness:
+        yield Fault(
+            "async.max_staleness",
+            f"must be 0 with placement=colocated, got {config.overlap.max_staleness}: engines that share the trainer's "
+            "GPUs cannot generate while it trains",
+            ("placement",),
+        )
+    if rollout.engines * rollout.tp > world_size:
+        yield Fault(
+            "rollout.engines",
+            f"rollout.engines * rollout.tp must be at most the {world_size} trainer ranks (parallel.tp * pp * cp * dp) "
+            f"with placement=colocated, got {rollout.engines} * {rollout.tp}",
+            ("placement", "rollout.tp", "parallel"),
+        )
+    if config.launch.engines == "own_nodes":
+        yield Fault(
+            "launch.engines",
+            "must be trainer_nodes with placement=colocated, got own_nodes",
+            ("placement",),
+        )
+
+
 def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fault]:
     """Among `keys`, which the user asked for in so many words, those that this run would ignore."""
     algorithm = config.algorithm
@@ -165,6 +200,10 @@ def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fau
             "dynamic_sampling.enabled is false",
         ),
         "reward.overlong.factor": (config.reward.overlong.buffer_tokens > 0, "reward.overlong.buffer_tokens is 0"),
+        **{
+            f"memory_turns.{name}": (config.placement == "colocated", "placement is disaggregated")
+            for name in ("trainer", "engines")
+        },
         "eval": (config.data.eval is not None, "data.eval names no data"),
     }
     for key in keys:

@@ -26,6 +26,9 @@ from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
 logger = logging.getLogger(__name__)
 
+_IDLE_SECONDS = 60.0
+"""The scheduler may still put away the last batch when its answers have come."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -47,6 +50,8 @@ class EngineConfig:
     context_tokens: int
     """Longest prompt and response together."""
     seed: int
+    gives_memory_back: bool = False
+    """Its GPUs are a trainer's too, in turn: see `release_memory`."""
 
 
 class Engine:
@@ -67,6 +72,8 @@ class Engine:
         self._config = config
         self._policy_version = 0
         self._updating = self._flushed = False
+        self._given_back: frozenset[str] = frozenset()
+        self._weights_lost = False
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -88,6 +95,8 @@ class Engine:
         """
         if self._updating:
             raise RolloutError("the engine is between begin_weight_update and end_weight_update; it cannot generate")
+        if self._given_back or self._weights_lost:
+            raise RolloutError("the engine has given back its memory or its weights; it cannot generate")
         self._check_lengths(prompts, sampling)
         # Samples of a prompt stand together: after the first prefill batch the prefix cache serves the others.
         # SGLang's own `n` would give all samples of a prompt the same seed.
@@ -173,8 +182,33 @@ class Engine:
         if not self._flushed:
             flushed = self._engine.flush_cache()
             _expect((flushed.success, flushed.message), "flushing the KV cache")
-        self._updating = self._flushed = False
+        self._updating = self._flushed = self._weights_lost = False
         self._policy_version = policy_version
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Give back GPU memory, `kv_cache` or `weights`, until `take_memory`; what it held is lost.
+
+        On a CPU SGLang has no allocator that could: memory and contents stay, and the same calls are in order.
+        """
+        if not self._config.gives_memory_back:
+            raise RolloutError("the engine was started without gives_memory_back")
+        if wanted := [part for part in parts if part not in self._given_back]:
+            self._wait_until_idle()
+            self._engine.release_memory_occupation(tags=wanted)
+            self._given_back |= {*wanted}
+            self._weights_lost |= "weights" in wanted
+
+    def _wait_until_idle(self) -> None:
+        manager: Any = self._engine.tokenizer_manager  # the engine's own flush_cache takes no time limit
+        flushed = self._engine.loop.run_until_complete(manager.flush_cache(timeout_s=_IDLE_SECONDS))
+        if flushed.success is not True:
+            raise RolloutError(f"the engine did not come to rest within {_IDLE_SECONDS:g} s: {flushed.message}")
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        """Take memory again that was given back; weights must then be loaded, by a whole update, before generation."""
+        if wanted := [part for part in parts if part in self._given_back]:
+            self._engine.resume_memory_occupation(tags=wanted)
+            self._given_back -= {*wanted}
 
     @property
     def policy_version(self) -> int:
@@ -196,6 +230,8 @@ class Engine:
         """One request of an update; `flush` drops in the same request what was cached under the old weights."""
         if not self._updating:
             raise WeightSyncError(f"{what}: begin_weight_update has not been called")
+        if "weights" in self._given_back:
+            raise WeightSyncError(f"{what}: the engine has given back the memory of its weights")
         answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=flush)
         _expect(answer, what)
         self._flushed |= flush
@@ -256,6 +292,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         # An idle scheduler would otherwise poll on a whole core, which the trainer can use.
         "sleep_on_idle": True,
         "log_level": "error",
+        "enable_memory_saver": config.gives_memory_back and config.device == "cuda",
     }
     if not any(config.model_path.glob("*.safetensors")):
         arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
