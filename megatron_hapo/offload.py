@@ -82,13 +82,13 @@ class TrainerMemory:
     def _storages(self) -> Iterator[torch.UntypedStorage]:
         """Of the optimizer alone: its parameters may be the model's, or views of them."""
         model = {parameter.untyped_storage()._cdata for chunk in self._chunks for parameter in chunk.parameters()}
-        for tensor in _optimizer_tensors(self._optimizer):
+        for tensor in optimizer_tensors(self._optimizer):
             storage = tensor.untyped_storage()
             if tensor.device.type == self._device.type and storage._cdata not in model:
                 yield storage
 
 
-def _optimizer_tensors(optimizer: Any) -> Iterable[Tensor]:
+def optimizer_tensors(optimizer: Any) -> Iterable[Tensor]:
     """Parameters, which are masters where the model's are not float32, and their state."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer

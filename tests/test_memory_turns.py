@@ -224,8 +224,8 @@ def test_on_gpus_of_their_own_nobody_gives_anything_back(tmp_path: Path) -> None
 def test_a_rehearsal_takes_turns_too(tmp_path: Path) -> None:
     config = make_config(tmp_path, "colocated")
     with opened(config) as (books, engines, ranks, turns):
-        parts: Any = (ranks, engines, turns, Rewards())
-        rehearse(config, *parts, PROMPTS)
+        parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
+        rehearse(config, turns=turns, prompts=PROMPTS, **parts)
     steered = [*TO_ENGINES, "generate", *TO_TRAINER, "log_probs"]
     assert books.events == ["ready", "engine releases kv_cache weights", *steered, *steered]
 
