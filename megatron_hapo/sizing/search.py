@@ -136,7 +136,8 @@ def _offloaded_if_needed(
 ) -> tuple[Layout, TrainerMemory]:
     """The layout, with the optimizer's state on the host where it does not fit without, and its memory."""
     room = cluster.gpu_bytes - (ENGINE_RESTING_BYTES if cluster.placement == "colocated" else 0)
-    layouts = layout, replace(layout, cpu_offload=True)
+    # Megatron offloads masters of 16-bit parameters.
+    layouts = layout, replace(layout, cpu_offload=layout.bytes_per_parameter == 2)
     memories = [
         trainer_memory(
             shape, layout, gpu_bytes=cluster.gpu_bytes, spec=limits.spec, bucket_bytes=limits.bucket_bytes,
