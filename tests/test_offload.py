@@ -1,7 +1,9 @@
-"""A trainer rank that gives its memory back between updates trains bit for bit as one that keeps it."""
+"""Memory given back between updates, or an optimizer on the host: training is bit for bit the same."""
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,8 @@ def train_both_ways(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     return seen
 
 
-def train(config: Config, *, turns: bool, checkpoint: Path) -> dict[str, Any]:
-    """Two updates, a checkpoint, and a third update from it, with engines' turns before, between and after or not."""
+def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None = None) -> dict[str, Any]:
+    """Two updates, a checkpoint, and a third update from it, or from another one, with engines' turns or without."""
     import torch.distributed as dist
 
     from megatron_hapo.trainer import TrainerRank
@@ -81,12 +83,13 @@ def train(config: Config, *, turns: bool, checkpoint: Path) -> dict[str, Any]:
         checkpoint.mkdir()
     dist.barrier()
     trainer.save_checkpoint(checkpoint)
-    trainer.load_checkpoint(checkpoint)
+    trainer.load_checkpoint(source or checkpoint)
     engines_turn()
     steps.append(trainer.update(batch, step=3))
     trainer._finish_gathering()
     return {
         "steps": steps,
+        "inner": getattr(trainer._optimizer, "chained_optimizers", [trainer._optimizer])[0].optimizer,
         "tensors": {f"{kind} {number}": t for kind, ts in kept(trainer).items() for number, t in enumerate(ts)},
         "freed": freed,
         "held": sum(buffer.grad_data.nbytes for buffer in buffers_of(trainer)),
@@ -95,6 +98,7 @@ def train(config: Config, *, turns: bool, checkpoint: Path) -> dict[str, Any]:
 
 def give_back(trainer: Any) -> int:
     """An engines' turn; the bytes of the optimizer that it frees. Weights can be scored and sent meanwhile."""
+    trainer._finish_gathering()
     before = {name: value.detach().clone() for name, value in trainer._named_parameters()}
     storages = list({s._cdata: s for s in trainer._memory._storages()}.values())
     num_bytes = sum(storage.nbytes() for storage in storages)
@@ -125,6 +129,63 @@ def kept(trainer: Any) -> dict[str, list[torch.Tensor]]:
         "weight": [value.detach().clone() for _, value in trainer._named_parameters()],
         "optimizer": [tensor.detach().clone() for tensor in optimizer_tensors(trainer._optimizer)],
     }
+
+
+def let_it_take_tensors_for_a_gpus() -> None:
+    """Megatron's HybridDeviceOptimizer asks whether a parameter is a CUDA tensor: here all are but its own copies."""
+    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+
+    on_host: set[int] = set()
+    copies: list[torch.Tensor] = []  # so that no other tensor gets their ids
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        on_host.add(id(tensor))
+        copies.append(tensor)
+        return tensor
+
+    source = textwrap.dedent(inspect.getsource(hybrid_optimizer.HybridDeviceOptimizer._get_sub_optimizer_param_groups))
+    for old, new in {
+        "param.is_cuda": "on_gpu(param)",
+        "param.detach().clone().cpu().pin_memory()": "to_host(param.detach().clone())",
+        "param = param.detach().clone().float()": "param = like(param, param.detach().clone().float())",
+    }.items():
+        assert old in source
+        source = source.replace(old, new)
+    names = dict(
+        vars(hybrid_optimizer),
+        to_host=to_host,
+        on_gpu=lambda tensor: id(tensor) not in on_host,
+        like=lambda tensor, copy: to_host(copy) if id(tensor) in on_host else copy,
+    )
+    exec(source, names)
+    patched: Any = hybrid_optimizer.HybridDeviceOptimizer
+    patched._get_sub_optimizer_param_groups = names["_get_sub_optimizer_param_groups"]
+
+
+def train_with_and_without_host(rank: int, folder: Path) -> None:
+    """The optimizer's state on the host changes nothing, nor does the kind of run that wrote the checkpoint."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    let_it_take_tensors_for_a_gpus()
+    trained: list[dict[str, Any]] = []
+    for offload in (False, True):
+        config = config_of(folder, "sharded, masters")
+        config = config.model_copy(
+            update={"optimizer": config.optimizer.model_copy(update={"cpu_offload": offload, "weight_decay": 0.1})}
+        )
+        trained.append(train(config, turns=False, checkpoint=folder / f"{offload}", source=folder / "False"))
+        assert isinstance(trained[-1]["inner"], HybridDeviceOptimizer) == offload
+        parallel_state.destroy_model_parallel()
+    kept, moved = trained
+    assert moved["steps"] == kept["steps"]
+    for name in (name for name in kept["tensors"] if name.startswith("weight")):
+        assert torch.equal(moved["tensors"][name], kept["tensors"][name]), name
+
+
+def test_an_optimizer_on_the_host_trains_as_one_on_the_device(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "dense")
+    run_ranks(2, train_with_and_without_host, tmp_path, timeout_seconds=240)
 
 
 def test_giving_memory_back_does_not_show_in_training(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_hapo.sizing.parameters import Layout
 from megatron_hapo.sizing.search import Cluster, Plan, Rejection, describe
 from megatron_hapo.sizing.settings import PLANNED_SIZES, inexpressible, plan_settings
 
-MIN_WIDTH = 110
+MIN_WIDTH = 120
 TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
 ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
 

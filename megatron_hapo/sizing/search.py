@@ -34,6 +34,8 @@ from megatron_hapo.sizing.throughput import (
 
 Placement = Literal["disaggregated", "colocated"]
 MOST_UNEVEN_STAGES = 16
+OFFLOAD_MARGIN = 1.1
+"""How much faster a plan must be to come before one without offload: hosts differ more than GPUs of one kind do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,11 @@ class Plan:
     """Share of a GPU for the engine's weights and cache."""
     time: StepTime
 
+    @property
+    def rank(self) -> float:
+        """Seconds of a step; more for plans that rest on the host's speed."""
+        return self.time.total * (OFFLOAD_MARGIN if self.layout.cpu_offload else 1.0)
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -91,7 +98,7 @@ class Rejection:
 
 
 def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
-    """Plans, the shortest step first, one for each (tp, pp, cp, ep) and engine tp; and what was rejected.
+    """Plans, the best (`Plan.rank`) first, one for each (tp, pp, cp, ep) and engine tp; and what was rejected.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
@@ -120,14 +127,14 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                     continue
                 plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
                 key = (layout.tp, layout.pp, layout.cp, layout.ep, choice.tp)
-                if key not in best or plan.time.total < best[key].time.total:
+                if key not in best or plan.rank < best[key].rank:
                     best[key] = plan
     if not best:
         head = f"no layout of {cluster.gpus} GPUs of {cluster.gpu_bytes / GIB:.0f} GiB fits"
         if some_trainer_fits or not engines.beside(None):
             raise HapoError(f"{head} an engine: {engines.rejections[-1].what}: {engines.rejections[-1].reason}")
         raise HapoError(f"{head}; nearest: {nearest[1]}" if nearest else head)
-    plans = sorted(best.values(), key=lambda plan: plan.time.total)
+    plans = sorted(best.values(), key=lambda plan: plan.rank)
     return plans, _deduplicated([*engines.rejections, *rejections])
 
 
