@@ -304,11 +304,10 @@ class _RankThread(threading.Thread):
         try:
             place, config = self._place, self._config
             # Ray's processes do not wait long for each other: on a small machine the imports of the ranks come after.
-            own_node, patience = [_node_key(place.node)], config.launch.start_timeout_seconds
-            wait_for(self._store, own_node, self._watch, timeout_seconds=patience)
+            own_node = [_node_key(place.node)]
+            wait_for(self._store, own_node, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
             if config.placement == "colocated":
-                patience = config.trainer.timeout_seconds
-                wait_for(self._store, [_ENGINES_AWAY], self._watch, timeout_seconds=patience)
+                wait_for(self._store, [_ENGINES_AWAY], self._watch, timeout_seconds=config.rollout.timeout_seconds)
             rank = start_rank(
                 self._config,
                 device=self._device,
@@ -340,7 +339,7 @@ def wait_for(store: Store, keys: Sequence[str], watch: Watch, *, timeout_seconds
             if watch.failed.wait(_POLL_SECONDS) and watch.error is not None:
                 raise watch.error
             if time.monotonic() > deadline:
-                raise RolloutError(f"launch.start_timeout_seconds: no {key} within {timeout_seconds:g} s")
+                raise RolloutError(f"starting: no {key} within {timeout_seconds:g} s")
     return [store.get(key) for key in keys]
 
 
