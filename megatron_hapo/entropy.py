@@ -18,6 +18,8 @@ Sign = Literal["signed", "reference"]
 
 _SQUARES_PER_UNIT = 1 << 24
 """Squares are summed as integers of this resolution, whose sum does not depend on the order."""
+_TOKENS_AT_ONCE = 1 << 18
+"""Whose squares stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,15 @@ def entropy_stats(
         return log_N.kthvalue(round(share * (num_tokens - 1)) + 1).values
 
     quantile = order_statistic(pivot)
-    log_max = torch.maximum(order_statistic(1 - scale_quantile), quantile)
-    log_min = torch.minimum(order_statistic(scale_quantile), quantile)
-    squares_N = (log_N.double() - quantile.double()).square()
-    total = int((squares_N * _SQUARES_PER_UNIT).round().long().sum())
+    if scale_quantile:
+        log_max = torch.maximum(order_statistic(1 - scale_quantile), quantile)
+        log_min = torch.minimum(order_statistic(scale_quantile), quantile)
+    else:
+        log_min, log_max = log_N.aminmax()
+    total = 0
+    for part in log_N.split(_TOKENS_AT_ONCE):
+        squares = part.double().sub_(quantile.double()).square_()
+        total += int(squares.mul_(_SQUARES_PER_UNIT).round_().long().sum())
     rms = math.sqrt(total / _SQUARES_PER_UNIT / num_tokens)
     return EntropyStats(float(quantile), float(log_max), float(log_min), rms, num_tokens)
 

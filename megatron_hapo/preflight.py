@@ -14,6 +14,7 @@ from megatron_hapo.config_faults import Fault
 from megatron_hapo.data import file_faults
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
+from megatron_hapo.resharding.layouts import not_served
 from megatron_hapo.reward import import_reasoning_gym
 from megatron_hapo.sizing import settings
 from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
@@ -63,6 +64,8 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     except KeyError as error:
         yield Fault("model.path", f"{folder / 'config.json'} has no {error.args[0]}")
         return
+    if (reason := not_served(shape)) is not None:
+        yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)
 
 

@@ -50,12 +50,14 @@ class EngineConfig:
     context_tokens: int
     """Longest prompt and response together."""
     seed: int
+    read_weights: bool = True
+    """False: start with random weights, whatever the folder holds; the first weight update brings the true ones."""
     gives_memory_back: bool = False
     """Its GPUs are a trainer's too, in turn: see `release_memory`."""
 
 
 class Engine:
-    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, random if that has none."""
+    """Holds version 0 of the weights, once the constructor returns: those of `model_path`, or random ones."""
 
     def __init__(self, config: EngineConfig):
         """Starts the engine and proves its sampling.
@@ -72,6 +74,7 @@ class Engine:
         self._config = config
         self._policy_version = 0
         self._updating = self._flushed = False
+        self._proved = config.read_weights  # random weights give all tokens much the same chance, at any temperature
         self._given_back: frozenset[str] = frozenset()
         self._weights_lost = False
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
@@ -177,13 +180,24 @@ class Engine:
         self._update(weights.checksum_payload(checksums), weights.VERIFY, "verifying weights")
 
     def end_weight_update(self, policy_version: int) -> None:
-        """Last call of an update: the engine now holds this version, and nothing cached from another."""
+        """Last call of an update: the engine now holds this version, and nothing cached from another.
+
+        The first one of an engine that has not read its weights proves the sampling again, on the true ones; or, if
+        the engine has given back its KV cache, `take_memory` does.
+        """
         _expect(self._engine.end_weight_update(), "end_weight_update")
         if not self._flushed:
             flushed = self._engine.flush_cache()
             _expect((flushed.success, flushed.message), "flushing the KV cache")
         self._updating = self._flushed = self._weights_lost = False
         self._policy_version = policy_version
+        self._prove()
+
+    def _prove(self) -> None:
+        """On the true weights, if the engine started without them, as soon as it can generate."""
+        if not (self._proved or self._updating or self._given_back or self._weights_lost):
+            self.self_test()
+            self._proved = True
 
     def release_memory(self, parts: Sequence[str]) -> None:
         """Give back GPU memory, `kv_cache` or `weights`, until `take_memory`; what it held is lost.
@@ -209,6 +223,7 @@ class Engine:
         if wanted := [part for part in parts if part in self._given_back]:
             self._engine.resume_memory_occupation(tags=wanted)
             self._given_back -= {*wanted}
+            self._prove()
 
     @property
     def policy_version(self) -> int:
@@ -294,8 +309,8 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "log_level": "error",
         "enable_memory_saver": config.gives_memory_back and config.device == "cuda",
     }
-    if not any(config.model_path.glob("*.safetensors")):
-        arguments["load_format"] = "dummy"  # a Megatron checkpoint: the first weight update brings the weights
+    if not config.read_weights:
+        arguments["load_format"] = "dummy"
     if config.device == "cpu":
         arguments |= {
             "device": "cpu",

@@ -53,3 +53,11 @@ def test_a_run_starts_from_a_megatron_folder_and_exports_on_its_way(tiny_qwen3: 
     tokenizer = AutoTokenizer.from_pretrained(run / "hf_steps" / "step_00000001")
     assert tokenizer.chat_template
     assert torch.equal(model.model.norm.weight, first["model.norm.weight"])
+
+    command = [sys.executable, "-m", "megatron_hapo", "eval", str(tmp_path / "run.yaml"), f"model.path={run / 'hf'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = dict(line.split(":") for line in done.stdout.splitlines() if line.startswith("eval/"))
+    evaluated = {name: value for name, value in steps[-1].items() if name.startswith("eval/")}
+    assert {name: f"{value:.4g}" for name, value in evaluated.items()} == {k: v.strip() for k, v in printed.items()}
+    assert evaluated["eval/response_length"] > 1

@@ -22,7 +22,13 @@ LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
         case: [*_PAIRS, *([{"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else []), *_CHUNKS.get(case, [])]
         for case in FAMILIES
     },
-    4: {"qwen2": [{"tp": 2, "pp": 2}], "qwen3_moe": [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}]},
+    4: {
+        case: [
+            {"tp": 2, "pp": 2},
+            *([{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}] if case == "qwen3_moe" else []),
+        ]
+        for case in FAMILIES
+    },
 }
 
 

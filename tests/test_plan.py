@@ -257,6 +257,15 @@ def test_train_refuses_what_cannot_fit(
     assert check_run(load_config("run.yaml", ["device=cpu", "rollout.kv_cache_tokens=600", "rollout.tp=8"])) == []
 
 
+def test_train_refuses_a_model_that_no_engine_can_serve(run_folder: Path) -> None:  # noqa: F811
+    experts = json.loads((HF_CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text())
+    asked = ["device=cuda", "parallel.tp=4", "parallel.dp=4", "parallel.ep=4", "rollout.tp=4"]
+    for setting in ({}, {"mlp_only_layers": [1]}, {"tie_word_embeddings": True}):
+        (run_folder / "model/config.json").write_text(json.dumps(experts | setting))
+        faults = [fault for fault in check_run(load_config("run.yaml", asked)) if "no engine can serve" in str(fault)]
+        assert [*setting] == [name for fault in faults for name in experts if f"({name}" in str(fault)]
+
+
 def test_planning_imports_no_torch() -> None:
     code = (
         "import sys\nfrom megatron_hapo import cli\n"

@@ -50,18 +50,19 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
             {"dp": 2, "distributed_optimizer": False},
             {"dp": 2, "overlap": True, "output_head": "fused"},
             {"cp": 2},
+            {"cp": 2, "output_head": "fused"},
             {"tp": 2, "sequence_parallel": False, "output_head": "fused"},
         ],
         "tied": [
             {"tp": 2, "sequence_parallel": True},
             {"pp": 2},
-            {"pp": 2, "vpp": 2, "recompute": "full"},
+            {"pp": 2, "vpp": 2, "recompute": "full", "output_head": "fused"},
             {"dp": 2},
             {"tp": 2, "sequence_parallel": True, "output_head": "fused"},
             {"pp": 2, "output_head": "fused"},
         ],
         "moe": [
-            {"dp": 2, "ep": 2, "overlap": True},
+            {"dp": 2, "ep": 2, "overlap": True, "output_head": "fused"},
             {"tp": 2, "ep": 2, "sequence_parallel": True, "recompute": "selective"},
             {"tp": 2, "sequence_parallel": True},
         ],
@@ -81,8 +82,8 @@ RESUMED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tp": 2, "sequence_parallel": True, "recompute": "selective"}, {"pp": 2, "vpp": 2}),
         ({"pp": 2, "vpp": 2}, {"pp": 2, "first_stage_layers": 3}),
     ],
-    "tied": [({"pp": 2, "vpp": 2, "recompute": "full"}, {"dp": 2})],
-    "moe": [({"dp": 2, "ep": 2, "overlap": True}, {"tp": 2, "sequence_parallel": True})],
+    "tied": [({"pp": 2, "vpp": 2, "recompute": "full", "output_head": "fused"}, {"dp": 2})],
+    "moe": [({"dp": 2, "ep": 2, "overlap": True, "output_head": "fused"}, {"tp": 2, "sequence_parallel": True})],
 }
 TEMPERATURE = 1.25
 ADAM_EPS = 1e-2

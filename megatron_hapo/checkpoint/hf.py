@@ -26,7 +26,9 @@ Progress = Callable[[int], None]
 def load_hf_weights(
     model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
 ) -> None:
-    """Fill this rank's parameters; vocabulary padding becomes zero. Every rank calls it on its own.
+    """Fill this rank's parameters, whose memory is no one else's yet; vocabulary padding becomes zero.
+
+    Every rank calls it on its own.
 
     Raises:
         ConfigError: the folder does not hold the model that its config.json describes.
@@ -35,9 +37,13 @@ def load_hf_weights(
     with torch.no_grad():
         for name, parameter in named_parameters(model):
             value = reader.read(place_of(name, shape, layout))
-            if value.shape != parameter.shape:
-                parameter.zero_()
-            parameter[tuple(slice(size) for size in value.shape)].copy_(value)
+            like = (parameter.shape, parameter.dtype, parameter.device)
+            if (value.shape, value.dtype, value.device) == like:
+                parameter.data = value  # no second copy, and the uninitialised memory is never touched
+            else:
+                if value.shape != parameter.shape:
+                    parameter.zero_()
+                parameter[tuple(slice(size) for size in value.shape)].copy_(value)
             if progress:
                 progress(value.nbytes)
 

@@ -23,7 +23,7 @@ from sglang_ext.receive import Request
 class EngineActor:
     """Holds an sglang_ext Engine and forwards."""
 
-    def __init__(self, config: Config, device: str, index: int):
+    def __init__(self, config: Config, device: str, index: int, *, read_weights: bool):
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
@@ -40,6 +40,7 @@ class EngineActor:
                 kv_cache_tokens=rollout.kv_cache_tokens,
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
                 seed=config.seed + index,
+                read_weights=read_weights,
                 gives_memory_back=config.placement == "colocated",
             )
         )
@@ -121,9 +122,13 @@ class RayRolloutPool:
 
     Args:
         places: of each engine; None leaves the choice to Ray.
+        read_weights: from the model folder. Without, the first sync brings them: a large model would be read once an
+            engine, a Megatron checkpoint not at all, and SGLang (0.5.23) knows no stacked experts.
     """
 
-    def __init__(self, config: Config, *, device: str, places: Sequence[Place] | None = None):
+    def __init__(
+        self, config: Config, *, device: str, places: Sequence[Place] | None = None, read_weights: bool = False
+    ):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         options = [
@@ -131,7 +136,9 @@ class RayRolloutPool:
             for index in range(rollout.engines)
         ]
         actor: Any = ray.remote(EngineActor)
-        self._start = lambda index: actor.options(**options[index]).remote(config, device, index)
+        self._start = lambda index: actor.options(**options[index]).remote(
+            config, device, index, read_weights=read_weights
+        )
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._policy_version = 0
         self._plans: list[ray.ObjectRef] = []
@@ -210,7 +217,7 @@ class RayRolloutPool:
         """Drop every engine that has died, or does not answer in time, and start another in its place.
 
         Returns:
-            Their indices. The new engines hold the weights of the model folder, under version 0.
+            Their indices. The new engines hold random weights, under version 0.
         """
         deadline = time.monotonic() + patience_seconds
         answers = [engine.ready.remote() for engine in self._engines]

@@ -129,7 +129,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 def run_evaluation(config: Config) -> dict[str, float]:
     """Evaluate the model folder's own weights on the evaluation data. Starts engines only."""
     _, prompts = _load_data(config)
-    with local_ray(), open_rollouts(config) as (pool, rewards):
+    with local_ray(), open_rollouts(config, read_weights=True) as (pool, rewards):
         pool.wait_until_ready()
         return evaluate(pool, rewards, prompts, config)
 
@@ -170,14 +170,17 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
 
 
 @contextlib.contextmanager
-def open_rollouts(config: Config, places: Sequence[Place] | None = None) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
+def open_rollouts(
+    config: Config, places: Sequence[Place] | None = None, *, read_weights: bool = False
+) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
     """Engines, which are still starting, and reward workers.
 
     Args:
         places: of each engine; None leaves it to Ray.
+        read_weights: the engines are to read the model folder; else a sync must bring the weights.
     """
     with RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
-        pool = RayRolloutPool(config, device=_device(config), places=places)
+        pool = RayRolloutPool(config, device=_device(config), places=places, read_weights=read_weights)
         try:
             yield pool, rewards
         finally:

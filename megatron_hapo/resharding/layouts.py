@@ -154,6 +154,21 @@ def _planned_parameter(
 # ----- the engine
 
 
+def not_served(shape: Shape) -> str | None:
+    """Why SGLang would build this model otherwise than its checkpoint says; None where it does not."""
+    if shape.moe is not None and shape.moe.dense_layers:
+        return (
+            f"{shape.family}: SGLang gives experts to all layers, this model has dense ones "
+            "(mlp_only_layers, decoder_sparse_step in its config.json)"
+        )
+    if shape.moe is not None and shape.tied_embeddings:
+        return (
+            f"{shape.family}: SGLang does not tie the output head of this family to the embedding "
+            "(tie_word_embeddings in its config.json)"
+        )
+    return None
+
+
 def engine_parameters(shape: Shape, tp: int, ep: int = 1) -> list[tuple[Parameter, ...]]:
     """The parameters of each of an engine's `tp` ranks, under SGLang's names.
 
@@ -166,10 +181,8 @@ def engine_parameters(shape: Shape, tp: int, ep: int = 1) -> list[tuple[Paramete
         raise ValueError(f"the engine's ep must be 1 or its tp={tp}, got {ep}")
     if shape.moe is None and ep > 1:
         raise ValueError(f"the engine's ep={ep}, but the model has no experts ({shape.family})")
-    if shape.moe is not None and shape.moe.dense_layers:
-        raise ValueError(f"{shape.family}: SGLang gives experts to all layers, this model has dense ones")
-    if shape.moe is not None and shape.tied_embeddings:
-        raise ValueError(f"{shape.family}: SGLang does not tie the output head of this family to the embedding")
+    if (reason := not_served(shape)) is not None:
+        raise ValueError(reason)
     return [tuple(_engine_rank(shape, tp, ep, rank)) for rank in range(tp)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,9 @@ from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
 from tests.tiny_families import FAMILIES, write_family
 from tests.tiny_model import write_tiny_qwen3
 
-LAYOUTS = [
-    {"tp": 1, "pp": 1, "dp": 1},
-    {"tp": 2, "pp": 1, "dp": 1},
-    {"tp": 1, "pp": 2, "dp": 1},
-    {"tp": 2, "pp": 2, "dp": 2},
-]
+LAYOUTS: list[dict[str, int]] = [{"tp": 1}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}]
+LARGE = {"tp": 2, "pp": 2, "dp": 2}
+LAYERS = 4  # two chunks on each of two stages
 
 
 class OneEngine:
@@ -80,8 +76,10 @@ def make_sync(
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A running engine with other weights than the checkpoints that will be sent."""
     folder = tmp_path_factory.mktemp("models")
-    start = write_tiny_qwen3(folder / "start", tied=request.param, seed=9)
-    news = [write_tiny_qwen3(folder / f"new{seed}", tied=request.param, seed=seed) for seed in range(len(LAYOUTS))]
+    start, *news = (
+        write_tiny_qwen3(folder / f"seed{seed}", layers=LAYERS, tied=request.param, seed=seed)
+        for seed in (9, *range(len(LAYOUTS)))
+    )
     with running_engine(start) as engine:
         yield {"pool": OneEngine(engine), "news": news}
 
@@ -100,7 +98,7 @@ def test_a_corrupted_bucket_is_found_by_parameter(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, pool = case["news"][0], case["pool"]
-    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[3]), pool, tmp_path / "s", new)
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LARGE), pool, tmp_path / "s", new)
     original = transfer_module._Outlet._tell
 
     def corrupt(outlet: transfer_module._Outlet, number: int) -> None:
@@ -134,7 +132,7 @@ def test_a_trainer_rank_that_does_not_send_is_named_and_the_version_stays(case: 
 
 
 def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any], tmp_path: Path) -> None:
-    other = write_tiny_qwen3(tmp_path / "other", intermediate=192)
+    other = write_tiny_qwen3(tmp_path / "other", layers=LAYERS, intermediate=192)
     pool = case["pool"]
     sync = make_sync(ThreadedTrainer(other, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "s", other)
     with pytest.raises(WeightSyncError, match=r"down_proj.weight: the plan has \(64, 192\), the model \(64, 128\)"):
@@ -148,7 +146,7 @@ def test_messages_bring_the_weights_where_hosts_differ(
     """A gloo group over the threads that play the trainer and the real engine's process."""
     new, pool = case["news"][1], case["pool"]
     monkeypatch.setattr(pool, "sees", lambda path: False)
-    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[3]), pool, tmp_path / "s", new)
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LARGE), pool, tmp_path / "s", new)
     sync.sync(policy_version=91)
     sync.sync(policy_version=92)
     assert_greedy_equals(pool.engine, load_reference(new), version=92)
@@ -162,13 +160,6 @@ def test_messages_bring_the_weights_where_hosts_differ(
     assert_greedy_equals(pool.engine, load_reference(new), version=94)
 
 
-def config_only(model: Path, folder: Path) -> Path:
-    """A folder from which an engine starts with weights of its own making."""
-    folder.mkdir()
-    shutil.copy(model / "config.json", folder)
-    return folder
-
-
 EXPERT_LAYOUTS = [{}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}]
 
 
@@ -179,7 +170,7 @@ def test_experts_of_any_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     prefix, changes = FAMILIES["qwen3_moe"]
     monkeypatch.setitem(FAMILIES, "qwen3_moe", (prefix, {**changes, "moe_intermediate_size": 64}))
     new = write_family(tmp_path / "new", "qwen3_moe")
-    with running_engine(config_only(new, tmp_path / "start"), tp=engine_tp, context_tokens=256) as engine:
+    with running_engine(new, read_weights=False, tp=engine_tp, context_tokens=256) as engine:
         pool = OneEngine(engine)
         for version, layout in enumerate(EXPERT_LAYOUTS, 1):
             trainer = ThreadedTrainer(new, engine_tp=engine_tp, **layout)
@@ -188,11 +179,15 @@ def test_experts_of_any_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-def test_two_engine_ranks(tmp_path: Path) -> None:
-    start, new = write_tiny_qwen3(tmp_path / "start", seed=9), write_tiny_qwen3(tmp_path / "new", seed=1)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_two_engine_ranks(tmp_path: Path, tied: bool) -> None:
+    start, *news = (
+        write_tiny_qwen3(tmp_path / f"seed{seed}", layers=LAYERS, tied=tied, seed=seed)
+        for seed in (9, *range(len(LAYOUTS)))
+    )
     with running_engine(start, tp=2) as engine:
         pool = OneEngine(engine)
-        for index, layout in enumerate((LAYOUTS[0], LAYOUTS[3])):
+        for version, (layout, new) in enumerate(zip(LAYOUTS, news, strict=True), 1):
             trainer = ThreadedTrainer(new, engine_tp=2, **layout)
-            make_sync(trainer, pool, tmp_path / f"s{index}", new, tp=2).sync(policy_version=index + 1)
-            assert_greedy_equals(engine, load_reference(new), version=index + 1)
+            make_sync(trainer, pool, tmp_path / f"s{version}", new, tp=2).sync(policy_version=version)
+            assert_greedy_equals(engine, load_reference(new), version=version)

@@ -18,6 +18,7 @@ from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.weight_sync import DirectSync
+from tests.resharding.test_direct_sync import LAYERS, LAYOUTS
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
 from tests.tiny_model import write_tiny_qwen3
@@ -60,7 +61,7 @@ def one_ray() -> Iterator[None]:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayRolloutPool, DirectSync, Path]]:
     """Two engines that have taken version 1 of weights other than those they started with."""
     folder = tmp_path_factory.mktemp("faults")
-    start, new = write_tiny_qwen3(folder / "start", seed=9), write_tiny_qwen3(folder / "new", seed=1)
+    start, new = (write_tiny_qwen3(folder / f"seed{seed}", layers=LAYERS, tied=True, seed=seed) for seed in (9, 1))
     config = make_config(start, folder, engines=2, tp=1)
     with ExitStack() as stack:
         pool = RayRolloutPool(config, device="cpu")
@@ -141,6 +142,19 @@ def test_rollouts_of_another_version_are_refused(case) -> None:
         assert_greedy_equals(pool, load_reference(new), version=99)
     sync.sync(policy_version=7)
     assert_greedy_equals(pool, load_reference(new), version=7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_both_engines_take_weights_of_every_layout(case, tmp_path, layout) -> None:
+    """Last of those that share the engines: it gives them other plans."""
+    pool, _, _ = case
+    version = 100 + LAYOUTS.index(layout)
+    new = write_tiny_qwen3(tmp_path / "new", layers=LAYERS, tied=True, seed=version)
+    (tmp_path / "s").mkdir()
+    trainer = ThreadedTrainer(new, engine_tp=1, **layout)
+    config = make_config(new, tmp_path, engines=2, tp=1)
+    DirectSync(config, trainer, pool, folder=tmp_path / "s").sync(policy_version=version)
+    assert_greedy_equals(pool, load_reference(new), version=version)
 
 
 def test_a_rank_of_a_tensor_parallel_engine_killed_in_mid_sync(tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Parameter, SendingTask
@@ -23,7 +24,9 @@ from tests.resharding.test_plan import cut
 class ThreadedTrainer:
     """The trainer's side of the protocol over the shards of a checkpoint."""
 
-    def __init__(self, folder: Path, *, engine_tp: int, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1):
+    def __init__(
+        self, folder: Path, *, engine_tp: int, tp: int = 1, pp: int = 1, vpp: int = 1, dp: int = 1, ep: int = 1
+    ):
         self.shape = read_shape(folder)
         self._cut = engine_cut(self.shape, tp=engine_tp, ep=1)
         sizes = matrix_sizes(self.shape)
@@ -31,7 +34,7 @@ class ThreadedTrainer:
         whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
         self._parameters: dict[int, tuple[Parameter, ...]] = defaultdict(tuple)
         self.matrices: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for shard in trainer_shards(self.shape, tp=tp, pp=pp, dp=dp, ep=ep):
+        for shard in trainer_shards(self.shape, tp=tp, dp=dp, ep=ep, pipeline=Pipeline(pp=pp, vpp=vpp)):
             for rank in shard.ranks:
                 self._parameters[rank] += shard.parameters
                 held = cut(whole, shard.parameters)

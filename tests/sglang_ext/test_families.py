@@ -7,22 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from megatron_hapo.types import Sampling
 from tests.sglang_ext.engine_process import running_engine
 from tests.sglang_ext.test_engine import make_prompts
-from tests.tiny_families import FAMILIES, STACKED, expected_tensors, write_family
+from tests.tiny_families import FAMILIES, STACKED, write_family
+
+SERVED = [case for case in FAMILIES if case != STACKED]  # which has a dense layer: preflight refuses to train it
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", SERVED)
 def test_the_engine_answers_greedily_as_transformers(tmp_path: Path, case: str) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = write_family(tmp_path / case, case)
-    if case == STACKED:  # SGLang (0.5.23) reads the experts one by one only, as our exports have them
-        save_file(expected_tensors(folder, case), folder / "model.safetensors", metadata={"format": "pt"})
     with running_engine(folder, context_tokens=128, kv_cache_tokens=1024, max_running_requests=8) as engine:
         groups = engine.generate(make_prompts(6), Sampling(samples=1, temperature=0.0, max_response_tokens=32, seed=0))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
