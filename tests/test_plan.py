@@ -293,3 +293,9 @@ def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(
     assert config.parallel.world_size + config.rollout.engines * config.rollout.tp <= 8
     assert config.parallel.world_size > 1
     assert check_run(config) == []
+    (run_folder / "shared.yaml").write_text("base: auto.yaml\nplacement: colocated\nrollout: {engines: 16}\n")
+    assert cli.main(["train", "shared.yaml"]) == 0
+    config = started[1]
+    assert config.parallel.world_size == config.rollout.engines * config.rollout.tp == 8
+    assert config.rollout.memory_fraction < 0.8
+    assert check_run(config) == []

@@ -157,7 +157,9 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     """
     if read_sources(Path(path), overrides)[0].get("parallel") != "auto":
         return []
-    config = load_config(path, [*overrides, "parallel={}"])
+    # The sizes that are to be found must not contradict each other before.
+    engines = [f"rollout.{name}=1" for name in ("engines", "tp", "ep")]
+    config = load_config(path, [*overrides, "parallel={}", *engines])
     gpus = local_gpus()
     if not gpus:
         raise HapoError(
