@@ -50,7 +50,7 @@ def make_room_for_trainer(config: Config, pool: RolloutPool, *, device: str) -> 
             "GPUs" if device == "cuda" else "machine", ", ".join(given_back), ", ".join(given_back_by_trainer(config)),
         )  # fmt: skip
         if device == "cpu":
-            logger.info("on a CPU SGLang cannot give memory back: its part of the turns has no effect here")
+            logger.info("on a CPU SGLang cannot give memory back: the turns save memory on the trainer's side alone")
 
 
 class MemoryTurns:

@@ -202,13 +202,14 @@ class Engine:
     def release_memory(self, parts: Sequence[str]) -> None:
         """Give back GPU memory, `kv_cache` or `weights`, until `take_memory`; what it held is lost.
 
-        On a CPU SGLang has no allocator that could: memory and contents stay, and the same calls are in order.
+        On a CPU SGLang (0.5.23) cannot: memory and contents stay, and the engine only keeps the books.
         """
         if not self._config.gives_memory_back:
             raise RolloutError("the engine was started without gives_memory_back")
         if wanted := [part for part in parts if part not in self._given_back]:
             self._wait_until_idle()
-            self._engine.release_memory_occupation(tags=wanted)
+            if self._config.device == "cuda":
+                self._engine.release_memory_occupation(tags=wanted)
             self._given_back |= {*wanted}
             self._weights_lost |= "weights" in wanted
 
@@ -221,7 +222,8 @@ class Engine:
     def take_memory(self, parts: Sequence[str]) -> None:
         """Take memory again that was given back; weights must then be loaded, by a whole update, before generation."""
         if wanted := [part for part in parts if part in self._given_back]:
-            self._engine.resume_memory_occupation(tags=wanted)
+            if self._config.device == "cuda":
+                self._engine.resume_memory_occupation(tags=wanted)
             self._given_back -= {*wanted}
             self._prove()
 

@@ -249,7 +249,7 @@ def test_failed_updates_raise_and_leave_the_engine_alive(engine, reference):
 
 
 def test_an_engine_without_its_memory_refuses_work_until_it_has_all_again(engine, reference):
-    """On a CPU SGLang frees nothing; what the engine lets be done in which order is the same."""
+    """On a CPU the engine only keeps the books; what it lets be done in which order is the same."""
     engine.release_memory(("kv_cache", "weights"))
     engine.release_memory(("kv_cache",))  # nothing happens twice
     engine.begin_weight_update()
