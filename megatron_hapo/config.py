@@ -76,8 +76,11 @@ class ParallelConfig(Section):
     dp: PositiveInt = 1
     """Data parallel size."""
     ep: PositiveInt = 1
-    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many of the tp x dp ranks
-    of a pipeline stage; within such a group each expert stands on one rank, whole."""
+    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many groups of the tp x dp
+    ranks of a pipeline stage."""
+    etp: PositiveInt = 1
+    """Expert tensor parallel size: each expert is cut over so many neighbouring ranks of a tp group, which then share
+    its tokens too. 1 leaves experts whole: small ones compute faster so, and need ep for the memory."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
     gpu_memory: Annotated[str, AfterValidator(_byte_size)] | None = None
@@ -158,7 +161,8 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()
     """Beside the end-of-sequence tokens of the model's generation config."""
     max_running_requests: PositiveInt = 256
-    """Requests that one engine decodes together."""
+    """Requests that one engine decodes together. It is given about an eighth more, which wait in it; what is left goes
+    to whichever engine has room first."""
     memory_fraction: Fraction = 0.8
     """Share of a GPU's memory for weights and KV cache."""
     kv_cache_tokens: PositiveInt | None = None
@@ -334,7 +338,8 @@ class AsyncConfig(Section):
 
     max_staleness: Literal[0, 1] = 0
     """Steps by which the weights of rollouts may lag behind. 0: strictly on-policy. 1: the next step's rollouts are
-    generated while this step trains; needs algorithm.importance_correction."""
+    generated while this step trains; needs algorithm.importance_correction, and weight_sync.in_flight says what becomes
+    of those that training overtakes."""
 
 
 class EvalConfig(Section):
@@ -369,6 +374,10 @@ class WeightSyncConfig(Section):
     `direct`: the buckets in flight together are of at most twice this size."""
     verify_every: PositiveInt = 10
     """Compare a checksum of the engine's weights with the trainer's on the first and every so many syncs."""
+    in_flight: Literal["finish", "pause", "abort"] = "finish"
+    """Responses of the next step that are unfinished when the weights change, with async.max_staleness=1. `finish`: the
+    sync waits for them. `pause`: they wait, and go on from the new weights, with their prefix computed anew (partial
+    rollouts: each token carries the version of its weights). `abort`: they are generated anew."""
     timeout_seconds: PositiveFloat = 600
     """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
 
@@ -396,6 +405,14 @@ class LaunchConfig(Section):
     for each engine. `None`: any that are free."""
     start_timeout_seconds: PositiveFloat = 300
     """The run fails if ranks, Ray nodes or room for the engines take longer to come."""
+
+
+class ProfileConfig(Section):
+    """Where the time of a step goes; see docs/profiling.md."""
+
+    steps: tuple[PositiveInt, ...] = ()
+    """Steps that are traced into `profile/step_*` of the run folder: the operators of every trainer rank, and the whole
+    step over all processes. They take longer than others."""
 
 
 class Config(Section):
@@ -427,6 +444,7 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     memory_turns: MemoryTurnsConfig = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def run_dir(self) -> Path:

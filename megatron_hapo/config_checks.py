@@ -32,11 +32,14 @@ def contradictions(config: Config) -> Iterator[Fault]:
         for name, none in (("vpp", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
             if (given := getattr(parallel, name)) != none:
                 yield Fault(f"parallel.{name}", f"needs parallel.pp of at least 2, got {given}", ("parallel.pp",))
-    if parallel.tp * parallel.dp % parallel.ep:
+    if parallel.tp % parallel.etp:
+        yield Fault("parallel.etp", f"must divide parallel.tp={parallel.tp}, got {parallel.etp}", ("parallel.tp",))
+    elif parallel.tp * parallel.dp % (parallel.etp * parallel.ep):
         yield Fault(
             "parallel.ep",
-            f"must divide parallel.tp * parallel.dp = {parallel.tp * parallel.dp}, got {parallel.ep}",
-            ("parallel.tp", "parallel.dp"),
+            f"must divide parallel.tp * parallel.dp / parallel.etp = {parallel.tp * parallel.dp // parallel.etp}, "
+            f"got {parallel.ep}",
+            ("parallel.tp", "parallel.dp", "parallel.etp"),
         )
     if config.trainer.quantization != "none" and config.trainer.dtype != "bfloat16":
         yield Fault(
@@ -56,6 +59,12 @@ def contradictions(config: Config) -> Iterator[Fault]:
         yield from _colocated(config)
     if config.optimizer.cpu_offload:
         yield from _cpu_offload(config)
+    if config.weight_sync.in_flight != "finish" and not config.overlap.max_staleness:
+        yield Fault(
+            "weight_sync.in_flight",
+            f"{config.weight_sync.in_flight} needs async.max_staleness of 1, got 0: nothing is generated beside a sync",
+            ("async.max_staleness",),
+        )
     if config.algorithm.entropy.source == "micro_batch" and config.parallel.cp > 1:
         yield Fault(
             "algorithm.entropy.source",
@@ -80,6 +89,8 @@ def contradictions(config: Config) -> Iterator[Fault]:
         yield Fault("rollout.ep", f"must be 1 or rollout.tp={rollout.tp}, got {rollout.ep}", ("rollout.tp",))
     elif rollout.ep > 1 and config.device == "cpu":
         yield Fault("rollout.ep", f"must be 1 with device=cpu, got {rollout.ep}: SGLang has no kernel", ("device",))
+    if beyond := [step for step in config.profile.steps if step > config.steps]:
+        yield Fault("profile.steps", f"must be steps of the run, 1 to steps={config.steps}, got {beyond}", ("steps",))
     ports = config.launch.ray_worker_ports
     if ports is not None and ports[1] - ports[0] + 1 < 10 + rollout.engines:
         yield Fault(

@@ -21,6 +21,7 @@ from megatron_hapo.prepare import (
     with_advantages,
     with_scores,
 )
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.rollout import collect_groups, staleness, steering
@@ -43,6 +44,7 @@ class Driver:
     logger: MetricsLogger
     checkpoints: Checkpoints
     utilization: Utilization
+    profiler: StepProfiler
     stats: EntropyStats | None = None
     """Of the previous step, for the sampler; None before the first, which samples at the base temperature."""
     stop_requested: bool = False
@@ -60,12 +62,12 @@ class Driver:
         rollouts = RolloutSource(self._generation, ahead=config.overlap.max_staleness, last_step=config.steps)
         while step < config.steps and not self.stop_requested:
             step += 1
-            clock = StepClock()
-            metrics = self.train_step(step, rollouts, clock)
-            if self._evaluates(step):
-                with clock("eval"):
-                    metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
-            metrics |= clock.metrics()
+            with self.profiler.clock(step) as clock:
+                metrics = self.train_step(step, rollouts, clock)
+                if self._evaluates(step):
+                    with clock("eval"):
+                        metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
+                metrics |= clock.metrics()
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
         self.turns.to_trainer()
@@ -74,8 +76,7 @@ class Driver:
 
     def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
         """One step of the paper's loop; step counts from 1."""
-        config = self.config
-        groups, metrics = rollouts.take(step, clock)
+        config, (groups, metrics) = self.config, rollouts.take(step, clock)
         with clock("memory_turn"):
             self.turns.to_trainer()
         batch = with_advantages(groups, config.algorithm)
@@ -89,7 +90,8 @@ class Driver:
             )  # fmt: skip
             updates = [self.trainer.update(part, step=step) for part in parts]
         self._write(step, clock)
-        rollouts.wait(clock)  # the engines' weights must not change under them
+        if config.weight_sync.in_flight == "finish":
+            rollouts.wait(clock)
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
         means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
@@ -126,11 +128,10 @@ class Driver:
         return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
 
     def _write(self, step: int, clock: StepClock) -> None:
-        settings = self.config.checkpoint
         with clock("checkpoint"):
-            if settings.every and step % settings.every == 0:
+            if (every := self.config.checkpoint.every) and step % every == 0:
                 self._save(step)
-            if settings.hf_every and step % settings.hf_every == 0:
+            if (every := self.config.checkpoint.hf_every) and step % every == 0:
                 self.trainer.export_hf(self.config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
 
     def _save(self, step: int) -> None:

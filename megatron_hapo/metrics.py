@@ -14,6 +14,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_hapo.spans import SpanRecorder, Timeline
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 BESIDE_TRAINING = ("eval", "checkpoint")
@@ -27,13 +29,16 @@ class StepClock:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._spans = SpanRecorder("driver")
+        self._spans.start()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to the stage's."""
         begin = time.perf_counter()
         try:
-            yield
+            with self._spans(stage):
+                yield
         finally:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begin
 
@@ -41,6 +46,10 @@ class StepClock:
         """Wall time since the step began, without evaluation and checkpoints."""
         beside = sum(self._seconds.get(stage, 0.0) for stage in BESIDE_TRAINING)
         return time.perf_counter() - self._start - beside
+
+    def timeline(self) -> Timeline:
+        """The stages so far; the last call of a clock."""
+        return self._spans.finish()
 
     def metrics(self) -> dict[str, float]:
         """`time/<stage>` of every stage, and `time/step`, which is training_seconds."""

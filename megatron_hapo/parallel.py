@@ -34,11 +34,15 @@ class ParallelLayout:
     dp_cp_group: dist.ProcessGroup
     """All ranks that hold different tokens of a mini-batch and the same parameters."""
     ep_size: int
-    """Experts are dealt out over this many of the tp x dp ranks of a pipeline stage, and are not cut further."""
+    """Over so many groups of a pipeline stage's ranks the experts are dealt out."""
     ep_rank: int
     ep_group: dist.ProcessGroup
+    etp_size: int
+    """Over so many ranks, neighbours in a tp group, each expert is cut."""
+    etp_rank: int
+    etp_group: dist.ProcessGroup
     expert_dp_rank: int
-    """Rank among those that hold the same experts."""
+    """Rank among those that hold the same parts of the same experts."""
 
     @property
     def pp_size(self) -> int:
@@ -69,26 +73,26 @@ def initialize(
     last_stage_layers: int | None = None,
     cp: int = 1,
     ep: int = 1,
+    etp: int = 1,
     device: torch.device,
     seed: int,
     timeout_seconds: float,
 ) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
-    Experts stay whole (Megatron's expert_tensor_parallel_size is 1): small ones lose by a cut, and gloo cannot gather
-    the tokens that the tp ranks of a cut expert would exchange.
+    Experts have a grid of their own over the ranks of a pipeline stage: etp, then ep, then replicas.
 
     Raises:
-        ValueError: the sizes do not divide the world, or ep does not divide the ranks that share the experts.
+        ValueError: the sizes do not divide the world, or etp x ep the ranks that share the experts.
     """
-    check_sizes(dist.get_world_size(), tp=tp, pp=pp, cp=cp, ep=ep)
+    check_sizes(dist.get_world_size(), tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
     parallel_state.initialize_model_parallel(
         tp,
         pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=etp,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         create_gloo_process_groups=False,
     )
@@ -111,19 +115,26 @@ def initialize(
         ep_size=ep,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=_one(parallel_state.get_expert_model_parallel_group()),
+        etp_size=etp,
+        etp_rank=_one(parallel_state.get_expert_tensor_parallel_group()).rank(),
+        etp_group=_one(parallel_state.get_expert_tensor_parallel_group()),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 
-def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int) -> None:
+def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int, etp: int = 1) -> None:
     """Raise ValueError where so many ranks cannot be laid out like this; dp takes what tp, pp and cp leave."""
-    for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep)):
+    for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep), ("etp", etp)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     if world_size % (tp * pp * cp):
         raise ValueError(f"{world_size} ranks are no multiple of tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp}")
-    if world_size // pp % ep:
-        raise ValueError(f"ep must divide the {world_size // pp} ranks of a pipeline stage (tp x cp x dp), got {ep}")
+    if tp % etp:
+        raise ValueError(f"etp must divide tp={tp}, got {etp}")
+    if world_size // pp % (etp * ep):
+        raise ValueError(
+            f"etp x ep must divide the {world_size // pp} ranks of a pipeline stage (tp x cp x dp), got {etp} x {ep}"
+        )
 
 
 def _one(group: object) -> dist.ProcessGroup:

@@ -76,7 +76,9 @@ def check_layout(config: Config, shape: Shape) -> list[Fault]:
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     parallel = config.parallel
-    for name, message in layout_faults(shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep):
+    for name, message in layout_faults(
+        shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep, etp=parallel.etp
+    ):
         yield Fault(f"parallel.{name}", message, ("model.path",))
     rollout = config.rollout
     # On a GPU SGLang gives several ranks the same key-value head.

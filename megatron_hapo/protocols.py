@@ -11,6 +11,7 @@ from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBat
 if TYPE_CHECKING:
     from megatron_hapo.resharding.plan import Parameter, SendingTask
     from megatron_hapo.resharding.transfer import Transfer
+    from megatron_hapo.spans import Timeline
     from sglang_ext.receive import Request
 
 
@@ -63,6 +64,14 @@ class Trainer(Protocol):
         """Every rank takes these parts again, as they were."""
         ...
 
+    def start_profile(self) -> None:
+        """Every rank begins to trace its operators and to record what it is asked to do."""
+        ...
+
+    def finish_profile(self, folder: Path) -> list[Timeline]:
+        """Every rank ends that, and writes its operators into the folder; what each did."""
+        ...
+
 
 class RolloutPool(Protocol):
     """All rollout engines."""
@@ -76,7 +85,7 @@ class RolloutPool(Protocol):
         ...
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
-        """Load these weights into every engine; afterwards all rollouts carry the version."""
+        """Load these weights into every engine; afterwards all tokens are sampled from this version, and carry it."""
         ...
 
     def sees(self, path: Path) -> bool:
@@ -105,6 +114,14 @@ class RolloutPool(Protocol):
 
     def take_memory(self, parts: Sequence[str]) -> None:
         """Every engine takes these parts again; what they held is lost."""
+        ...
+
+    def start_profile(self) -> None:
+        """Every engine begins to record what it is asked to do."""
+        ...
+
+    def finish_profile(self) -> list[Timeline]:
+        """What each engine did."""
         ...
 
 

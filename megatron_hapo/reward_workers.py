@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from megatron_hapo.config import RewardConfig
 from megatron_hapo.data import load_tokenizer
 from megatron_hapo.errors import RewardError
 from megatron_hapo.reward_worker import EXIT_OUT_OF_MEMORY, READY, STARTED, Failure, Job, Outcome, command_arguments
+from megatron_hapo.spans import SpanRecorder, Timeline
 from megatron_hapo.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class RewardPool:
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._tokenizer = load_tokenizer(tokenizer_path)
+        self._lock = threading.Lock()  # a step generated ahead is scored beside an evaluation
         self._pool = WorkerPool(
             num_workers=config.workers, timeout_seconds=config.timeout_seconds, memory_bytes=config.memory_bytes
         )
@@ -62,14 +65,23 @@ class RewardPool:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """A score for each rollout, in their order."""
         texts = self._tokenizer.batch_decode([r.response_ids.tolist() for r in rollouts], skip_special_tokens=True)
-        outcomes = self._pool.run(
-            [
-                Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)
-                for text, rollout in zip(texts, rollouts, strict=True)
-            ]
-        )
+        jobs = [
+            Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)
+            for text, rollout in zip(texts, rollouts, strict=True)
+        ]
+        with self._lock:
+            outcomes = self._pool.run(jobs)
         _log_failures(rollouts, outcomes)
         return [self._score(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
+
+    def start_profile(self) -> None:
+        """Begin to record what each worker does."""
+        for row in self._pool.rows:
+            row.start()
+
+    def finish_profile(self) -> list[Timeline]:
+        """What each worker did."""
+        return [row.finish() for row in self._pool.rows]
 
     def close(self) -> None:
         self._pool.close()
@@ -123,6 +135,8 @@ class WorkerPool:
             module=module, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes
         )
         self._workers = [self._spawn() for _ in range(num_workers)]
+        self.rows = [SpanRecorder(f"reward worker {index}") for index in range(num_workers)]
+        """Each place's, whichever process has it: a chunk from its dispatch to its last outcome."""
         self._failed_starts = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
@@ -157,14 +171,17 @@ class WorkerPool:
 
     def _receive(self, outcomes: dict[int, Outcome]) -> None:
         """Take what busy workers have said; wait for it until the first deadline."""
-        busy = {worker.connection: worker for worker in self._workers if not worker.idle}
-        patience = min(worker.deadline for worker in busy.values()) - time.monotonic()
+        places = zip(self._workers, self.rows, strict=True)
+        busy = {worker.connection: (worker, row) for worker, row in places if not worker.idle}
+        patience = min(worker.deadline for worker, _ in busy.values()) - time.monotonic()
         for connection in wait(list(busy), timeout=max(patience, 0.0)):
             assert isinstance(connection, Connection)
-            worker = busy[connection]
+            worker, row = busy[connection]
             outcomes |= worker.receive(self._timeout_seconds)
             if worker.scoring:
                 self._failed_starts = 0
+                if worker.idle:
+                    row.add("score", worker.sent_ns)
 
     def _bury(self, worker: _Worker, failure: Failure, outcomes: dict[int, Outcome], waiting: deque[int]) -> None:
         """Kill a worker that failed; the response to blame gets its outcome, those behind it wait again."""
@@ -211,6 +228,8 @@ class _Worker:
         """It has begun to score its chunk, or has finished it."""
         self.rows: deque[int] = deque()
         """Of the chunk, those without an outcome; the first is in work."""
+        self.sent_ns = 0
+        """When it was given its chunk."""
         self._dead = False
         self.renew_deadline(START_SECONDS)
 
@@ -224,6 +243,7 @@ class _Worker:
     def send(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
         """Give an idle worker a chunk. It is reading, so this does not block."""
         self.idle = self.scoring = False
+        self.sent_ns = time.time_ns()
         self.rows = deque(rows)
         self.renew_deadline(START_SECONDS)
         try:

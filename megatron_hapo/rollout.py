@@ -89,8 +89,9 @@ def steering(algorithm: AlgorithmConfig, stats: EntropyStats | None) -> Adaptive
 
 
 def staleness(groups: Sequence[ScoredGroup], step: int) -> float:
-    """Steps by which the weights that sampled the groups lag behind those of this step's start, on average."""
-    return float(np.mean([step - 1 - rollout.policy_version for group in groups for rollout in group.rollouts]))
+    """Steps by which the weights behind a token of the groups lag behind those of this step's start, on average."""
+    versions = np.concatenate([rollout.policy_versions for group in groups for rollout in group.rollouts])
+    return float(np.mean(step - 1 - versions))
 
 
 def _metrics(groups: list[ScoredGroup], *, kept_share: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ class RolloutSource:
         prepare: settles how a step will be sampled, from what is known now; what it returns generates the step's groups
             and their metrics, with its stages timed on the clock.
         ahead: 0, or 1: `take` starts the generation of the next step, which runs in a thread while the caller trains.
-            Weights must not change meanwhile: `wait` first.
+            Where weights must not change meanwhile, `wait` first.
         last_step: nothing is generated beyond it.
     """
 

@@ -30,7 +30,7 @@ from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.model.build import build_model, named_parameters
 from megatron_hapo.model.fake_quantization import round_to_float8
-from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.model.families import hf_tensor_shapes, is_expert, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.objective import policy_loss
 from megatron_hapo.offload import TrainerMemory
@@ -83,6 +83,11 @@ class TrainerRank:
         overlap, sharded = config.trainer.overlap_communication, config.trainer.distributed_optimizer
         self._gathers_late = overlap and sharded
         self._megatron_config = megatron_config = self.model[0].config
+        for name, parameter in named_parameters(self.model):
+            if is_expert(name):
+                # Where experts are replicated over the same ranks as all else (ep = 1, etp = tp), Megatron would put
+                # them into one optimizer with it, whose checkpoint no other layout can load.
+                parameter.allreduce = False  # type: ignore[attr-defined]
         self._ddp: list[Any] = [  # Megatron's functions differ in the type of list that they are annotated with
             DistributedDataParallel(
                 megatron_config,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from megatron_hapo.entropy import EntropyStats
 
 FinishReason = Literal["stop", "length", "abort"]
+InFlight = Literal["finish", "pause", "abort"]
+"""What a weight sync does with unfinished responses; see config.WeightSyncConfig.in_flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,14 @@ class Rollout:
     """[R] float32, log-prob of each sampled token under the engine's distribution at `temperatures`."""
     temperatures: np.ndarray
     """[R] float32, T_t at which each token was sampled."""
+    policy_versions: np.ndarray
+    """[R] int32, version of the weights that each token was sampled from; it never falls along a response."""
     finish_reason: FinishReason
-    policy_version: int
-    """Version of the weights that sampled it."""
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest of its tokens' versions."""
+        return int(self.policy_versions[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,38 @@
 """One SGLang engine: starts it, proves that it samples as the formula says, generates, and receives weights.
 
-A plain object; it needs a process of its own (a Ray actor), because it starts child processes and, on a CPU, because
-the process needs `sglang_ext.cpu.environment` before it starts. SGLang opens no network port beyond loopback for it.
+A plain object; one thread may wait for responses while another brings weights. It needs a process of its own (a Ray
+actor), because it starts child processes and, on a CPU, because the process needs `sglang_ext.cpu.environment` before
+it starts. SGLang opens no network port beyond loopback for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
-from megatron_hapo.types import AdaptiveTemperature, FinishReason, Prompt, Rollout, Sampling, WeightBucket
+from megatron_hapo.types import AdaptiveTemperature, FinishReason, InFlight, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext import receive, self_test, temperature, weights
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
 logger = logging.getLogger(__name__)
+
+Finished = tuple[int, int, Rollout]
+"""A response: the number of its prompt, its index among the prompt's samples, and itself."""
 
 _IDLE_SECONDS = 60.0
 """The scheduler may still put away the last batch when its answers have come."""
@@ -72,8 +80,9 @@ class Engine:
         # can be gone before the last rank has opened it.
         torch.multiprocessing.set_sharing_strategy("file_system")
         self._config = config
-        self._policy_version = 0
-        self._updating = self._flushed = False
+        self._updating = self._flushed = self._paused = False
+        self._drops = 0
+        self._calls: dict[int, _Call] = {}
         self._proved = config.read_weights  # random weights give all tokens much the same chance, at any temperature
         self._given_back: frozenset[str] = frozenset()
         self._weights_lost = False
@@ -81,41 +90,47 @@ class Engine:
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
         self._engine = sglang.Engine(**_server_arguments(config))
+        self._loop = _LoopThread(self._engine.loop)
+        self._engine.loop = self._loop  # type: ignore[assignment]  # SGLang's engine calls run_until_complete alone
         try:
             self.self_test()
         except BaseException:
             self.shutdown()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """`sampling.samples` rollouts of each prompt, in the prompts' order.
+    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[Finished]:
+        """Starts `sampling.samples` responses to each of these prompts, waits until one of the call's is finished.
 
         A response depends on (sampling.seed, prompt.uid, sample index) and on the weights, not on the other prompts,
         except for rounding: batches of other sizes may take other matrix kernels.
 
+        Args:
+            call: whose responses these are. A call advances until it has all of them, in one thread at a time.
+            prompts: each under a number, with which its responses come back.
+        Returns:
+            The call's responses that have finished since it last advanced, at least one of them.
         Raises:
             RolloutError: SGLang aborted a request, or prompt and response do not fit the engine.
         """
-        if self._updating:
+        if self._updating and not self._paused:
             raise RolloutError("the engine is between begin_weight_update and end_weight_update; it cannot generate")
         if self._given_back or self._weights_lost:
             raise RolloutError("the engine has given back its memory or its weights; it cannot generate")
-        self._check_lengths(prompts, sampling)
-        # Samples of a prompt stand together: after the first prefill batch the prefix cache serves the others.
-        # SGLang's own `n` would give all samples of a prompt the same seed.
-        requests = [
-            (prompt, _request(sampling, seed=sample_seed(sampling.seed, prompt.uid, index)))
-            for prompt in prompts
-            for index in range(sampling.samples)
-        ]
-        if not requests:
-            return [[] for _ in prompts]
-        answers = self._answers([p.token_ids.tolist() for p, _ in requests], [parameters for _, parameters in requests])
-        rollouts = [
-            _rollout(prompt, answer, sampling, self._policy_version)
-            for (prompt, _), answer in zip(requests, answers, strict=True)
-        ]
-        return [rollouts[i * sampling.samples : (i + 1) * sampling.samples] for i in range(len(prompts))]
+        self._check_lengths(list(prompts.values()), sampling)
+        state = self._calls.setdefault(call, _Call())
+        if prompts:
+            state.unfinished += sampling.samples * len(prompts)
+            state.started.append(self._loop.start(self._respond_to_all(prompts, sampling, state)))
+        finished: list[Any] = [state.finished.get()]
+        while not state.finished.empty():
+            finished.append(state.finished.get())
+        state.unfinished -= len(finished)
+        if state.unfinished == 0:
+            del self._calls[call]
+        for response in finished:
+            if isinstance(response, Exception):
+                raise response
+        return finished
 
     def self_test(self) -> None:
         """Proves on this model that temperatures and log-probs are what the formula says.
@@ -128,10 +143,20 @@ class Engine:
         if self._engine.flush_cache().success is not True:
             raise RolloutError("SGLang did not flush its cache after the self-test")
 
-    def begin_weight_update(self) -> None:
-        """First call of an update; no generation until the last. An update that failed half-way is begun anew."""
+    def begin_weight_update(self, in_flight: InFlight = "finish") -> None:
+        """First call of an update; no token is sampled until the last. An update that failed half-way is begun anew.
+
+        Args:
+            in_flight: `finish`: waits for unfinished responses; others are refused until the end. `pause`: responses
+                wait, unfinished ones with the tokens that they have, until `resume`; then they go on from the new
+                weights, with nothing cached from the old. `abort`: the same, but unfinished ones start anew.
+        """
         if self._updating:
             return
+        # With random weights nothing is in flight, and the end of the update generates to prove the sampling.
+        if in_flight != "finish" and self._proved:
+            self._paused = True
+            self._loop.run_until_complete(self._pause(drop=in_flight == "abort"))
         _expect(self._engine.begin_weight_update(), "begin_weight_update")
         self._updating = True
 
@@ -185,12 +210,16 @@ class Engine:
         The first one of an engine that has not read its weights proves the sampling again, on the true ones; or, if
         the engine has given back its KV cache, `take_memory` does.
         """
+        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+
         _expect(self._engine.end_weight_update(), "end_weight_update")
         if not self._flushed:
             flushed = self._engine.flush_cache()
             _expect((flushed.success, flushed.message), "flushing the KV cache")
+        # Tells each paused request that the tokens which it has are of the version before.
+        version = UpdateWeightVersionReqInput(new_version=str(policy_version), abort_all_requests=False)
+        self._loop.run_until_complete(self._engine.tokenizer_manager.update_weight_version(version))
         self._updating = self._flushed = self._weights_lost = False
-        self._policy_version = policy_version
         self._prove()
 
     def _prove(self) -> None:
@@ -215,7 +244,7 @@ class Engine:
 
     def _wait_until_idle(self) -> None:
         manager: Any = self._engine.tokenizer_manager  # the engine's own flush_cache takes no time limit
-        flushed = self._engine.loop.run_until_complete(manager.flush_cache(timeout_s=_IDLE_SECONDS))
+        flushed = self._loop.run_until_complete(manager.flush_cache(timeout_s=_IDLE_SECONDS))
         if flushed.success is not True:
             raise RolloutError(f"the engine did not come to rest within {_IDLE_SECONDS:g} s: {flushed.message}")
 
@@ -227,15 +256,56 @@ class Engine:
             self._given_back -= {*wanted}
             self._prove()
 
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights that the engine holds."""
-        return self._policy_version
+    def resume(self) -> None:
+        """Lets responses go on that an update has paused, after its end."""
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        if self._paused:
+            go_on = ContinueGenerationReqInput(torch_empty_cache=False)
+            self._loop.run_until_complete(self._engine.tokenizer_manager.continue_generation(go_on))
+            self._paused = False
 
     def shutdown(self) -> None:
         """Ends SGLang's processes."""
         self._engine.shutdown()
+        self._loop.close()
         self._scratch.cleanup()
+
+    async def _respond_to_all(self, prompts: Mapping[int, Prompt], sampling: Sampling, call: _Call) -> None:
+        # Samples of a prompt stand together: after the first prefill batch the prefix cache serves the others.
+        # SGLang's own `n` would give all samples of a prompt the same seed.
+        await asyncio.gather(
+            *(
+                self._respond(number, prompt, index, sampling, call)
+                for number, prompt in prompts.items()
+                for index in range(sampling.samples)
+            )
+        )
+
+    async def _respond(self, number: int, prompt: Prompt, index: int, sampling: Sampling, call: _Call) -> None:
+        seed = sample_seed(sampling.seed, prompt.uid, index)
+        try:
+            while True:
+                drops = self._drops
+                answer: Any = await self._engine.async_generate(
+                    input_ids=prompt.token_ids.tolist(),
+                    sampling_params=_request(sampling, seed=seed),
+                    return_logprob=True,
+                )
+                if answer["meta_info"]["finish_reason"]["type"] != "abort" or drops == self._drops:
+                    break  # otherwise a weight update has dropped it
+            call.finished.put((number, index, _rollout(prompt, answer, sampling)))
+        except Exception as error:  # whatever it is, the caller of `advance` is to have it
+            call.finished.put(error)
+
+    async def _pause(self, *, drop: bool) -> None:
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        # `retract` takes requests back to the queue and frees what they have cached; new ones wait outside.
+        await self._engine.tokenizer_manager.pause_generation(PauseGenerationReqInput(mode="retract"))
+        if drop:
+            self._drops += 1
+            self._engine.tokenizer_manager.abort_request(abort_all=True)
 
     def _answers(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]:
         """SGLang's answers to these requests, in their order; `options` are lists with an entry a request."""
@@ -261,6 +331,41 @@ class Engine:
                 f"a prompt of {longest} tokens and max_response_tokens={sampling.max_response_tokens} need {tokens} "
                 f"tokens; the engine was started with context_tokens={self._config.context_tokens}"
             )
+
+
+@dataclass
+class _Call:
+    """The responses that one caller of `advance` waits for."""
+
+    unfinished: int = 0
+    finished: SimpleQueue[Finished | Exception] = field(default_factory=SimpleQueue)
+    started: list[Future[None]] = field(default_factory=list)
+    """The loop itself does not keep what it runs."""
+
+
+T = TypeVar("T")
+
+
+class _LoopThread:
+    """SGLang's event loop, running in a thread of its own, so that several threads can wait for what it does."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._thread = threading.Thread(target=loop.run_forever, name="sglang", daemon=True)
+        self._thread.start()
+
+    def start(self, awaitable: Awaitable[T]) -> Future[T]:
+        async def outcome() -> T:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(outcome(), self._loop)
+
+    def run_until_complete(self, awaitable: Awaitable[T]) -> T:
+        return self.start(awaitable).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
 
 
 def sample_seed(seed: int, uid: str, index: int) -> int:
@@ -303,6 +408,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         # flashinfer's sampler takes no seeds; without top-p both draw straight from the softmax.
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
+        "weight_version": "0",
         "custom_weight_loader": [weights.VERIFY, receive.RECEIVE],
         # The prefix cache stays on: the samples of a group share their prompt. Weight updates flush it.
         "disable_radix_cache": False,
@@ -343,7 +449,7 @@ def adaptive_parameters(adaptive: AdaptiveTemperature | None) -> list[float]:
     return [] if adaptive is None or adaptive.tau == 0 else temperature.row_parameters(adaptive)
 
 
-def _rollout(prompt: Prompt, answer: dict, sampling: Sampling, policy_version: int) -> Rollout:
+def _rollout(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
     meta = answer["meta_info"]
     finish = meta["finish_reason"]
     if finish["type"] == "abort":
@@ -356,10 +462,15 @@ def _rollout(prompt: Prompt, answer: dict, sampling: Sampling, policy_version: i
         temperatures = np.asarray(meta[TEMPERATURE_KEY], dtype=np.float32)
     else:
         temperatures = np.full(len(response_ids), sampling.temperature, dtype=np.float32)
-    if not len(response_ids) == len(log_probs) == len(temperatures):
+    spans = meta["weight_versions"]
+    versions = np.repeat(
+        np.array([int(span["version"]) for span in spans], dtype=np.int32),
+        [span["end"] - span["start"] for span in spans],
+    )
+    if not len(response_ids) == len(log_probs) == len(temperatures) == len(versions):
         raise RolloutError(
-            f"SGLang's answer to prompt {prompt.uid} has {len(response_ids)} tokens, {len(log_probs)} log-probs and "
-            f"{len(temperatures)} temperatures"
+            f"SGLang's answer to prompt {prompt.uid} has {len(response_ids)} tokens, {len(log_probs)} log-probs, "
+            f"{len(temperatures)} temperatures and {len(versions)} weight versions"
         )
     reason: FinishReason = "stop" if finish["type"] == "stop" else "length"
     return Rollout(
@@ -367,8 +478,8 @@ def _rollout(prompt: Prompt, answer: dict, sampling: Sampling, policy_version: i
         response_ids=response_ids,
         rollout_log_probs=log_probs,
         temperatures=temperatures,
+        policy_versions=versions,
         finish_reason=reason,
-        policy_version=policy_version,
     )
 
 

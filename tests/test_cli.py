@@ -93,6 +93,19 @@ BAD_INPUT = {
         ["parallel.pp=2", "parallel.vpp=3"],
         "command line: parallel.vpp: the 2 layers of a stage do not split into vpp=3 chunks",
     ),
+    "etp does not divide tp": (
+        ["parallel.tp=2", "parallel.etp=4"],
+        "command line: parallel.etp: must divide parallel.tp=2, got 4",
+    ),
+    "etp and ep are more than the ranks": (
+        ["parallel.tp=2", "parallel.etp=2", "parallel.ep=2"],
+        "command line: parallel.ep: must divide parallel.tp * parallel.dp / parallel.etp = 1, got 2\n"
+        "command line: parallel.etp: etp=2, but the model has no experts (model_type qwen3)",
+    ),
+    "steps to profile after the last": (
+        ["profile.steps=[1,9]", "steps=8"],
+        "command line: profile.steps: must be steps of the run, 1 to steps=8, got [9]",
+    ),
     "too few positions": (
         ["rollout.max_response_tokens=600"],
         "command line: rollout.max_response_tokens: max_prompt_tokens + max_response_tokens = 700 is more than the "

@@ -83,7 +83,7 @@ def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
     path = write(tmp_path, MINIMAL.replace("size: 100", "size: 100, max_term: 4") + "clip_high: 0.3\n")
     assert faults_of(path, "algorithm.entropy.pivott=0.7", "parallel.qqq=1") == [
         "command line: parallel.qqq: unknown key; allowed here: tp, pp, vpp, first_stage_layers, last_stage_layers, "
-        "cp, dp, ep, sequence_parallel, gpu_memory",
+        "cp, dp, ep, etp, sequence_parallel, gpu_memory",
         "command line: algorithm.entropy.pivott: unknown key; did you mean pivot?",
         "run.yaml: data.train.max_term: unknown key; did you mean max_terms?",
         "run.yaml: clip_high: unknown key; did you mean algorithm.clip_high?",
@@ -128,6 +128,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["algorithm.dual_constraint.kl=0.1"],
             "algorithm.dual_constraint.kl: has no effect: algorithm.dual_constraint.enabled is false",
         ),
+        (["weight_sync.in_flight=pause"], "weight_sync.in_flight: pause needs async.max_staleness of 1, got 0"),
         (["parallel.vpp=2"], "parallel.vpp: needs parallel.pp of at least 2, got 2"),
         (["parallel.last_stage_layers=1"], "parallel.last_stage_layers: needs parallel.pp of at least 2, got 1"),
         (

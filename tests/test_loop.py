@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,7 @@ import ray
 import torch
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
-from megatron_hapo.config import Config
+from megatron_hapo.config import Config, ProfileConfig
 from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
@@ -25,9 +29,10 @@ from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
@@ -71,8 +76,11 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
 
 @pytest.fixture(scope="module")
 def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
-    """One engine for all layouts; it can give memory back, whether it is asked to or not."""
-    config = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), COLOCATED)
+    """One engine for all layouts; it can give memory back, and every sync pauses it, whether it has to or not."""
+    values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), COLOCATED).model_dump()
+    values |= {"async": {"max_staleness": 1}}
+    values["weight_sync"]["in_flight"] = "pause"
+    config = Config.model_validate(values)
     with local_ray(), ExitStack() as stack:
         rollout_pool = RayRolloutPool(config, device="cpu")
         stack.callback(rollout_pool.close)
@@ -128,6 +136,9 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
             utilization=Utilization(config=config, shape=read_shape(config.model.path), peak_flops=None),
+            profiler=StepProfiler(
+                config.profile.steps, config.run_dir / "profile", trainer=trainer, pool=recorder, rewards=rewards
+            ),
         )
         driver.run()
         driver.turns.to_engines(policy_version=config.steps)
@@ -145,8 +156,9 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
 def trained(
     request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """Two steps on one layout, and the exported model."""
+    """Two steps on one layout, the second of them profiled, and the exported model."""
     config = make_config(tiny_qwen3, tmp_path_factory.mktemp("runs"), request.param)
+    config = config.model_copy(update={"profile": ProfileConfig(steps=(2,))})
     with finished_run(config, pool) as run:
         run["trainer"].export_hf(config.run_dir / "hf")
         yield run
@@ -158,8 +170,6 @@ def is_timed(metric: str) -> bool:
 
 
 def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
-    import json
-
     lines = (trained["config"].run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -204,8 +214,6 @@ def test_temperatures_are_those_of_the_recorded_distributions(trained: dict[str,
     assert sampling.adaptive is not None
     groups = trained["recorder"].generate(trained["prompts"], sampling)
     rollouts = [rollout for group in groups for rollout in group]
-    from megatron_hapo.types import pack_rollouts
-
     scores = trainer.log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
     expected = adaptive_temperature(torch.from_numpy(scores.entropies), 1.0, sampling.adaptive.stats, tau=TAU)
     recorded = np.concatenate([rollout.temperatures for rollout in rollouts])
@@ -243,6 +251,48 @@ def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_profiled_step_is_traced_over_all_processes(trained: dict[str, Any]) -> None:
+    config = trained["config"]
+    (folder,) = (config.run_dir / "profile").iterdir()
+    assert_step_is_traced(folder, config)
+    for rank in range(config.parallel.world_size):
+        events = read_trace(folder / f"trainer_rank_{rank:05d}.json.gz")
+        assert {"log_probs", "update", "aten::mm"} <= {event.get("name") for event in events}
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    return json.loads(gzip.open(path).read())["traceEvents"]
+
+
+def assert_step_is_traced(folder: Path, config: Config) -> None:
+    """Every process has its row, and what it did lies within the stage of the driver that asked for it."""
+    events = read_trace(folder / "step.json.gz")
+    rows = {e["pid"]: e["args"]["name"].partition(" (")[0] for e in events if e["name"] == "process_name"}
+    ranks = [f"trainer rank {rank}" for rank in range(config.parallel.world_size)]
+    engines = [f"engine {index}" for index in range(config.rollout.engines)]
+    workers = [f"reward worker {index}" for index in range(config.reward.workers)]
+    assert list(rows.values()) == ["driver", *ranks, *engines, *workers]
+    spans = [(rows[e["pid"]], e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+    stages = [(name, begin, end) for row, name, begin, end in spans if row == "driver"]
+    assert {name for name, _, _ in stages} >= {"rollout", "reward", "log_probs", "update", "weight_sync"}
+    where = {
+        "advance": ("rollout", "eval"),
+        "score": ("reward", "eval"),
+        **{name: (name,) for name in ("log_probs", "update")},
+        "save_checkpoint": ("checkpoint",),
+        **{name: ("memory_turn", "weight_sync") for name in ("release_memory", "take_memory")},
+    }
+    for row, name, begin, end in (span for span in spans if span[0] != "driver"):
+        stage = where.get(name, ("weight_sync",))
+        assert any(s in stage and b <= begin <= end <= e for s, b, e in stages), (row, name, begin, end)
+    done = {row: {name for r, name, _, _ in spans if r == row} for row in rows.values()}
+    for rank in ranks:
+        assert done[rank] >= {"log_probs", "update", "send_weights"}
+    for engine in engines:
+        assert done[engine] == {"advance", "receive_weights", "verify", "end_weight_update"}
+    assert all(done[worker] == {"score"} for worker in workers)
+
+
 @pytest.mark.parametrize("trained", [COLOCATED], indirect=True)
 def test_an_interrupted_run_resumes_on_the_same_trajectory(
     trained: dict[str, Any], pool: RayRolloutPool, tmp_path: Path
@@ -259,11 +309,16 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
         assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
-def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
-    values = make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump()
+def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
+    values = make_config(model, folder, {"tp": 1}).model_dump()
     values |= {"steps": 3, "async": {"max_staleness": 1}}
     values["algorithm"]["importance_correction"] = {"level": "token"}
-    with finished_run(Config.model_validate(values), pool) as run:
+    values["weight_sync"]["in_flight"] = in_flight
+    return Config.model_validate(values)
+
+
+def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    with finished_run(ahead_config(tiny_qwen3, tmp_path, "finish"), pool) as run:
         before, *steps = metrics_of(run)
         versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
     assert before["step"] == 0
@@ -274,6 +329,29 @@ def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, ti
     for row in steps:
         assert row["weights/max"] <= 2
         assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
+
+
+def test_rollouts_in_flight_go_through_syncs(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+    with finished_run(ahead_config(tiny_qwen3, tmp_path, "pause"), pool) as run:
+        _, *steps = metrics_of(run)
+        assert steps[0]["rollout/staleness"] == 0
+        assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
+
+        # The weights stay the same now, so the trainer can score what came of several versions.
+        version, sampling = 100, replace(run["driver"]._sampling(4), samples=64)
+        with ThreadPoolExecutor(1) as thread:
+            generation = thread.submit(pool.generate, run["prompts"], sampling)
+            while not generation.done():
+                time.sleep(0.1)
+                version += 1
+                run["weight_sync"].sync(policy_version=version)
+        rollouts = [rollout for group in generation.result() for rollout in group]
+        scores = run["trainer"].log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
+    assert [rollout.prompt.uid for rollout in rollouts[::64]] == [prompt.uid for prompt in run["prompts"]]
+    assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # a seed each
+    assert any(len(set(rollout.policy_versions)) > 1 for rollout in rollouts)
+    recorded = np.concatenate([rollout.rollout_log_probs for rollout in rollouts])
+    np.testing.assert_allclose(scores.rollout_temperature_log_probs, recorded, atol=2e-3)
 
 
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from megatron_hapo.data import PromptSampler
 from megatron_hapo.driver import Driver
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.rehearsal import rehearse
 from megatron_hapo.reward_workers import Score
 from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
@@ -64,7 +65,7 @@ class Engines:
             [
                 Rollout(
                     prompt=prompt, response_ids=ids, rollout_log_probs=zeros, temperatures=zeros * 0 + 1,
-                    finish_reason="stop", policy_version=self.version,
+                    finish_reason="stop", policy_versions=np.full(3, self.version, np.int32),
                 )
             ]
             * sampling.samples
@@ -161,7 +162,9 @@ PROMPTS = [
 
 def run(config: Config) -> Books:
     with opened(config) as (books, engines, ranks, turns):
-        parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards(), "utilization": Shares()}
+        parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
+        profiler = StepProfiler((), config.run_dir, **parts)
+        parts |= {"utilization": Shares(), "profiler": profiler}
         config.run_dir.mkdir(parents=True, exist_ok=True)
         with MetricsLogger(config.run_dir, total_steps=config.steps) as logger:
             Driver(

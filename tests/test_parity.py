@@ -16,16 +16,21 @@ _CHUNKS: dict[str, list[dict[str, int]]] = {
     "qwen3": [{"pp": 2, "vpp": 2}, {"pp": 2, "first_stage_layers": 3}],
     "qwen3_moe_mixed": [{"pp": 2, "vpp": 2}],
 }
+_EXPERTS_4 = [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2, "ep": 2}]
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {case: [{}] for case in FAMILIES},
     2: {
-        case: [*_PAIRS, *([{"ep": 2}, {"tp": 2, "ep": 2}] if "moe" in case else []), *_CHUNKS.get(case, [])]
+        case: [
+            *_PAIRS,
+            *([{"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "etp": 2}] if "moe" in case else []),
+            *_CHUNKS.get(case, []),
+        ]
         for case in FAMILIES
     },
     4: {
         case: [
             {"tp": 2, "pp": 2},
-            *([{"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"pp": 2, "ep": 2}] if case == "qwen3_moe" else []),
+            *(_EXPERTS_4 if case == "qwen3_moe" else []),
         ]
         for case in FAMILIES
     },
@@ -44,7 +49,7 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
     from megatron_hapo import parallel
     from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors
     from megatron_hapo.model.build import build_model
-    from megatron_hapo.model.families import read_shape
+    from megatron_hapo.model.families import is_hf_expert, read_shape
     from megatron_hapo.model.forward import logits_of
 
     seen = []
@@ -60,6 +65,9 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
             model = build_model(shape, layout, dtype=torch.bfloat16)
             load_hf_weights(model, shape, layout, folder / f"{case}_bf16")
             tensors = [(name, value.clone()) for name, value in spoken_tensors(model, shape, layout)]
+            # A rank whose experts nobody takes yet must not be needed any more for what others gather.
+            experts = [is_hf_expert(name) for name, _ in tensors]
+            assert experts == sorted(experts)
             seen.append(
                 {
                     "logits": logits and torch.cat(logits).numpy(),

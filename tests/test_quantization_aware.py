@@ -18,7 +18,7 @@ from tests.distributed import run_ranks
 from tests.test_trainer import make_batch, make_config, make_grid
 from tests.tiny_families import expected_tensors, write_family
 
-CASES = {"qwen3": {"tp": 2}, "qwen3_moe": {"tp": 2, "ep": 2}}
+CASES = {"qwen3": {"tp": 2}, "qwen3_moe": {"tp": 2, "ep": 2}, "qwen3_moe_mixed": {"tp": 2, "etp": 2}}
 
 
 def make_quantized_config(model: Path, layout: dict[str, Any]) -> Config:

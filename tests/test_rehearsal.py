@@ -26,7 +26,7 @@ def group(correct: list[bool], *, failure: Any = None, reason: Any = "stop") -> 
     zeros = np.zeros(7, np.float32)
     rollout = Rollout(
         prompt=prompt, response_ids=zeros.astype(np.int32), rollout_log_probs=zeros, temperatures=zeros + 1,
-        finish_reason=reason, policy_version=0,
+        finish_reason=reason, policy_versions=np.zeros(7, np.int32),
     )  # fmt: skip
     return ScoredGroup([rollout] * len(correct), [Score(reward=float(c), correct=c, failure=failure) for c in correct])
 

@@ -204,7 +204,7 @@ def rollout(tokenizer, text: str, *, ground_truth: str = "12", source: str = "ar
         rollout_log_probs=zeros,
         temperatures=zeros,
         finish_reason="stop",
-        policy_version=0,
+        policy_versions=np.zeros(len(ids), dtype=np.int32),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from megatron_hapo.config import DynamicSamplingConfig
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.reward_workers import Score
-from megatron_hapo.rollout import collect_groups
+from megatron_hapo.rollout import ScoredGroup, collect_groups, staleness
 from megatron_hapo.types import Prompt, Rollout, Sampling
 
 
@@ -24,7 +25,7 @@ def _rollout(prompt: Prompt) -> Rollout:
         rollout_log_probs=one,
         temperatures=one + 1,
         finish_reason="stop",
-        policy_version=0,
+        policy_versions=np.zeros(1, np.int32),
     )
 
 
@@ -89,3 +90,12 @@ def test_generation_is_bounded():
     with pytest.raises(RolloutError, match="2 of 12 groups had differing rewards after 3 generation batches, 4 are"):
         collect({1, 4, 13, 14, 15}, enabled=True, max_generation_batches=3)
     assert collect({1, 4, 9, 11}, enabled=True, max_generation_batches=3)[1] == [1, 4, 9, 11]
+
+
+def test_staleness_is_a_mean_over_tokens():
+    """Step 6 starts from version 5: two tokens are one version behind, of four."""
+    rollout = _rollout(Prompt(uid="0", token_ids=np.ones(1, np.int32), ground_truth="", data_source=""))
+    partial = replace(rollout, policy_versions=np.array([4, 4, 5], np.int32))
+    fresh = replace(rollout, policy_versions=np.array([5], np.int32))
+    assert staleness([ScoredGroup([partial, fresh], [])], 6) == 0.5
+    assert (partial.policy_version, fresh.policy_version) == (4, 5)

@@ -24,6 +24,7 @@ from megatron_hapo.sizing.parameters import Layout, Recompute, model_parameters,
 from tests.distributed import run_ranks
 from tests.shapes import QWEN3_8B
 from tests.test_trainer import make_batch, make_config, make_grid
+from tests.tiny_families import write_family
 from tests.tiny_model import write_tiny_qwen3
 
 SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 32, "intermediate": 768}
@@ -31,21 +32,26 @@ SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 3
 HELD = [
     {"tp": 2, "dtype": "bfloat16"},
     {"pp": 2, "dtype": "float32"},
-    {"pp": 2, "vpp": 2, "tied": True, "dtype": "bfloat16"},
+    {"pp": 2, "vpp": 2, "model": "tied", "dtype": "bfloat16"},
     {"pp": 2, "first_stage_layers": 1, "dtype": "float32"},
     {"dp": 2, "dtype": "bfloat16"},
     {"dp": 2, "dtype": "bfloat16", "distributed_optimizer": False},
     {"dp": 2, "dtype": "float32"},
+    {"tp": 2, "etp": 2, "model": "experts", "dtype": "bfloat16"},
+    {"tp": 2, "ep": 2, "model": "experts", "dtype": "bfloat16"},
+    {"tp": 2, "model": "experts", "dtype": "float32"},
 ]
+"""Layouts of two ranks with the model, dense and untied unless named, and its dtype."""
+EXPERTS = {"hidden_size": 256, "moe_intermediate_size": 96, "vocab_size": 1021}
 SEQUENCE, SEQUENCES = 250, 4
 
 
 def layout_of(case: dict[str, Any]) -> Layout:
-    sizes = {name: value for name, value in case.items() if name not in ("tied", "dtype")}
+    sizes = {name: value for name, value in case.items() if name not in ("model", "dtype")}
     return Layout(**sizes, bytes_per_parameter=2 if case["dtype"] == "bfloat16" else 4)
 
 
-def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+def bytes_held(rank: int, models: Path, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Weights, gradients and optimizer state of this rank's real trainer after one update, for each layout."""
     from megatron.core import parallel_state
 
@@ -59,8 +65,8 @@ def bytes_held(rank: int, models: dict[bool, Path], cases: list[dict[str, Any]])
 
     found = []
     for case in cases:
-        layout = {name: value for name, value in case.items() if name not in ("tied", "dtype")}
-        config = make_config(models[case.get("tied", False)], layout)
+        layout = {name: value for name, value in case.items() if name not in ("model", "dtype")}
+        config = make_config(models / case.get("model", "dense"), layout)
         config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"dtype": case["dtype"]})})
         trainer = TrainerRank(config, make_grid(config))
         batch = make_batch()
@@ -96,13 +102,12 @@ def _optimizer_tensors(optimizer: Any) -> Any:
 
 
 def test_a_rank_holds_what_the_model_says(tmp_path: Path) -> None:
-    models = {
-        tied: write_tiny_qwen3(tmp_path / str(tied), layers=4, vocab_size=1021, tied=tied, **SIZES)
-        for tied in (False, True)
-    }
-    ranks = run_ranks(2, bytes_held, models, HELD, timeout_seconds=400)
+    for name, tied in (("dense", False), ("tied", True)):
+        write_tiny_qwen3(tmp_path / name, layers=4, vocab_size=1021, tied=tied, **SIZES)
+    write_family(tmp_path / "experts", "qwen3_moe", **EXPERTS)
+    ranks = run_ranks(2, bytes_held, tmp_path, HELD, timeout_seconds=400)
     for number, case in enumerate(HELD):
-        shape, layout = read_shape(models[case.get("tied", False)]), layout_of(case)
+        shape, layout = read_shape(tmp_path / case.get("model", "dense")), layout_of(case)
         for rank in range(2):
             stage = rank if layout.pp == 2 else 0
             parameters = stage_parameters(shape, layout, stage).total

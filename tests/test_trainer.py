@@ -65,6 +65,7 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
             {"dp": 2, "ep": 2, "overlap": True, "output_head": "fused"},
             {"tp": 2, "ep": 2, "sequence_parallel": True, "recompute": "selective"},
             {"tp": 2, "sequence_parallel": True},
+            {"tp": 2, "etp": 2, "sequence_parallel": True},
         ],
     },
     4: {
@@ -73,7 +74,7 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
             {"pp": 2, "vpp": 2, "dp": 2, "overlap": True},
             {"pp": 4, "max_tokens": 1},
         ],
-        "moe": [{"pp": 2, "dp": 2, "ep": 2}],
+        "moe": [{"pp": 2, "dp": 2, "ep": 2}, {"tp": 2, "etp": 2, "dp": 2, "ep": 2, "sequence_parallel": True}],
     },
 }
 RESUMED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
@@ -83,7 +84,10 @@ RESUMED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"pp": 2, "vpp": 2}, {"pp": 2, "first_stage_layers": 3}),
     ],
     "tied": [({"pp": 2, "vpp": 2, "recompute": "full", "output_head": "fused"}, {"dp": 2})],
-    "moe": [({"dp": 2, "ep": 2, "overlap": True, "output_head": "fused"}, {"tp": 2, "sequence_parallel": True})],
+    "moe": [
+        ({"dp": 2, "ep": 2, "overlap": True, "output_head": "fused"}, {"tp": 2, "etp": 2, "sequence_parallel": True}),
+        ({"tp": 2, "etp": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}),
+    ],
 }
 TEMPERATURE = 1.25
 ADAM_EPS = 1e-2
@@ -122,7 +126,7 @@ def make_grid(config: Config) -> Any:
     sizes = config.parallel
     return parallel.initialize(
         tp=sizes.tp, pp=sizes.pp, vpp=sizes.vpp, first_stage_layers=sizes.first_stage_layers,
-        last_stage_layers=sizes.last_stage_layers, cp=sizes.cp, ep=sizes.ep,
+        last_stage_layers=sizes.last_stage_layers, cp=sizes.cp, ep=sizes.ep, etp=sizes.etp,
         device=torch.device("cpu"), seed=0, timeout_seconds=60,
     )  # fmt: skip
 
@@ -464,11 +468,11 @@ def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[st
     """What every rank says it holds is what `trainer_shards` says without building the model."""
     shape = read_shape(trained["model"])
     for layout, views in layouts_of(trained):
-        tp, pp, ep = (layout.get(axis, 1) for axis in ("tp", "pp", "ep"))
+        tp, pp, ep, etp = (layout.get(axis, 1) for axis in ("tp", "pp", "ep", "etp"))
         pipeline = Pipeline(pp=pp, vpp=layout.get("vpp", 1), first_stage_layers=layout.get("first_stage_layers"))
         planned: dict[int, set[Any]] = defaultdict(set)
         dp = len(views) // (tp * pp)
-        for shard in trainer_shards(shape, tp=tp, pipeline=pipeline, dp=dp, ep=ep, spec="local"):
+        for shard in trainer_shards(shape, tp=tp, pipeline=pipeline, dp=dp, ep=ep, etp=etp, spec="local"):
             for rank in shard.ranks:
                 planned[rank] |= set(shard.parameters)
         for rank, view in enumerate(views):

@@ -57,23 +57,25 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole HF tensors of this pipeline stage, one at a time, on every tensor-parallel rank of it.
 
-    The ranks of a tp group iterate in lockstep (one all-gather a parameter). A tied output head is not repeated.
-    Of the experts, those that this rank holds.
+    First what is no expert: the ranks of a tp group iterate in lockstep (one all-gather a parameter); a tied output
+    head is not repeated. Then the experts that this rank has a part of, in lockstep with its etp group only: the other
+    ranks of the tp group have other experts, and may be waiting for somebody to take them.
 
     Args:
-        select: which Megatron parameters; the same answers on the ranks of a tp group.
+        select: which Megatron parameters; the same answers on the ranks of a tp group, for experts of an etp group.
     """
     sizes = hf_tensor_shapes(shape)
-    for name, parameter in named_parameters(model):
+    for name, parameter in sorted(named_parameters(model), key=lambda named: is_expert(named[0])):
         if name == "output_layer.weight" and shape.tied_embeddings:
             continue
         if not select(name):
             continue
-        cut = not is_expert(name) and place_of(name, shape, layout).axis is not None
-        shards = _all_shards(parameter.detach(), layout) if cut else [parameter.detach()]
+        cut = place_of(name, shape, layout).axis is not None
+        group = layout.etp_group if is_expert(name) else layout.tp_group
+        shards = _all_shards(parameter.detach(), group) if cut else [parameter.detach()]
         wholes: dict[str, Tensor] = {}
         for rank, shard in enumerate(shards):
-            place = place_of(name, shape, layout, tp_rank=rank)
+            place = place_of(name, shape, layout, shard=rank)
             if place.axis is None:
                 yield place.runs[0].tensor, shard
                 break
@@ -89,36 +91,41 @@ def hf_tensors(
 def spoken_tensors(model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
     """hf_tensors that this rank is to write or send, so that each tensor of the model comes from one rank.
 
-    Of its tensor- and data-parallel copies the first rank speaks; for an expert the first rank that holds it.
+    Of its tensor- and data-parallel copies the first rank speaks; for an expert the first rank that holds a part of it.
     """
 
     def spoken(name: str) -> bool:
         return layout.expert_dp_rank == 0 if is_expert(name) else layout.is_first_replica
 
-    experts_only = layout.tp_rank > 0
     for name, tensor in hf_tensors(model, shape, layout, select=spoken):
-        if not experts_only or is_hf_expert(name):
+        if (layout.etp_rank if is_hf_expert(name) else layout.tp_rank) == 0:
             yield name, tensor
 
 
-def _all_shards(local: Tensor, layout: ParallelLayout) -> list[Tensor]:
-    if layout.tp_size == 1:
+def _all_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
         return [local]
-    shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
-    dist.all_gather(shards, local.contiguous(), group=layout.tp_group)
+    shards = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
     return shards
 
 
-def place_of(name: str, shape: Shape, layout: ParallelLayout, *, tp_rank: int | None = None) -> Placement:
-    """Where a parameter of this rank, or of another rank of its tp group, lies; `name` as of `named_parameters`."""
+def place_of(name: str, shape: Shape, layout: ParallelLayout, *, shard: int | None = None) -> Placement:
+    """Where a parameter of this rank lies; `name` as of `named_parameters`.
+
+    Args:
+        shard: instead of this rank's the part of this rank of its tp group, of an expert of its etp group.
+    """
     return placement(
         name,
         shape,
         first_layer=0,
-        tp_rank=layout.tp_rank if tp_rank is None else tp_rank,
+        tp_rank=layout.tp_rank if shard is None else shard,
         tp_size=layout.tp_size,
         ep_rank=layout.ep_rank,
         ep_size=layout.ep_size,
+        etp_rank=layout.etp_rank if shard is None else shard,
+        etp_size=layout.etp_size,
     )
 
 

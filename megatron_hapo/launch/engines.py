@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,27 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
+from megatron_hapo.dispatch import Dispatch
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.places import Place
-from megatron_hapo.launch.remote import gather
-from megatron_hapo.types import Prompt, Rollout, Sampling, WeightBucket
+from megatron_hapo.launch.remote import death, gather, result
+from megatron_hapo.spans import SpanRecorder, Timeline, recorded
+from megatron_hapo.types import InFlight, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext.receive import Request
+
+_GENERATIONS = 2
+"""`generate` calls at a time: training's, one step ahead, and evaluation's. One more would wait its turn."""
 
 
 class EngineActor:
-    """Holds an sglang_ext Engine and forwards."""
+    """Holds an sglang_ext Engine and forwards: generation in threads of its own, all else in one."""
 
     def __init__(self, config: Config, device: str, index: int, *, read_weights: bool):
         from sglang_ext.engine import Engine, EngineConfig
 
         rollout = config.rollout
-        self._index = index
+        self._index, self.spans = index, SpanRecorder(f"engine {index}")
+        self._in_flight: InFlight = config.weight_sync.in_flight
         self._engine = Engine(
             EngineConfig(
                 model_path=config.model.path.absolute(),
@@ -49,20 +57,27 @@ class EngineActor:
     def ready(self) -> None:
         """Answers once the engine has started and proved its hook."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        return self._engine.generate(prompts, sampling)
+    @ray.method(concurrency_group="generation")
+    @recorded
+    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[tuple[int, int, Rollout]]:
+        return self._engine.advance(call, prompts, sampling)
 
     def begin_weight_update(self) -> None:
         self._checksums = {}
-        self._engine.begin_weight_update()
+        self._engine.begin_weight_update(self._in_flight)
 
+    @recorded
     def load_bucket(self, bucket: WeightBucket) -> None:
         self._engine.load_bucket(bucket)
         self._checksums |= bucket.checksums or {}
 
+    @recorded
     def end_weight_update(self, policy_version: int) -> None:
         self.verify(self._checksums)
         self._engine.end_weight_update(policy_version)
+
+    def resume(self) -> None:
+        self._engine.resume()
 
     def sees(self, path: Path) -> bool:
         return path.exists()
@@ -70,11 +85,13 @@ class EngineActor:
     def prepare_receiving(self, plans: Sequence[str]) -> None:
         self._engine.prepare_receiving(plans)
 
+    @recorded
     def receive_weights(self, request: Request) -> None:
         self.begin_weight_update()
         with self._named():
             self._engine.receive_weights(request)
 
+    @recorded
     def verify(self, checksums: dict[str, list[int]]) -> None:
         if checksums:
             with self._named():
@@ -93,6 +110,12 @@ class EngineActor:
 
     def take_memory(self, parts: Sequence[str]) -> None:
         self._engine.take_memory(parts)
+
+    def start_profile(self) -> None:
+        self.spans.start()
+
+    def finish_profile(self) -> Timeline:
+        return self.spans.finish()
 
     def shutdown(self) -> None:
         self._engine.shutdown()
@@ -131,16 +154,21 @@ class RayRolloutPool:
     ):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
+        self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
         options = [
             _actor_options(rollout.tp, device, None if places is None else places[index])
             for index in range(rollout.engines)
         ]
-        actor: Any = ray.remote(EngineActor)
+        remote: Any = ray.remote
+        actor = remote(concurrency_groups={"generation": _GENERATIONS})(EngineActor)
         self._start = lambda index: actor.options(**options[index]).remote(
             config, device, index, read_weights=read_weights
         )
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
-        self._policy_version = 0
+        self._versions = [0]  # of every sync that all engines confirmed
+        self._calls = itertools.count()
+        self._synced = threading.Event()  # cleared while a sync is under way
+        self._synced.set()
         self._plans: list[ray.ObjectRef] = []
 
     def wait_until_ready(self) -> None:
@@ -148,30 +176,59 @@ class RayRolloutPool:
         self._all(lambda engine: engine.ready.remote(), "starting", RolloutError)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        shares = [list(range(index, len(prompts), len(self._engines))) for index in range(len(self._engines))]
-        calls = {
-            f"engine {index}": engine.generate.remote([prompts[row] for row in share], sampling)
-            for index, (engine, share) in enumerate(zip(self._engines, shares, strict=True))
-            if share
-        }
-        answers = gather(calls, timeout_seconds=self._timeout_seconds, what="generating", error=RolloutError)
-        groups: list[list[Rollout]] = [[] for _ in prompts]
-        for index, (share, answer) in enumerate(zip((s for s in shares if s), answers, strict=True)):
-            for row, group in zip(share, answer, strict=True):
-                self._check_version(index, group)
-                groups[row] = group
-        return groups
+        call, first_version = next(self._calls), len(self._versions) - 1
+        dispatch = Dispatch(
+            [len(prompt.token_ids) + sampling.max_response_tokens for prompt in prompts],
+            samples=sampling.samples, engines=len(self._engines), room=self._room,
+        )  # fmt: skip
+        rollouts: dict[tuple[int, int], Rollout] = {}
+        working: dict[ray.ObjectRef, tuple[int, Any]] = {}  # to the engine and its actor
+        deadline = time.monotonic() + self._timeout_seconds
+        while not dispatch.done:
+            idle = sorted(set(range(len(self._engines))) - {engine for engine, _ in working.values()})
+            for engine, groups in dispatch.assign(idle).items():
+                if dispatch.busy(engine):
+                    actor, given = self._engines[engine], {group: prompts[group] for group in groups}
+                    working[actor.advance.remote(call, given, sampling)] = engine, actor
+            engine, finished = self._first_finished(working, deadline)
+            if finished is None:
+                dispatch.lost(engine)
+                continue
+            for group, sample, rollout in finished:
+                self._check_versions(engine, rollout, self._versions[first_version:])
+                rollouts[group, sample] = rollout
+                dispatch.finished(engine, group)
+        return [[rollouts[group, sample] for sample in range(sampling.samples)] for group in range(len(prompts))]
 
-    def _check_version(self, index: int, group: list[Rollout]) -> None:
-        """No rollout of other weights than those of the last sync that all engines confirmed goes into training."""
-        others = {rollout.policy_version for rollout in group} - {self._policy_version}
+    def _first_finished(
+        self, working: dict[ray.ObjectRef, tuple[int, Any]], deadline: float
+    ) -> tuple[int, list[tuple[int, int, Rollout]] | None]:
+        """The first engine that answers, which is then no longer working, and the responses that it has finished; None
+        if it died in a sync that has replaced it."""
+        done, _ = ray.wait(list(working), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            late = ", ".join(f"engine {engine}" for engine in sorted(engine for engine, _ in working.values()))
+            raise RolloutError(f"generating: no answer within {self._timeout_seconds:g} s from {late}")
+        engine, actor = working.pop(done[0])
+        try:
+            return engine, result(done[0])
+        except RayActorError as failure:
+            self._synced.wait()
+            if self._engines[engine] is actor:
+                raise RolloutError(death(f"generating: engine {engine}", failure)) from None
+            return engine, None
+
+    def _check_versions(self, engine: int, rollout: Rollout, versions: Sequence[int]) -> None:
+        """No token of other weights than those of the syncs that all engines confirmed goes into training."""
+        others = set(rollout.policy_versions.tolist()) - set(versions)
         if others:
             raise RolloutError(
-                f"engine {index} holds version {others.pop()} of the weights, the last sync brought version "
-                f"{self._policy_version} to all engines"
+                f"engine {engine} holds version {others.pop()} of the weights, the last sync brought version "
+                f"{versions[-1]} to all engines"
             )
 
     def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
+        self._synced.clear()
         self._all(lambda engine: engine.begin_weight_update.remote(), "beginning the weight update", WeightSyncError)
         for bucket in buckets:
             self._all(lambda engine, b=bucket: engine.load_bucket.remote(b), "loading weights", WeightSyncError)
@@ -189,6 +246,7 @@ class RayRolloutPool:
         gather(calls, timeout_seconds=self._timeout_seconds, what="taking the plan", error=WeightSyncError)
 
     def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+        self._synced.clear()
         calls = {
             f"engine {index}": engine.receive_weights.remote(request)
             for index, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
@@ -205,7 +263,9 @@ class RayRolloutPool:
         self._all(
             lambda engine: engine.end_weight_update.remote(policy_version), "ending the weight update", WeightSyncError
         )
-        self._policy_version = policy_version
+        self._versions.append(policy_version)
+        self._all(lambda engine: engine.resume.remote(), "resuming generation", WeightSyncError)
+        self._synced.set()
 
     def release_memory(self, parts: Sequence[str]) -> None:
         self._all(lambda engine: engine.release_memory.remote(tuple(parts)), "giving memory back", RolloutError)
@@ -231,7 +291,14 @@ class RayRolloutPool:
             self._prepare(dead)
         return dead
 
+    def start_profile(self) -> None:
+        self._all(lambda engine: engine.start_profile.remote(), "starting the profile", RolloutError)
+
+    def finish_profile(self) -> list[Timeline]:
+        return self._all(lambda engine: engine.finish_profile.remote(), "finishing the profile", RolloutError)
+
     def close(self) -> None:
+        self._synced.set()
         for engine in self._engines:
             # shutdown first: it ends SGLang's own processes
             ray.wait([engine.shutdown.remote()], timeout=30)

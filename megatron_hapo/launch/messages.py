@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.spans import Span, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
 _LENGTH = struct.Struct("<q")
@@ -23,7 +24,7 @@ _ALIGNMENT = 16
 _RECORDS: dict[str, Any] = {
     record.__name__: record
     for record in (
-        *(TrainBatch, TokenScores, WeightBucket, EntropyStats),
+        *(TrainBatch, TokenScores, WeightBucket, EntropyStats, Span, Timeline),
         *(Transfer, SendingTask, Channel, OwnBlock, Piece, Parameter, Block),
     )
 }

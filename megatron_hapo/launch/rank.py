@@ -70,6 +70,7 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
         last_stage_layers=config.parallel.last_stage_layers,
         cp=config.parallel.cp,
         ep=config.parallel.ep,
+        etp=config.parallel.etp,
         device=torch_device,
         seed=config.seed,
         timeout_seconds=config.trainer.timeout_seconds,

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megatron_hapo.checkpoint.folder import copy_companions, finish_folder, whole_or_nothing
 from megatron_hapo.config import Config
+from megatron_hapo.spans import SpanRecorder, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 
 if TYPE_CHECKING:
@@ -22,27 +25,46 @@ _METHODS = (
     *("save_checkpoint", "load_checkpoint", "export_hf"),
     *("release_memory", "take_memory"),
 )
+_OF_THE_PROCESS = ("sees", "start_profile", "finish_profile")
 
 
 class RankObject:
     """A rank's process from outside: the TrainerRank's methods by name, and what only the process knows."""
 
-    def __init__(self, rank: TrainerRank):
-        self._rank = rank
+    def __init__(self, rank: TrainerRank, number: int):
+        self._rank, self._spans = rank, SpanRecorder(f"trainer rank {number}")
+        self._trace: torch.profiler.profile | None = None
 
     def results(self, method: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Iterator[Any]:
         """The one result of a method, or what a generator yields."""
-        if method == "sees":
-            yield self.sees(*arguments)
+        if method in _OF_THE_PROCESS:
+            yield getattr(self, method)(*arguments)
         elif method in _STREAMS:
-            yield from getattr(self._rank, method)(*arguments, **options)
+            with self._spans(method):
+                yield from getattr(self._rank, method)(*arguments, **options)
         elif method in _METHODS:
-            yield getattr(self._rank, method)(*arguments, **options)
+            with self._spans(method), torch.profiler.record_function(method):
+                result = getattr(self._rank, method)(*arguments, **options)
+            yield result
         else:
             raise ValueError(f"a trainer rank has no command {method!r}")
 
     def sees(self, path: Path) -> bool:
         return path.exists()
+
+    def start_profile(self) -> None:
+        self._trace = torch.profiler.profile()
+        self._trace.start()
+        self._spans.start()
+
+    def finish_profile(self, path: Path) -> Timeline:
+        """Writes the operators since `start_profile` as a gzipped Chrome trace; what the rank was asked to do."""
+        assert self._trace is not None, "start_profile comes first"
+        timeline = self._spans.finish()
+        self._trace.stop()
+        self._trace.export_chrome_trace(str(path))
+        self._trace = None
+        return timeline
 
 
 class TrainerOverRanks(ABC):
@@ -99,3 +121,10 @@ class TrainerOverRanks(ABC):
             parts = self._all("export_hf", partial)
             weight_map = {name: file for part in parts if part for name, file in part.items()}
             finish_folder(partial, self._config.model.path, weight_map, self._config.trainer.dtype)
+
+    def start_profile(self) -> None:
+        self._all("start_profile")
+
+    def finish_profile(self, folder: Path) -> list[Timeline]:
+        ranks = range(self._config.parallel.world_size)
+        return self._each("finish_profile", [(folder / f"trainer_rank_{rank:05d}.json.gz",) for rank in ranks])

@@ -19,8 +19,10 @@ from typing import Any
 from megatron_hapo.config import Config, LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
 from megatron_hapo.launch.places import Place
+from megatron_hapo.launch.ray_node import FaultError, reach
 
 _END_SECONDS = 20.0
+_HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
 
 
 def cluster_token() -> str:
@@ -43,7 +45,7 @@ def address_to_join() -> str | None:
         ConfigError: RAY_ADDRESS is no host and port.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if address is not None and re.fullmatch(r"[^:/]+:\d+", address) is None:
+    if address is not None and _HOST_AND_PORT.fullmatch(address) is None:
         raise ConfigError([f"RAY_ADDRESS must be HOST:PORT of the cluster's head under torchrun, got {address!r}"])
     return address
 
@@ -143,17 +145,26 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], timeout_seco
 
 
 @contextlib.contextmanager
-def connected(address: str, *, ip: str) -> Iterator[None]:
+def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
     """This process as a driver of the cluster.
 
+    Args:
+        ip: of this node, where Ray would find another.
     Raises:
-        RolloutError: the cluster refuses it.
+        RolloutError: the cluster is not there, or refuses it.
     """
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ip is not None:
+        options["_node_ip_address"] = ip
+    if _HOST_AND_PORT.fullmatch(address) is not None:
+        try:
+            reach(address)  # Ray would try for a minute
+        except FaultError as fault:
+            raise RolloutError(str(fault)) from None
     try:
-        ray.init(address=address, _node_ip_address=ip, **options)
+        ray.init(address=address, **options)
     except Exception as error:  # Ray raises all sorts
         reason = " ".join(str(error).split())
         raise RolloutError(f"cannot join Ray at {address}: {type(error).__name__}: {reason}") from error

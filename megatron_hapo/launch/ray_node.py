@@ -38,7 +38,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
     if head and port:
         _wait_until_free(ip, port)
     if not head:
-        _reach(address)
+        reach(address)
     import ray._private.node
     import ray._private.parameter
 
@@ -79,14 +79,15 @@ def _wait_until_free(ip: str, port: int) -> None:
         time.sleep(0.5)
 
 
-def _reach(address: str) -> None:
+def reach(address: str) -> None:
+    """Raises FaultError if nobody answers at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise FaultError(
-            f"no route to the Ray head at {address} ({error.strerror or error}); open the port between the nodes, "
-            "or set launch.ray_port to one that is open"
+            f"no route to the Ray head at {address} ({error.strerror or error}); it must be running, and its port "
+            "(launch.ray_port, or that of RAY_ADDRESS) open between the nodes"
         ) from None
 
 

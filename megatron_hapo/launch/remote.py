@@ -31,18 +31,27 @@ def gather(
             late = ", ".join(who[reference] for reference in waiting)
             raise error(f"{what}: no answer within {timeout_seconds:g} s from {late}")
         for reference in done:
-            _raise_failure(reference, f"{what}: {who[reference]}", error)
+            try:
+                result(reference)
+            except RayActorError as failure:
+                raise error(death(f"{what}: {who[reference]}", failure)) from None
     return [ray.get(reference) for reference in calls.values()]
 
 
-def _raise_failure(reference: ray.ObjectRef, who: str, error: type[HapoError]) -> None:
+def result(reference: ray.ObjectRef) -> Any:
+    """Result of a call.
+
+    Raises:
+        RayActorError: the process died. The project's own errors come as they were, others with the remote traceback.
+    """
     try:
-        ray.get(reference)
+        return ray.get(reference)
     except RayTaskError as failure:
-        # The project's own errors go to the user as they are; anything else keeps the remote traceback.
         if isinstance(failure.cause, HapoError):
             raise failure.cause from None
         raise
-    except RayActorError as failure:
-        reason = " ".join(str(failure).split())
-        raise error(f"{who}: the process died: {reason}") from None
+
+
+def death(who: str, failure: RayActorError) -> str:
+    """What to tell of a process that died."""
+    return f"{who}: the process died: {' '.join(str(failure).split())}"

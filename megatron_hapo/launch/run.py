@@ -22,12 +22,14 @@ from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.evaluation import evaluate
+from megatron_hapo.launch import ray_cluster
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.places import Place, beside_ranks
 from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.profiling import StepProfiler
 from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.rehearsal import Finding, rehearse
 from megatron_hapo.report import write_report
@@ -113,6 +115,10 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
                 config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(_device(config))
+            ),
+            profiler=StepProfiler(
+                config.profile.steps, config.run_dir.absolute() / "profile",
+                trainer=parts.trainer, pool=parts.pool, rewards=parts.rewards,
             ),
             trainer=parts.trainer, pool=parts.pool, turns=parts.turns, rewards=parts.rewards,
         )  # fmt: skip
@@ -213,17 +219,26 @@ def local_ray() -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
-        # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant
-        # for this process, the variable for those that it starts.
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        # No actor asks for a CPU, and Ray would start an idle worker for each.
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": 0}
+    address = os.environ.get("RAY_ADDRESS")
     _end_on_sigterm()
-    _start_ray(options)
-    _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
+    with _own_ray() if address is None else ray_cluster.connected(address):
+        _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
+        yield
+
+
+@contextlib.contextmanager
+def _own_ray() -> Iterator[None]:
+    # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
+    # this process, the variable for those that it starts.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    # No actor asks for a CPU, and Ray would start an idle worker for each.
+    _start_ray(
+        {
+            "address": "local", "include_dashboard": False, "num_cpus": 0,
+            "log_to_driver": False, "logging_level": logging.ERROR,
+        }
+    )  # fmt: skip
     try:
         yield
     finally:

@@ -315,7 +315,7 @@ class _RankThread(threading.Thread):
                 world_size=place.world_size,
                 init_method=PrefixStore("world", self._store),
             )
-            control, target = ControlGroup(), RankObject(rank)
+            control, target = ControlGroup(), RankObject(rank, place.rank)
             if self._commander is None:
                 serve(control, target)
             else:

@@ -29,7 +29,8 @@ class TrainerActor:
 
     def start(self, config: Config, device: str, rank: int, world_size: int, init_method: str) -> None:
         self._rank = RankObject(
-            rank_process.start_rank(config, device=device, rank=rank, world_size=world_size, init_method=init_method)
+            rank_process.start_rank(config, device=device, rank=rank, world_size=world_size, init_method=init_method),
+            rank,
         )
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,7 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": te,
             "expert_model_parallel_size": layout.ep_size,
-            "expert_tensor_parallel_size": 1,
+            "expert_tensor_parallel_size": layout.etp_size,
         }
     return TransformerConfig(
         num_layers=shape.num_layers,

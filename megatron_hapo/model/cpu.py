@@ -1,7 +1,8 @@
 """Lets Megatron-Core 0.19 run on a CPU over gloo. Call `install()` before megatron.core is imported.
 
 Only for CPU trainer processes: it replaces torch functions process-wide. Nothing here changes logic; each entry answers
-a call that Megatron makes without asking whether CUDA is there. A GPU process never imports this module.
+a call that Megatron makes without asking whether CUDA is there, or that NCCL can do and gloo cannot. A GPU process
+never imports this module.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def install() -> None:
     _device_arguments()
     _optimizer_type_names()
     _megatron_generators()
+    _uneven_collectives()
 
 
 def _no_compilation() -> None:
@@ -138,3 +140,34 @@ def _megatron_generators() -> None:
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+
+
+def _uneven_collectives() -> None:
+    """Gathering and scattering parts of different sizes, as the ranks of a cut expert do with their tokens."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    module: Any = mappings
+    even_gather, even_scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather, scatter

@@ -28,18 +28,19 @@ def round_to_float8(model: Sequence[GPTModel], layout: ParallelLayout) -> None:
     sync, checkpoints and exports all see the rounded weights. Queries, keys and values share a scale, gate and up too,
     as in `megatron-hapo quantize --format fp8` and in SGLang. Rounding again changes nothing.
 
-    All ranks of a tp group call it together (one all-reduce).
+    All ranks of a tp group call it together (an all-reduce there, and one in the etp group).
 
     Args:
         model: the rank's chunks, with weights in bfloat16, of which the optimizer holds masters.
     """
     names, weights = zip(*((n, p) for n, p in named_parameters(model) if _LINEAR.fullmatch(n)), strict=True)
     own_max = torch.stack([_largest(weight) for weight in weights])
-    matrix_max = own_max.clone()
-    dist.all_reduce(matrix_max, dist.ReduceOp.MAX, group=layout.tp_group)
-    # tp ranks hold parts of one matrix, but different experts
-    whole = torch.tensor([is_expert(name) for name in names], device=own_max.device)
-    scales = torch.where(whole, own_max, matrix_max) / torch.finfo(_DTYPE).max
+    dense_max, expert_max = own_max.clone(), own_max.clone()
+    dist.all_reduce(dense_max, dist.ReduceOp.MAX, group=layout.tp_group)
+    dist.all_reduce(expert_max, dist.ReduceOp.MAX, group=layout.etp_group)
+    # The ranks of a tp group hold parts of one matrix, but maybe of different experts.
+    of_expert = torch.tensor([is_expert(name) for name in names], device=own_max.device)
+    scales = torch.where(of_expert, expert_max, dense_max) / torch.finfo(_DTYPE).max
     for weight, scale in zip(weights, scales.clamp(min=torch.finfo(torch.float32).tiny), strict=True):
         weight.copy_((weight.float() / scale).to(_DTYPE).float() * scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -72,9 +73,19 @@ def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
 
 
 def trainer_shards(
-    shape: Shape, *, tp: int, dp: int, pp: int = 1, ep: int = 1, pipeline: Pipeline | None = None, spec: str = "te"
+    shape: Shape,
+    *,
+    tp: int,
+    dp: int,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    pipeline: Pipeline | None = None,
+    spec: str = "te",
 ) -> list[Shard]:
-    """Shards of a Megatron grid without building its models; ranks count tp, dp, pp, and ep within a stage's tp x dp.
+    """Shards of a Megatron grid without building its models.
+
+    Ranks count tp, dp, pp; for experts the tp x dp ranks of a stage count etp, ep, replicas.
 
     Args:
         pipeline: where it is not simply `pp` equal stages.
@@ -95,9 +106,10 @@ def trainer_shards(
         for tp_rank in range(tp):
             held = (_planned_parameter(name, shape, tp_rank=tp_rank, tp_size=tp) for name in dense)
             shards.append(Shard(tuple(ranks[tp_rank::tp]), tuple(held)))
-        for ep_rank in range(ep) if experts else ():
-            held = (_planned_parameter(name, shape, ep_rank=ep_rank, ep_size=ep) for name in experts)
-            shards.append(Shard(tuple(ranks[ep_rank::ep]), tuple(held)))
+        for ep_rank, etp_rank in itertools.product(range(ep), range(etp)) if experts else ():
+            part = {"ep_rank": ep_rank, "ep_size": ep, "etp_rank": etp_rank, "etp_size": etp}
+            held = (_planned_parameter(name, shape, **part) for name in experts)
+            shards.append(Shard(tuple(ranks[ep_rank * etp + etp_rank :: ep * etp]), tuple(held)))
     return shards
 
 
@@ -135,10 +147,8 @@ def stage_parameter_names(
             yield "output_layer.weight"
 
 
-def _planned_parameter(
-    name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, ep_rank: int = 0, ep_size: int = 1
-) -> Parameter:
-    place = placement(name, shape, first_layer=0, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
+def _planned_parameter(name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, **of_expert: int) -> Parameter:
+    place = placement(name, shape, first_layer=0, tp_rank=tp_rank, tp_size=tp_size, **of_expert)
     sizes = matrix_sizes(shape)
     rows, columns = sizes[place.runs[0].tensor]
     length = sum(run.stop - run.start for run in place.runs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hapo.model.families import Shape, padded_vocab_size
+from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
 from megatron_hapo.sizing.parameters import Layout, experts, stage_layers, stage_parameters
 
 GIB = 1 << 30
@@ -145,13 +145,12 @@ def microbatches_in_flight(layout: Layout, stage: int, num_microbatches: int | N
 def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
     """Parameters whose optimizer state a rank holds: all of its own, or its share with the distributed optimizer.
 
-    Dense parameters are shared over dp x cp ranks, expert parameters over those of them with the same experts.
+    Dense parameters are shared over dp x cp ranks, expert parameters over all ranks with the same parts of experts.
     """
     parameters = stage_parameters(shape, layout, stage)
     if not layout.distributed_optimizer:
         return parameters.total
-    replicas = layout.dp * layout.cp
-    return -(-parameters.dense // replicas) + -(-parameters.expert // (replicas // layout.ep))
+    return -(-parameters.dense // (layout.dp * layout.cp)) + -(-parameters.expert // layout.expert_replicas)
 
 
 def optimizer_bytes_per_element(layout: Layout) -> int:
@@ -231,25 +230,34 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
     units = 3 if fused else 5
     if moe is None:
         return hidden + attention + w * units * shape.ffn_size / tp
-    routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h + units * moe.ffn_size / tp)
-    return hidden + attention + routed + 8 * moe.num_experts / layout.sequence_shards
+    return hidden + attention + _expert_bytes(shape, layout, moe, units)
 
 
 def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
     """What selective recomputation need not keep of one token of a layer, out of `layer_activation_bytes`."""
-    w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.tp
+    w, tp = layout.bytes_per_parameter, layout.tp
     fused, moe = spec == "te", experts(shape, layer)
     units = 3 if fused else 5
     if moe is None:
         block = w * units * shape.ffn_size / tp
     else:
-        block = moe.top_k * EXPERT_IMBALANCE * w * (2 * h + units * moe.ffn_size / tp)
-        block += 8 * moe.num_experts / layout.sequence_shards
+        block = _expert_bytes(shape, layout, moe, units)
     q = shape.num_heads * shape.head_dim / tp
     # Queries, keys and values are its inputs, of which padded copies are made; its output is kept as o_proj's input.
     k = shape.num_kv_heads * shape.head_dim / tp
     padding = PADDING_OF_GROUPS if spec == "local" else 1.0
     return block + (0 if fused else w * padding * (2 * q + 2 * k))
+
+
+def _expert_bytes(shape: Shape, layout: Layout, moe: MoeShape, units: int) -> float:
+    """The router's scores, and what the chosen experts keep of one token of the rank.
+
+    A rank sends its part of the tokens to their experts. Where an expert is cut, each of its etp ranks has the tokens
+    of all of them, whole, and its part of the feed-forward units.
+    """
+    w, h, shards = layout.bytes_per_parameter, shape.hidden_size, layout.sequence_shards
+    routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h * layout.etp + units * moe.ffn_size) / shards
+    return routed + 8 * moe.num_experts / shards
 
 
 def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:

@@ -25,7 +25,9 @@ class Layout:
     last_stage_layers: int | None = None
     cp: int = 1
     ep: int = 1
-    """Experts are dealt out over so many of the dp x cp ranks; an expert is cut over tp like all else."""
+    """Experts are dealt out over so many groups of the tp x cp x dp ranks of a stage."""
+    etp: int = 1
+    """Each expert is cut over so many ranks of a tp group."""
     dp: int = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
@@ -49,6 +51,11 @@ class Layout:
     @property
     def tokens_per_rank(self) -> int:
         return -(-self.tokens_per_microbatch // self.cp)
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same parts of the same experts."""
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
     @property
     def sequence_shards(self) -> int:
@@ -82,7 +89,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
             dense += 3 * shape.hidden_size * shape.ffn_size // layout.tp
         else:
             dense += shape.hidden_size * moe.num_experts  # the router
-            expert += moe.num_experts // layout.ep * 3 * shape.hidden_size * moe.ffn_size // layout.tp
+            expert += moe.num_experts // layout.ep * 3 * shape.hidden_size * moe.ffn_size // layout.etp
     vocabulary = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp * shape.hidden_size
     first, last = stage == 0, stage == layout.pp - 1
     if first:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hapo.errors import HapoError
-from megatron_hapo.model.families import Shape
+from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.sizing.memory import (
     ENGINE_RESTING_BYTES,
@@ -98,7 +98,7 @@ class Rejection:
 
 
 def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
-    """Plans, the best (`Plan.rank`) first, one for each (tp, pp, cp, ep) and engine tp; and what was rejected.
+    """Plans, the best (`Plan.rank`) first, one for each (tp, pp, cp, etp, ep) and engine tp; and what was rejected.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
@@ -126,7 +126,7 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                 if left < choice.tp:
                     continue
                 plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
-                key = (layout.tp, layout.pp, layout.cp, layout.ep, choice.tp)
+                key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, choice.tp)
                 if key not in best or plan.rank < best[key].rank:
                     best[key] = plan
     if not best:
@@ -163,7 +163,8 @@ def describe(layout: Layout) -> str:
         pipeline += f" vpp={layout.vpp}"
     if layout.first_stage_layers is not None:
         pipeline += f" ({layout.first_stage_layers} layers in the first stage, {layout.last_stage_layers} in the last)"
-    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp} ep={layout.ep} dp={layout.dp}"
+    experts_cut = f" etp={layout.etp}" if layout.etp > 1 else ""
+    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp}{experts_cut} ep={layout.ep} dp={layout.dp}"
     offload = ", optimizer on the host" if layout.cpu_offload else ""
     return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}{offload}"
 
@@ -253,7 +254,7 @@ class _Engines:
 
     def _choice(self, tp: int, rest: int) -> _EngineChoice | None:
         shape, workload, limits, gpu_bytes = self._shape, self._workload, self._limits, self._cluster.gpu_bytes
-        if fault := _tp_fault(shape, tp, replicate=limits.replicate_kv_heads):
+        if fault := _tp_fault(shape, tp, engine=True, replicate=limits.replicate_kv_heads):
             self.rejections.append(Rejection(f"rollout.tp={tp}", fault))
             return None
         fraction = limits.memory_fraction if rest == 0 else int(100 * (limits.memory_fraction - rest / gpu_bytes)) / 100
@@ -294,17 +295,26 @@ def _layouts(
                 reason = f"a mini-batch has {workload.responses_per_minibatch} responses, fewer than dp={dp} ranks"
                 rejections.append(Rejection(f"tp={tp} pp={pp} cp={cp} dp={dp}", reason))
                 continue
-            for ep in _powers_of_two(dp) if moe else [1]:
-                if dp % ep or (moe and moe.num_experts % ep):
-                    continue
+            for etp, ep in _expert_grids(moe, tp, dp):
                 grid = Layout(
-                    tp=tp, **vars(pipeline), cp=cp, ep=ep, dp=dp,
+                    tp=tp, **vars(pipeline), cp=cp, ep=ep, etp=etp, dp=dp,
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
                     budget = -(-factor * workload.longest // 1024) * 1024
                     yield replace(grid, tokens_per_microbatch=budget, recompute=recompute)
+
+
+def _expert_grids(moe: MoeShape | None, tp: int, dp: int) -> Iterator[tuple[int, int]]:
+    """(etp, ep): experts whole or cut over all tp ranks, dealt out over what is left of tp x dp."""
+    if moe is None:
+        yield 1, 1
+        return
+    for etp in dict.fromkeys((1, tp)):
+        for ep in _powers_of_two(tp * dp // etp):
+            if moe.ffn_size % etp == 0 and moe.num_experts % ep == 0 and tp * dp % (etp * ep) == 0:
+                yield etp, ep
 
 
 def _pipelines(num_layers: int) -> Iterator[Pipeline]:
@@ -326,12 +336,12 @@ def _microbatches(workload: Workload, layout: Layout) -> int:
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 
-def _tp_fault(shape: Shape, tp: int, *, replicate: bool = False) -> str | None:
+def _tp_fault(shape: Shape, tp: int, *, engine: bool = False, replicate: bool = False) -> str | None:
     sizes = {"attention heads": shape.num_heads, "feed-forward units": shape.ffn_size}
     if not (replicate and tp % shape.num_kv_heads == 0):
         sizes["key-value heads"] = shape.num_kv_heads
     moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
-    if moe:
+    if moe and engine:  # the trainer may leave them whole
         sizes["feed-forward units of an expert"] = moe.ffn_size
     bad = [f"{size} {what}" for what, size in sizes.items() if size % tp]
     return f"{' and '.join(bad)} do not split over tp={tp}" if bad else None

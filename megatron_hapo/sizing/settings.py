@@ -23,7 +23,7 @@ MEAN_OVER_MAX = 0.25
 """Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
 tokens in the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
-PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "ep", "dp")
+PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "etp", "ep", "dp")
 UNEVEN_STAGES = ("first_stage_layers", "last_stage_layers")
 
 

@@ -178,7 +178,7 @@ def _stage_forward_seconds(
     local = tokens / layout.cp
     tp_link = _link(gpu, layout.tp, nvlink_size)
     cp_link = _link(gpu, shards, nvlink_size)
-    ep_link = _link(gpu, shards * layout.ep, nvlink_size)
+    ep_link = _link(gpu, layout.etp * layout.ep, nvlink_size)
     seconds = 0.0
     for layer in stage_layers(shape, layout, stage):
         moe = experts(shape, layer)
@@ -186,13 +186,15 @@ def _stage_forward_seconds(
         seconds += 2 * active_parameters(shape, layer) * tokens / shards / (efficiency * gpu.flops)
         attention = 2 * length * shape.num_heads * shape.head_dim * tokens / shards
         seconds += attention / (ATTENTION_EFFICIENCY * gpu.flops)
-        # An all-gather and a reduce-scatter of the hidden states for each of attention and feed-forward.
-        seconds += 4 * (layout.tp - 1) / layout.tp * local * h * w / tp_link
+        # An all-gather and a reduce-scatter of the hidden states for attention, and for a dense feed-forward block.
+        messages = 2 if moe is not None else 4
+        seconds += messages * (layout.tp - 1) / layout.tp * local * h * w / tp_link
         # Keys and values travel once around the ring.
         seconds += 2 * (layout.cp - 1) * local * keys / layout.tp * w / cp_link
         if moe is not None:
-            sent = local * moe.top_k * h * w / layout.sequence_shards * (layout.ep - 1) / layout.ep
-            seconds += 2 * sent / ep_link
+            # A rank's tokens to their experts and back; those of a cut expert to all its ranks and back, in sums.
+            routed = 2 * local * moe.top_k * h * w / layout.sequence_shards
+            seconds += routed * (layout.ep - 1) / layout.ep / ep_link + routed * (layout.etp - 1) / tp_link
         seconds += KERNELS_PER_LAYER_SECONDS
     if stage == layout.pp - 1:
         rows = tokens * workload.mean_response_tokens / workload.mean_tokens
@@ -203,13 +205,16 @@ def _stage_forward_seconds(
 
 
 def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) -> float:
-    """Once a mini-batch: float32 gradients reduced over dp x cp, weights gathered, and Adam's memory traffic."""
-    replicas = layout.dp * layout.cp
-    parameters = max(stage_parameters(shape, layout, stage).total for stage in range(layout.pp))
-    link = _link(gpu, layout.tp * replicas, nvlink_size)
+    """Once a mini-batch: float32 gradients reduced over the replicas, weights gathered, and Adam's memory traffic."""
+    largest = max(
+        (stage_parameters(shape, layout, stage) for stage in range(layout.pp)), key=lambda parameters: parameters.total
+    )
+    link = _link(gpu, layout.tp * layout.dp * layout.cp, nvlink_size)
     gathered = layout.bytes_per_parameter if layout.distributed_optimizer else 4
-    messages = (4 + gathered) * parameters * (replicas - 1) / replicas / link
-    states = parameters / (replicas if layout.distributed_optimizer else 1)
+    messages = states = 0.0
+    for parameters, replicas in ((largest.dense, layout.dp * layout.cp), (largest.expert, layout.expert_replicas)):
+        messages += (4 + gathered) * parameters * (replicas - 1) / replicas / link
+        states += parameters / (replicas if layout.distributed_optimizer else 1)
     if layout.cpu_offload:  # the gradient goes to the host, and the weight comes back
         messages += (4 + layout.bytes_per_parameter) * states / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
     # Read gradient, master weight and both moments, write the last three.

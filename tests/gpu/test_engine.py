@@ -12,10 +12,11 @@ import pytest
 
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling
+from tests.sglang_ext.engine_process import generate
 from tests.tiny_model import write_tiny_qwen3
 
 
-def generate(model: Path, dtype: str) -> dict[str, list[Rollout]]:
+def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
     from sglang_ext.engine import Engine, EngineConfig
 
     engine = Engine(
@@ -47,7 +48,7 @@ def generate(model: Path, dtype: str) -> dict[str, list[Rollout]]:
         adaptive = replace(plain, adaptive=AdaptiveTemperature(stats=stats, tau=0.3))
 
         def flat(sampling: Sampling) -> list[Rollout]:
-            return [rollout for group in engine.generate(prompts, sampling) for rollout in group]
+            return [rollout for group in generate(engine, prompts, sampling) for rollout in group]
 
         return {"first": flat(plain), "again": flat(plain), "adaptive": flat(adaptive)}
     finally:
@@ -58,7 +59,7 @@ def generate(model: Path, dtype: str) -> dict[str, list[Rollout]]:
 def test_an_engine_proves_its_hook_and_repeats_its_seeds(tmp_path: Path, dtype: str) -> None:
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        rollouts = executor.submit(generate, model, dtype).result(timeout=600)
+        rollouts = executor.submit(run_engine, model, dtype).result(timeout=600)
     same = [
         np.array_equal(a.response_ids, b.response_ids)
         for a, b in zip(rollouts["first"], rollouts["again"], strict=True)

@@ -13,6 +13,7 @@ import torch
 from megatron_hapo.launch.quantize import Agreement, Quantization, quantize
 from megatron_hapo.types import Prompt, Rollout, Sampling
 from tests.quantized_model import write_prompts
+from tests.sglang_ext.engine_process import generate
 from tests.tiny_families import write_family
 
 PROMPTS = [
@@ -39,7 +40,7 @@ def serve(folder: Path) -> list[Rollout]:
     )
     try:
         sampling = Sampling(samples=2, temperature=1.0, max_response_tokens=32, seed=1)
-        return [rollout for group in engine.generate(PROMPTS, sampling) for rollout in group]
+        return [rollout for group in generate(engine, PROMPTS, sampling) for rollout in group]
     finally:
         engine.shutdown()
 

@@ -11,6 +11,7 @@ from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.launch.messages import decode, encode
 from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.spans import Span, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
 BATCH = TrainBatch(
@@ -33,6 +34,7 @@ VALUES = [
     [(Parameter("p", 2, 3, (Block("t", 0, 0, 2, 3, 0, 0),)),)],
     Transfer(folder="/dev/shm/x", number=1, plan="f", dtype="float32", slot_bytes=8, deadline_seconds=0.1),
     {"lm_head.weight": [2**64 - 1]},
+    Timeline("trainer rank 0", "host", [Span("update", 1_700_000_000_123_456_789, 1_700_000_000_123_456_790)]),
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hapo.config import Config
+from megatron_hapo.config import Config, ProfileConfig
 from tests.launch.torchrun_process import (
     Launch,
     kill_hard,
@@ -23,7 +23,7 @@ from tests.launch.torchrun_process import (
     two_hosts,
     write_config,
 )
-from tests.test_loop import make_config
+from tests.test_loop import assert_step_is_traced, make_config
 
 SAME = {"rel": 1e-5, "abs": 1e-5}
 RESUMED = {"rel": 1e-3, "abs": 1e-5}
@@ -91,16 +91,19 @@ def assert_same(rows: list[dict[str, float]], want: list[dict[str, float]], tole
 
 
 @pytest.mark.slow
-def test_one_node_gives_the_metrics_of_the_ray_launcher(
+def test_one_node_gives_the_metrics_of_the_ray_launcher_and_traces(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
     """On GPUs that ranks and engines share in turn, which does not show in the metrics either."""
-    config = run_config(tiny_qwen3, folder, "one_node").model_copy(update={"placement": "colocated"})
+    config = run_config(tiny_qwen3, folder, "one_node").model_copy(
+        update={"placement": "colocated", "profile": ProfileConfig(steps=(2,))}
+    )
     command = torchrun("--standalone", "--nproc-per-node", "2", *train_command(write_config(config, folder)))
     with launched(command, folder / "one_node.log") as launch:
         assert launch.wait(START_SECONDS) == 0, launch.text[-6000:]
         launch.until_gone(60)
     assert_same(metrics_of(config), ray_metrics, SAME)
+    assert_step_is_traced(config.run_dir / "profile/step_00000002", config)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,10 +19,16 @@ from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.types import Sampling
 from megatron_hapo.weight_sync import DirectSync
 from tests.resharding.test_direct_sync import LAYERS, LAYOUTS
 from tests.resharding.threaded_trainer import ThreadedTrainer
-from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.sglang_ext.test_engine import (
+    assert_greedy_equals,
+    assert_log_probs_are_at_recorded_temperatures,
+    load_reference,
+    make_prompts,
+)
 from tests.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -142,6 +150,45 @@ def test_rollouts_of_another_version_are_refused(case) -> None:
         assert_greedy_equals(pool, load_reference(new), version=99)
     sync.sync(policy_version=7)
     assert_greedy_equals(pool, load_reference(new), version=7)
+
+
+def test_responses_do_not_depend_on_the_engine(case, monkeypatch) -> None:
+    """Ten requests at a time for each engine: the rest go to whichever is free, in whatever order the prompts come."""
+    pool, _, _ = case
+    monkeypatch.setattr(pool, "_room", 10)
+    prompts = make_prompts(24)
+    sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=48, seed=3, stop_token_ids=(7, 77))
+    forth, back = pool.generate(prompts, sampling), pool.generate(prompts[::-1], sampling)[::-1]
+    for prompt, one, other in zip(prompts, forth, back, strict=True):
+        assert {rollout.prompt.uid for rollout in one} == {prompt.uid}
+        assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in other]
+
+
+def test_an_engine_killed_in_a_sync_gives_its_unfinished_responses_to_the_others(case, monkeypatch) -> None:
+    pool, sync, new = case
+    for engine in pool._engines:
+        ray.get(engine.__ray_call__.remote(lambda actor: setattr(actor, "_in_flight", "pause")))
+    monkeypatch.setattr(pool, "_room", 16)
+    (victim,) = rank_processes(pool, 1)
+    original = transfer_module._Outlet._tell
+
+    def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
+        if outlet._channel.engine == 1 and number == 3 and victim.is_running():
+            victim.send_signal(signal.SIGKILL)
+        original(outlet, number)
+
+    sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=64, seed=3, stop_token_ids=(7,))
+    with ThreadPoolExecutor(1) as thread:
+        generation = thread.submit(pool.generate, make_prompts(64), sampling)
+        time.sleep(0.5)  # of several seconds
+        monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+        sync.sync(policy_version=8)
+        groups = generation.result()
+    assert not victim.is_running()
+    rollouts = [rollout for group in groups for rollout in group]
+    assert len(rollouts) == 256
+    assert {len(set(rollout.policy_versions)) for rollout in rollouts} == {1, 2}
+    assert_log_probs_are_at_recorded_temperatures(load_reference(new), rollouts)  # both versions are of these weights
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -93,9 +93,10 @@ def test_any_layout_to_any_layout(seed: int) -> None:
 def test_experts_from_any_layout_to_any_layout(seed: int) -> None:
     rng = random.Random(seed)
     tensors = random_tensors(MOE_SHAPE, seed)
-    tp, pp, dp = rng.choice([1, 2]), rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
-    ep = rng.choice([size for size in (1, 2, 4, 8) if tp * dp % size == 0])
-    shards = trainer_shards(MOE_SHAPE, tp=tp, pp=pp, dp=dp, ep=ep, spec=rng.choice(["te", "local"]))
+    tp, pp, dp = rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
+    etp = rng.choice([size for size in (1, 2, 4) if tp % size == 0])
+    ep = rng.choice([size for size in (1, 2, 4, 8) if tp * dp % (etp * size) == 0])
+    shards = trainer_shards(MOE_SHAPE, tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, spec=rng.choice(["te", "local"]))
     engine_tp = rng.choice([1, 2, 4, 8])
     engine = engine_parameters(MOE_SHAPE, engine_tp, rng.choice([1, engine_tp]))
     plan = plan_of(MOE_SHAPE, shards, engine, rng.choice([1, 2, 3]), rng.choice([50, 500, 1 << 20]))

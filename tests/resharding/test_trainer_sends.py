@@ -21,7 +21,11 @@ from tests.resharding.test_plan import cut
 from tests.test_trainer import make_config, make_grid
 from tests.tiny_families import write_family
 
-LAYOUTS = [{"dp": 2, "ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}]
+LAYOUTS = [
+    {"dp": 2, "ep": 2},
+    {"tp": 2, "ep": 2, "sequence_parallel": True},
+    {"tp": 2, "etp": 2, "sequence_parallel": True},
+]
 
 
 @pytest.mark.slow

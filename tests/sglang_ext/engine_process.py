@@ -8,13 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from megatron_hapo.types import Prompt, Rollout, Sampling
 from sglang_ext import cpu
 
 TIMEOUT_SECONDS = 400  # imports alone take half a minute of CPU time, more where the machine is busy
@@ -33,6 +34,9 @@ class RemoteEngine:
 
         return call
 
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        return generate(self, prompts, sampling)
+
     def receive(self) -> Any:
         if not self._connection.poll(TIMEOUT_SECONDS):
             raise TimeoutError(f"no answer from the engine process within {TIMEOUT_SECONDS} s")
@@ -40,6 +44,16 @@ class RemoteEngine:
         if error is not None:
             raise error
         return value
+
+
+def generate(engine: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+    """`sampling.samples` rollouts of each prompt, in the prompts' order, from an Engine here or elsewhere."""
+    started = dict(enumerate(prompts))
+    rollouts: dict[tuple[int, int], Rollout] = {}
+    while len(rollouts) < len(prompts) * sampling.samples:
+        rollouts |= {(number, index): rollout for number, index, rollout in engine.advance(0, started, sampling)}
+        started = {}
+    return [[rollouts[number, index] for index in range(sampling.samples)] for number in range(len(prompts))]
 
 
 @contextmanager

@@ -64,9 +64,9 @@ def response_logits(reference, rollout: Rollout) -> Tensor:
 
 def assert_log_probs_are_at_recorded_temperatures(reference, rollouts: Sequence[Rollout]) -> None:
     for rollout in rollouts:
-        logits_RV = response_logits(reference, rollout) / torch.from_numpy(rollout.temperatures)[:, None]
-        expected_R = torch.log_softmax(logits_RV, -1).gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])
-        torch.testing.assert_close(torch.from_numpy(rollout.rollout_log_probs), expected_R[:, 0], atol=2e-3, rtol=0)
+        logits_RV = response_logits(reference, rollout) / torch.tensor(rollout.temperatures)[:, None]
+        expected_R = torch.log_softmax(logits_RV, -1).gather(1, torch.tensor(rollout.response_ids).long()[:, None])
+        torch.testing.assert_close(torch.tensor(rollout.rollout_log_probs), expected_R[:, 0], atol=2e-3, rtol=0)
 
 
 EOS = 258  # of the byte-level tokenizer
@@ -194,6 +194,15 @@ def load(engine: RemoteEngine, tensors: dict[str, Tensor]) -> None:
         engine.load_bucket(make_bucket({name: tensors[name] for name in part}))
 
 
+def update(engine: RemoteEngine, model, version: int) -> None:
+    """A whole update of an engine with tp=1, after `begin_weight_update` if that has been called."""
+    engine.begin_weight_update()
+    load(engine, model.state_dict())
+    engine.verify(make_checksums(model.state_dict()))
+    engine.end_weight_update(version)
+    engine.resume()
+
+
 def test_update_verifies_and_generates_from_the_new_weights(engine, reference, tmp_path):
     new = load_reference(write_tiny_qwen3(tmp_path, seed=1))
     engine.begin_weight_update()
@@ -272,6 +281,64 @@ def test_an_engine_without_its_memory_refuses_work_until_it_has_all_again(engine
     engine.end_weight_update(0)
 
 
+# --- updates while responses are unfinished
+
+
+def of_any_length(stats: EntropyStats) -> Sampling:
+    """Responses end by chance, after 65 tokens on average."""
+    adaptive = AdaptiveTemperature(stats=stats, tau=0.3)
+    return replace(SAMPLING, samples=4, max_response_tokens=300, stop_token_ids=(7, 77, 177), adaptive=adaptive)
+
+
+def advance_until(engine: RemoteEngine, rollouts: dict, count: int, sampling: Sampling, *, prompts=()) -> None:
+    """Adds to `rollouts`, by prompt and sample, until there are at least `count`."""
+    while len(rollouts) < count:
+        finished = engine.advance(1, dict(enumerate(prompts)), sampling)
+        rollouts |= {(number, index): rollout for number, index, rollout in finished}
+        prompts = ()
+
+
+def assert_tokens_are_of_their_versions(rollouts: Sequence[Rollout], models: dict, stats: EntropyStats) -> None:
+    """Temperatures and log-probs are those of the version that a token carries, given all tokens before it.
+
+    Had the engine kept anything that the old weights computed, a new token's log-prob would be of neither.
+    """
+    for rollout in rollouts:
+        of_version = {version: response_logits(model, rollout) for version, model in models.items()}
+        logits_RV = torch.stack([of_version[v][token] for token, v in enumerate(rollout.policy_versions.tolist())])
+        expected_R = adaptive_temperature(entropy_from_logits(logits_RV / 1.2), 1.2, stats, tau=0.3)
+        torch.testing.assert_close(torch.from_numpy(rollout.temperatures), expected_R, atol=2e-4, rtol=0)
+        log_probs_RV = torch.log_softmax(logits_RV / torch.from_numpy(rollout.temperatures)[:, None], -1)
+        expected_R = log_probs_RV.gather(1, torch.from_numpy(rollout.response_ids).long()[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(rollout.rollout_log_probs), expected_R, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("in_flight", ["pause", "abort"])
+def test_unfinished_responses_go_on_or_start_anew_from_the_new_weights(
+    engine, reference, stats, tmp_path, in_flight
+) -> None:
+    new = load_reference(write_tiny_qwen3(tmp_path, seed=1))
+    update(engine, reference, 20)
+    sampling, prompts, rollouts = of_any_length(stats), make_prompts(8), {}
+    # 32 responses, of which the cache holds a part, so that some have not begun
+    advance_until(engine, rollouts, 1, sampling, prompts=prompts)
+    engine.begin_weight_update(in_flight)
+    update(engine, new, 21)
+    advance_until(engine, rollouts, 32, sampling)
+
+    models = {20: reference, 21: new}
+    assert_tokens_are_of_their_versions(list(rollouts.values()), models, stats)
+    kinds = {key: tuple(np.unique(rollout.policy_versions)) for key, rollout in rollouts.items()}
+    assert all((np.diff(rollout.policy_versions) >= 0).all() for rollout in rollouts.values())
+    assert {(20,), (21,), (20, 21)} - set(kinds.values()) == (set() if in_flight == "pause" else {(20, 21)})
+    again = engine.generate(prompts, sampling)  # finds nothing in the prefix cache that the old weights computed
+    assert_tokens_are_of_their_versions([rollout for group in again for rollout in group], models, stats)
+    for number, index in (key for key, kind in kinds.items() if kind == (21,)):
+        fresh, first = again[number][index], rollouts[number, index]
+        assert fresh.response_ids.tolist() == first.response_ids.tolist()
+    update(engine, reference, 22)
+
+
 # --- engines of their own
 
 
@@ -285,7 +352,7 @@ def test_self_test_names_the_missing_plugin(tiny_qwen3):
 
 
 @pytest.mark.slow
-def test_two_ranks_sample_update_and_verify_like_one(tmp_path):
+def test_two_ranks_sample_update_and_verify_like_one(stats, tmp_path):
     """The vocabulary of 262 is padded and cut unevenly."""
     old = load_reference(write_tiny_qwen3(tmp_path / "old"))
     new = load_reference(write_tiny_qwen3(tmp_path / "new", seed=1))
@@ -302,6 +369,16 @@ def test_two_ranks_sample_update_and_verify_like_one(tmp_path):
             engine.verify(checksums)
         engine.end_weight_update(1)
         assert_greedy_equals(engine, new, version=1)
+
+        rollouts: dict = {}
+        advance_until(engine, rollouts, 1, of_any_length(stats), prompts=make_prompts(8))
+        engine.begin_weight_update("pause")
+        load(engine, old.state_dict())
+        engine.end_weight_update(2)
+        engine.resume()
+        advance_until(engine, rollouts, 32, of_any_length(stats))
+        assert_tokens_are_of_their_versions(list(rollouts.values()), {1: new, 2: old}, stats)
+        assert {len(np.unique(rollout.policy_versions)) for rollout in rollouts.values()} == {1, 2}
 
 
 def test_configs_that_cannot_work_are_refused_before_anything_starts(tmp_path):

@@ -81,7 +81,7 @@ def read_shape(model_path: Path) -> Shape:
 
 
 def layout_faults(
-    shape: Shape, *, tp: int = 1, ep: int = 1, pipeline: Pipeline | None = None
+    shape: Shape, *, tp: int = 1, ep: int = 1, etp: int = 1, pipeline: Pipeline | None = None
 ) -> Iterator[tuple[str, str]]:
     """Why the model does not split over a layout: (name of the size, what is wrong); nothing where it does."""
     sizes = {
@@ -93,10 +93,13 @@ def layout_faults(
         if size % tp:
             yield "tp", f"{size} {what} do not split over tp={tp}"
     yield from (pipeline or Pipeline()).faults(shape.num_layers)
-    if shape.moe is None and ep > 1:
-        yield "ep", f"ep={ep}, but the model has no experts (model_type {shape.family})"
+    for name, size in (("ep", ep), ("etp", etp)):
+        if shape.moe is None and size > 1:
+            yield name, f"{name}={size}, but the model has no experts (model_type {shape.family})"
     if shape.moe is not None and shape.moe.num_experts % ep:
         yield "ep", f"{shape.moe.num_experts} experts do not split over ep={ep}"
+    if shape.moe is not None and shape.moe.ffn_size % etp:
+        yield "etp", f"{shape.moe.ffn_size} feed-forward units of an expert do not split over etp={etp}"
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -151,7 +151,7 @@ _HF_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight
 
 
 def is_expert(name: str) -> bool:
-    """Whether a Megatron parameter belongs to an expert: dealt out over expert-parallel ranks, not cut over tp."""
+    """Whether a Megatron parameter belongs to an expert: dealt out over ep, and cut over etp in the place of tp."""
     return ".mlp.experts." in name
 
 
@@ -161,23 +161,32 @@ def is_hf_expert(tensor: str) -> bool:
 
 
 def placement(
-    name: str, shape: Shape, *, first_layer: int, tp_rank: int, tp_size: int, ep_rank: int = 0, ep_size: int = 1
+    name: str,
+    shape: Shape,
+    *,
+    first_layer: int,
+    tp_rank: int,
+    tp_size: int,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    etp_rank: int = 0,
+    etp_size: int = 1,
 ) -> Placement:
     """Where the local parameter `name` comes from.
 
     Args:
         name: Megatron's parameter name on the rank, e.g. decoder.layers.0.mlp.linear_fc1.weight.
         first_layer: global index of the model chunk's layer 0.
-        ep_rank, ep_size: expert-parallel rank e of n holds the e-th of n equal ranges of experts, each of them whole.
+        ep_rank, ep_size: expert-parallel rank e of n holds the e-th of n equal ranges of experts.
+        etp_rank, etp_size: of the ranks over which each expert is cut, as all else is over the tp ranks.
     Raises:
         KeyError: a parameter that the table does not know, or that this model has not.
         ValueError: the model does not split over the layout.
     """
     row, hf = _find(name, shape, first_layer=first_layer, ep_rank=ep_rank, ep_size=ep_size)
-    if is_expert(name):
-        tp_rank, tp_size = 0, 1
     axis = {"whole": None, "columns": 1}.get(row.cut, 0)
-    return Placement(axis, tuple(_runs(row.cut, hf, shape, tp_rank, tp_size)))
+    rank, size, over = (etp_rank, etp_size, "etp") if is_expert(name) else (tp_rank, tp_size, "tp")
+    return Placement(axis, tuple(_runs(row.cut, hf, shape, rank, size, over)))
 
 
 def hf_tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -245,11 +254,13 @@ def _sizes(shape: Shape) -> dict[str, int]:
     return sizes
 
 
-def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, tp_rank: int, tp_size: int) -> Iterator[Run]:
+def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, rank: int, ranks: int, over: str) -> Iterator[Run]:
+    """The part of rank `rank` of so many; `over` names the size in an error."""
+
     def part_of(name: str, size: int) -> tuple[int, int]:
-        if size % tp_size:
-            raise ValueError(f"{name}: size {size} does not split over tp={tp_size}")
-        return tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size
+        if size % ranks:
+            raise ValueError(f"{name}: size {size} does not split over {over}={ranks}")
+        return rank * size // ranks, (rank + 1) * size // ranks
 
     match cut:
         case "whole":
@@ -269,7 +280,7 @@ def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, tp_rank: int, 
                     yield Run(name, head * rows, (head + 1) * rows)
         case "vocabulary":
             ((name, (vocab_size, _)),) = hf.items()
-            start, stop = part_of(name, padded_vocab_size(vocab_size, tp_size))
+            start, stop = part_of(name, padded_vocab_size(vocab_size, ranks))
             yield Run(name, min(start, vocab_size), min(stop, vocab_size))
 
 

@@ -1,0 +1,93 @@
+"""A run that cannot start says so in one line, whoever launched it, and leaves nothing behind. Real processes."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_hapo.config import LaunchConfig
+from megatron_hapo.launch.ray_cluster import RayNode
+from tests.launch.test_torchrun import run_config
+from tests.launch.torchrun_process import launched, torchrun, train_command, write_config
+
+LAUNCHERS = ("ray", "torchrun")
+PATIENCE_SECONDS = 300
+"""On a busy machine."""
+NO_GPU: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def told(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int = 1, **environment: str | None) -> str:
+    """All that the run has said about its fault; torchrun adds a report of its own about its processes."""
+    config = run_config(model, folder, launcher)
+    arguments = [*train_command(write_config(config, folder)), *overrides]
+    start = [sys.executable] if launcher == "ray" else torchrun("--standalone", "--nproc-per-node", str(ranks))
+    with launched([*start, *arguments], folder / f"{launcher}.log", environment=environment) as launch:
+        assert launch.wait(PATIENCE_SECONDS) != 0
+        launch.until_gone(60)
+        lines = launch.text.splitlines()
+    assert not config.run_dir.joinpath("metrics.jsonl").exists()
+    ours = [
+        line
+        for line in lines
+        if not re.match(r"[EWI]\d{4} |INFO |={5}|-{5}|\s|Traceback|Root Cause|Failures|\[\d\]:|$", line)
+    ]
+    return "\n".join(
+        line for line in ours if not line.startswith(("torch.distributed.elastic", "megatron_hapo FAILED"))
+    )
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Where nobody listens, and nobody else can."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_node_with_fewer_gpus_than_ranks(tiny_qwen3: Path, tmp_path: Path) -> None:
+    assert told(tmp_path, tiny_qwen3, "torchrun", "device=cuda", ranks=2, **NO_GPU) == (
+        f"{socket.gethostname()}: 0 GPUs for 2 trainer ranks; start torchrun there with --nproc-per-node 1 and "
+        "device=cpu everywhere"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_model_that_fits_nowhere(tiny_qwen3: Path, tmp_path: Path, launcher: str) -> None:
+    overrides = ["device=cuda", "parallel.gpu_memory=3GiB", "parallel.dp=1"]
+    line = told(tmp_path, tiny_qwen3, launcher, *overrides, **NO_GPU)
+    assert re.fullmatch(r"command line: parallel: does not fit: a trainer rank needs .* GiB a GPU of 3.0 GiB; .*", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_no_route_to_the_ray_head(tiny_qwen3: Path, tmp_path: Path, launcher: str, closed_port: int) -> None:
+    line = told(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", RAY_ADDRESS=f"127.0.0.1:{closed_port}")
+    assert line.startswith(f"no route to the Ray head at 127.0.0.1:{closed_port} (Connection refused); ")
+
+
+@pytest.mark.slow
+def test_a_busy_port(tiny_qwen3: Path, tmp_path: Path, closed_port: int) -> None:
+    line = told(tmp_path, tiny_qwen3, "torchrun", "parallel.dp=1", f"launch.ray_port={closed_port}")
+    assert line.startswith(f"launch.ray_port: 127.0.0.1:{closed_port} cannot be used (Address already in use); ")
+
+
+@pytest.mark.slow
+def test_another_token(tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    head = RayNode(LaunchConfig(start_timeout_seconds=600), ip="127.0.0.1", head_address=None)
+    try:
+        for launcher in LAUNCHERS:
+            environment = {"RAY_ADDRESS": head.address, "RAY_AUTH_TOKEN": "b" * 64}
+            line = told(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", **environment)
+            assert "token" in line, launcher
+            assert "\n" not in line, launcher
+    finally:
+        head.close()
