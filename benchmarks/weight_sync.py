@@ -31,7 +31,7 @@ from benchmarks.peak_memory import PeakMemory
 from megatron_hapo.config import Config
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
-from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.protocols import WeightSync
 from megatron_hapo.weight_sync import DirectSync, GatherSync
@@ -87,7 +87,7 @@ def run_case(model: Path, folder: Path, trainer_layout: str, engine_tp: int, rep
     with ExitStack() as stack:
         pool = RayRolloutPool(config, device="cpu")
         stack.callback(pool.close)
-        trainer = RayTrainer(config, device="cpu")
+        trainer = RayTrainer(config, RankProcesses(config, device="cpu"))
         stack.callback(trainer.close)
         pool.wait_until_ready()
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir="/dev/shm")))

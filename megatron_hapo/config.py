@@ -131,6 +131,9 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     clip_grad: PositiveFloat = 1.0
     """Largest global L2 norm of the gradient."""
+    cpu_offload: bool = False
+    """Masters and moments stay in host memory, and Adam runs there (Megatron's HybridDeviceOptimizer): 12 bytes a
+    parameter less on the GPUs, about 16 on the hosts, and a slower update. Needs GPUs."""
 
 
 class BatchConfig(Section):
@@ -379,12 +382,22 @@ class WeightSyncConfig(Section):
     """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
 
 
+class MemoryTurnsConfig(Section):
+    """What trainer ranks and engines on the same GPUs give back while the others work; each keeps the rest."""
+
+    trainer: Literal["all", "gradients"] = "all"
+    """While engines generate. `all`: gradient buffers, and the optimizer's state, which waits in host memory."""
+    engines: Literal["all", "kv_cache"] = "all"
+    """While the trainer works. `all`: the KV cache, and the weights, which the next sync brings again."""
+
+
 class LaunchConfig(Section):
     """Ray under torchrun; without effect where Ray starts the trainer."""
 
     engines: Literal["trainer_nodes", "own_nodes"] = "trainer_nodes"
-    """`trainer_nodes`: engines stand on the nodes of the trainer ranks, on GPUs that these leave free. `own_nodes`: on
-    Ray nodes without trainer ranks, which join with `ray start --address HEAD:ray_port` and the same RAY_AUTH_TOKEN."""
+    """`trainer_nodes`: engines stand on the nodes of the trainer ranks, on GPUs that these leave free (`placement:
+    colocated`: on theirs). `own_nodes`: on Ray nodes without trainer ranks, which join with `ray start --address
+    HEAD:ray_port` and the same RAY_AUTH_TOKEN."""
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the Ray head on the first node; 0: any that is free. The others learn it from torchrun's rendezvous."""
     ray_worker_ports: tuple[Port, Port] | None = None
@@ -412,6 +425,9 @@ class Config(Section):
     steps: PositiveInt
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where a GPU is visible, else cpu."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """`disaggregated`: trainer ranks and engines have GPUs of their own. `colocated`: engine i stands on the GPUs of
+    trainer ranks i * rollout.tp and following, and they hold the memory in turn (memory_turns)."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -426,6 +442,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    memory_turns: MemoryTurnsConfig = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
     profile: ProfileConfig = ProfileConfig()
 

@@ -55,6 +55,10 @@ def contradictions(config: Config) -> Iterator[Fault]:
             "rollouts come from older weights than those that are trained",
             ("algorithm.importance_correction",),
         )
+    if config.placement == "colocated":
+        yield from _colocated(config)
+    if config.optimizer.cpu_offload:
+        yield from _cpu_offload(config)
     if config.weight_sync.in_flight != "finish" and not config.overlap.max_staleness:
         yield Fault(
             "weight_sync.in_flight",
@@ -125,6 +129,41 @@ def contradictions(config: Config) -> Iterator[Fault]:
             )
 
 
+def _colocated(config: Config) -> Iterator[Fault]:
+    rollout, world_size = config.rollout, config.parallel.world_size
+    if config.overlap.max_staleness:
+        yield Fault(
+            "async.max_staleness",
+            f"must be 0 with placement=colocated, got {config.overlap.max_staleness}: engines that share the trainer's "
+            "GPUs cannot generate while it trains",
+            ("placement",),
+        )
+    if rollout.engines * rollout.tp > world_size:
+        yield Fault(
+            "rollout.engines",
+            f"rollout.engines * rollout.tp must be at most the {world_size} trainer ranks (parallel.tp * pp * cp * dp) "
+            f"with placement=colocated, got {rollout.engines} * {rollout.tp}",
+            ("placement", "rollout.tp", "parallel"),
+        )
+    if config.launch.engines == "own_nodes":
+        yield Fault(
+            "launch.engines",
+            "must be trainer_nodes with placement=colocated, got own_nodes",
+            ("placement",),
+        )
+
+
+def _cpu_offload(config: Config) -> Iterator[Fault]:
+    key, trainer = "optimizer.cpu_offload", config.trainer
+    if config.device == "cpu":
+        yield Fault(key, "needs GPUs, got device=cpu: all memory is the host's", ("device",))
+    if not trainer.distributed_optimizer:
+        yield Fault(key, "needs trainer.distributed_optimizer=true, got false", ("trainer.distributed_optimizer",))
+    if trainer.dtype != "bfloat16":
+        message = f"needs trainer.dtype=bfloat16, got {trainer.dtype}: Megatron loads checkpoints of no other"
+        yield Fault(key, message, ("trainer.dtype",))
+
+
 def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fault]:
     """Among `keys`, which the user asked for in so many words, those that this run would ignore."""
     algorithm = config.algorithm
@@ -176,6 +215,10 @@ def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fau
             "dynamic_sampling.enabled is false",
         ),
         "reward.overlong.factor": (config.reward.overlong.buffer_tokens > 0, "reward.overlong.buffer_tokens is 0"),
+        **{
+            f"memory_turns.{name}": (config.placement == "colocated", "placement is disaggregated")
+            for name in ("trainer", "engines")
+        },
         "eval": (config.data.eval is not None, "data.eval names no data"),
     }
     for key in keys:

@@ -11,6 +11,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.data import PromptSampler
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.evaluation import evaluate
+from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.metrics import MetricsLogger, StepClock
 from megatron_hapo.prepare import (
     entropy_metrics,
@@ -21,11 +22,11 @@ from megatron_hapo.prepare import (
     with_scores,
 )
 from megatron_hapo.profiling import StepProfiler
-from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.rollout import collect_groups, staleness
+from megatron_hapo.rollout import collect_groups, staleness, steering
 from megatron_hapo.rollout_source import Collected, Generation, RolloutSource
-from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
+from megatron_hapo.types import Prompt, Sampling
 from megatron_hapo.utilization import Utilization
 
 
@@ -36,7 +37,7 @@ class Driver:
     config: Config
     trainer: Trainer
     pool: RolloutPool
-    weight_sync: WeightSync
+    turns: MemoryTurns
     rewards: RewardPool
     prompts: PromptSampler
     eval_prompts: list[Prompt]
@@ -55,7 +56,7 @@ class Driver:
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
         config, step = self.config, self._resume()
-        self.weight_sync.sync(policy_version=step)
+        self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
             self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
         rollouts = RolloutSource(self._generation, ahead=config.overlap.max_staleness, last_step=config.steps)
@@ -66,22 +67,18 @@ class Driver:
                 if self._evaluates(step):
                     with clock("eval"):
                         metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
-                if config.checkpoint.every and step % config.checkpoint.every == 0:
-                    with clock("checkpoint"):
-                        self._save(step)
-                if config.checkpoint.hf_every and step % config.checkpoint.hf_every == 0:
-                    with clock("checkpoint"):
-                        self.trainer.export_hf(config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
                 metrics |= clock.metrics()
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
+        self.turns.to_trainer()
         if self._saved_step != step:
             self._save(step)
 
     def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
         """One step of the paper's loop; step counts from 1."""
-        config = self.config
-        groups, metrics = rollouts.take(step, clock)
+        config, (groups, metrics) = self.config, rollouts.take(step, clock)
+        with clock("memory_turn"):
+            self.turns.to_trainer()
         batch = with_advantages(groups, config.algorithm)
         with clock("log_probs"):
             scores = self.trainer.log_probs(batch)
@@ -92,10 +89,11 @@ class Driver:
                 seed=config.seed, step=step,
             )  # fmt: skip
             updates = [self.trainer.update(part, step=step) for part in parts]
+        self._write(step, clock)
         if config.weight_sync.in_flight == "finish":
             rollouts.wait(clock)
         with clock("weight_sync"):
-            self.weight_sync.sync(policy_version=step)
+            self.turns.to_engines(policy_version=step)
         means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
         return {
             **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
@@ -118,22 +116,23 @@ class Driver:
         return collect
 
     def _sampling(self, step: int) -> Sampling:
-        rollout, algorithm = self.config.rollout, self.config.algorithm
-        adaptive = None
-        if algorithm.adaptive_temperature.enabled and self.stats is not None:
-            adaptive = AdaptiveTemperature(
-                stats=self.stats, tau=algorithm.adaptive_temperature.tau,
-                sign=algorithm.entropy.sign, floor=algorithm.entropy.floor,
-            )  # fmt: skip
+        rollout = self.config.rollout
         return Sampling(
             samples=self.config.batch.samples_per_prompt, temperature=rollout.temperature,
             max_response_tokens=rollout.max_response_tokens, stop_token_ids=rollout.stop_token_ids,
-            seed=(self.config.seed << 50) + (step << 10), adaptive=adaptive,
+            seed=(self.config.seed << 50) + (step << 10), adaptive=steering(self.config.algorithm, self.stats),
         )  # fmt: skip
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.eval.every
         return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
+
+    def _write(self, step: int, clock: StepClock) -> None:
+        with clock("checkpoint"):
+            if (every := self.config.checkpoint.every) and step % every == 0:
+                self._save(step)
+            if (every := self.config.checkpoint.hf_every) and step % every == 0:
+                self.trainer.export_hf(self.config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
 
     def _save(self, step: int) -> None:
         # Prompts of rollouts made ahead are not used up: a resumed run generates them anew.

@@ -17,7 +17,7 @@ from megatron_hapo.model.families import Shape, layout_faults, read_shape
 from megatron_hapo.resharding.layouts import not_served
 from megatron_hapo.reward import import_reasoning_gym
 from megatron_hapo.sizing import settings
-from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory
+from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
 from megatron_hapo.sizing.parameters import model_parameters
 from megatron_hapo.sizing.search import too_large
 
@@ -119,12 +119,7 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         spec=settings.spec_here(config),
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
-    if trainer.total > gpu_bytes:
-        yield Fault(
-            "parallel",
-            f"does not fit: a trainer rank {too_large(trainer, gpu_bytes)}; `megatron-hapo plan` finds layouts that do",
-            ("model.path", "trainer", "rollout.max_response_tokens"),
-        )
+    shared = config.placement == "colocated"
     engine = engine_memory(
         shape,
         tp=rollout.tp,
@@ -133,6 +128,27 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         num_parameters=model_parameters(shape),
         bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
     )
+    turns = turns_on_shared_gpu(
+        trainer,
+        engine,
+        keeps_optimizer=config.memory_turns.trainer == "gradients",
+        keeps_weights=config.memory_turns.engines == "kv_cache",
+    )
+    if (turns["training"] if shared else trainer.total) > gpu_bytes:
+        reason = too_large(trainer, gpu_bytes, beside_engine=turns["training"] - trainer.total if shared else 0)
+        yield Fault(
+            "parallel",
+            f"does not fit: a trainer rank {reason}; `megatron-hapo plan` finds layouts that do",
+            ("model.path", "trainer", "rollout.max_response_tokens"),
+        )
+    elif shared and (turn := max(("weight sync", "generation"), key=turns.__getitem__)) and turns[turn] > gpu_bytes:
+        yield Fault(
+            "rollout.memory_fraction",
+            f"does not fit: an engine with {rollout.memory_fraction} of a GPU of {gpu_bytes / GIB:.1f} GiB needs "
+            f"{turns[turn] / GIB:.1f} GiB together with a resting trainer rank ({turn}); "
+            "`megatron-hapo plan --placement colocated` finds a share that fits",
+            ("model.path", "parallel", "rollout.tp"),
+        )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if engine.kv_tokens < longest:
         yield Fault(

@@ -56,6 +56,14 @@ class Trainer(Protocol):
         """The policy as a Hugging Face folder."""
         ...
 
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Every rank gives these parts of its GPU's memory back; see memory_turns."""
+        ...
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        """Every rank takes these parts again, as they were."""
+        ...
+
     def start_profile(self) -> None:
         """Every rank begins to trace its operators and to record what it is asked to do."""
         ...
@@ -67,6 +75,10 @@ class Trainer(Protocol):
 
 class RolloutPool(Protocol):
     """All rollout engines."""
+
+    def wait_until_ready(self) -> None:
+        """Returns when every engine has started."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
         """A group of `sampling.samples` rollouts for each prompt, in the prompts' order."""
@@ -94,6 +106,14 @@ class RolloutPool(Protocol):
 
     def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
         """Compare with the checksums, if there are any, and then, on all engines alike, take the new version."""
+        ...
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Every engine gives these parts of its GPUs' memory back; see memory_turns."""
+        ...
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        """Every engine takes these parts again; what they held is lost."""
         ...
 
     def start_profile(self) -> None:

@@ -9,12 +9,13 @@ from typing import Literal
 import numpy as np
 
 from megatron_hapo.config import Config
+from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.metrics import StepClock
 from megatron_hapo.prepare import entropy_metrics, mismatch_metrics, with_advantages, with_scores
-from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.rollout import ScoredGroup, generate_scored
-from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling
+from megatron_hapo.rollout import ScoredGroup, generate_scored, steering
+from megatron_hapo.types import Prompt, Sampling
 
 LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
 """Mean |engine - trainer| of a sampled token's log-prob; at bfloat16 two sets of kernels round differently."""
@@ -32,17 +33,17 @@ def rehearse(
     config: Config,
     trainer: Trainer,
     pool: RolloutPool,
-    weight_sync: WeightSync,
+    turns: MemoryTurns,
     rewards: RewardPool,
     prompts: Sequence[Prompt],
 ) -> list[Finding]:
-    """One verified sync, rollouts with and without the adaptive temperature, rewards and the trainer's scores.
+    """A verified sync, rollouts with and without the adaptive temperature, rewards and the trainer's scores.
 
     Raises:
         HapoError: a part failed, e.g. an engine does not hold the trainer's weights.
     """
     clock = StepClock()
-    weight_sync.sync(policy_version=0)  # the first sync is always verified
+    turns.to_engines(policy_version=0)  # the first sync is always verified
     findings = [Finding("ok", "every engine holds the trainer's weights, compared by checksums")]
     sampling = Sampling(
         samples=config.batch.samples_per_prompt,
@@ -53,6 +54,7 @@ def rehearse(
     )
     groups = generate_scored(pool, rewards, prompts, sampling, clock)
     batch = with_advantages(groups, config.algorithm)
+    turns.to_trainer()
     scores = trainer.log_probs(batch)
     _, stats = with_scores(batch, scores, config.algorithm, group_size=sampling.samples)
     findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
@@ -61,12 +63,10 @@ def rehearse(
         Finding("ok", f"entropy: mean {entropy['entropy/mean']:.3f} nats, pivot {entropy['entropy/pivot']:.3f}")
     )
     findings += group_findings(groups)
-    adaptive = config.algorithm.adaptive_temperature
-    if adaptive.enabled:
-        steered = AdaptiveTemperature(
-            stats=stats, tau=adaptive.tau, sign=config.algorithm.entropy.sign, floor=config.algorithm.entropy.floor
-        )
+    if steered := steering(config.algorithm, stats):
+        turns.to_engines(policy_version=0)
         groups = generate_scored(pool, rewards, prompts, replace(sampling, adaptive=steered), clock)
+        turns.to_trainer()
         batch = with_advantages(groups, config.algorithm)
         low, high = batch.temperatures.min(), batch.temperatures.max()
         findings.append(Finding("ok", f"adaptive temperature: tokens were sampled at {low:.3f} to {high:.3f}"))

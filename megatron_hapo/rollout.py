@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_hapo.config import DynamicSamplingConfig
+from megatron_hapo.config import AlgorithmConfig, DynamicSamplingConfig
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.protocols import RolloutPool
 from megatron_hapo.reward_workers import RewardPool, Score
-from megatron_hapo.types import Prompt, Rollout, Sampling
+from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from megatron_hapo.entropy import EntropyStats
 
 StageClock = Callable[[str], AbstractContextManager[None]]
 
@@ -74,6 +78,14 @@ def collect_groups(
         f"{dynamic.max_generation_batches} generation batches, {num_groups} are needed; raise "
         "dynamic_sampling.max_generation_batches, or use easier or harder prompts"
     )
+
+
+def steering(algorithm: AlgorithmConfig, stats: EntropyStats | None) -> AdaptiveTemperature | None:
+    """What statistics ask of the sampler; None for the base temperature."""
+    if not algorithm.adaptive_temperature.enabled or stats is None:
+        return None
+    tau, entropy = algorithm.adaptive_temperature.tau, algorithm.entropy
+    return AdaptiveTemperature(stats=stats, tau=tau, sign=entropy.sign, floor=entropy.floor)
 
 
 def staleness(groups: Sequence[ScoredGroup], step: int) -> float:

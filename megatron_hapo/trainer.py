@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, is_expert, read_shape
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.objective import policy_loss
+from megatron_hapo.offload import TrainerMemory
 from megatron_hapo.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.parallel import ParallelLayout
 from megatron_hapo.resharding.expected import partial_checksums
@@ -72,6 +73,7 @@ class TrainerRank:
         )
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
+        self._memory = TrainerMemory(self._ddp, self._optimizer, layout.device)
         self._round_weights()  # after the optimizer has taken its masters
         self._sending: SendingTask | None = None
         self._sender = Sender(dist.get_rank())
@@ -119,6 +121,11 @@ class TrainerRank:
                 params_dtype=dtype,
                 use_distributed_optimizer=sharded,
                 overlap_param_gather=self._gathers_late,
+                optimizer_cpu_offload=config.optimizer.cpu_offload,
+                optimizer_offload_fraction=1.0,
+                overlap_cpu_optimizer_d2h_h2d=True,
+                # Else a second master, a float32 copy of the weights, stays on the GPU.
+                use_precision_aware_optimizer=config.optimizer.cpu_offload,
             ),
             self._ddp,
             use_gloo_process_groups=False,
@@ -188,6 +195,7 @@ class TrainerRank:
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are unchanged.
         """
+        self._needs_its_memory("update")
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -311,12 +319,27 @@ class TrainerRank:
         return write_stage(self.model, self.shape, self.layout, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
+        self._needs_its_memory("save_checkpoint")
         self._finish_gathering()
         checkpoint.save(self.model, self._optimizer, self.layout, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
+        self._needs_its_memory("load_checkpoint")
         checkpoint.load(self.model, self._optimizer, self.layout, folder)
         self._round_weights()  # the checkpoint may be of a run without quantization
+
+    # ----- memory
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Give back `gradients` or `optimizer` until `take_memory`; weights stay, and can be sent and exported."""
+        self._finish_gathering()
+        self._memory.release(parts)
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self._memory.take(parts)
+
+    def _needs_its_memory(self, what: str) -> None:
+        assert not self._memory.given_back, f"{what}: take_memory comes first: {sorted(self._memory.given_back)}"
 
     # ----- the pipeline schedule
 

@@ -65,7 +65,9 @@ class Utilization:
         """
         config, seconds = self.config, metrics["time/step"]
         training = metrics["time/log_probs"] + metrics["time/update"]
-        gpus = config.parallel.world_size + config.rollout.engines * config.rollout.tp
+        gpus = config.parallel.world_size
+        if config.placement == "disaggregated":
+            gpus += config.rollout.engines * config.rollout.tp
         result = {
             "utilization/engine_idle_share": max(0.0, 1 - metrics["time/rollout"] / seconds),
             "utilization/trainer_idle_share": max(0.0, 1 - training / seconds),

@@ -120,12 +120,13 @@ class DirectSync:
 
     def _open_meeting(self, address: str, trainer_ranks: int) -> tuple[Any, Meeting]:
         store, port = open_store(address)
-        on_gpus = self._config.device != "cpu" and torch.cuda.is_available()
+        # NCCL refuses two ranks of one group on one GPU.
+        nccl = self._config.device != "cpu" and torch.cuda.is_available() and self._config.placement == "disaggregated"
         rollout = self._rollout
         return store, Meeting(
             host=address, port=port, generation=0, trainer_ranks=trainer_ranks,
             engine_ranks=rollout.engines * rollout.tp, ranks_per_engine=rollout.tp,
-            backend="nccl" if on_gpus else "gloo",
+            backend="nccl" if nccl else "gloo",
         )  # fmt: skip
 
     def _hand_out(self, plan: Plan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 Finished = tuple[int, int, Rollout]
 """A response: the number of its prompt, its index among the prompt's samples, and itself."""
 
+_IDLE_SECONDS = 60.0
+"""The scheduler may still put away the last batch when its answers have come."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -57,6 +60,8 @@ class EngineConfig:
     seed: int
     read_weights: bool = True
     """False: start with random weights, whatever the folder holds; the first weight update brings the true ones."""
+    gives_memory_back: bool = False
+    """Its GPUs are a trainer's too, in turn: see `release_memory`."""
 
 
 class Engine:
@@ -79,6 +84,8 @@ class Engine:
         self._drops = 0
         self._calls: dict[int, _Call] = {}
         self._proved = config.read_weights  # random weights give all tokens much the same chance, at any temperature
+        self._given_back: frozenset[str] = frozenset()
+        self._weights_lost = False
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
@@ -107,6 +114,8 @@ class Engine:
         """
         if self._updating and not self._paused:
             raise RolloutError("the engine is between begin_weight_update and end_weight_update; it cannot generate")
+        if self._given_back or self._weights_lost:
+            raise RolloutError("the engine has given back its memory or its weights; it cannot generate")
         self._check_lengths(list(prompts.values()), sampling)
         state = self._calls.setdefault(call, _Call())
         if prompts:
@@ -198,7 +207,8 @@ class Engine:
     def end_weight_update(self, policy_version: int) -> None:
         """Last call of an update: the engine now holds this version, and nothing cached from another.
 
-        The first one of an engine that has not read its weights proves the sampling again, on the true ones.
+        The first one of an engine that has not read its weights proves the sampling again, on the true ones; or, if
+        the engine has given back its KV cache, `take_memory` does.
         """
         from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
 
@@ -209,10 +219,42 @@ class Engine:
         # Tells each paused request that the tokens which it has are of the version before.
         version = UpdateWeightVersionReqInput(new_version=str(policy_version), abort_all_requests=False)
         self._loop.run_until_complete(self._engine.tokenizer_manager.update_weight_version(version))
-        self._updating = self._flushed = False
-        if not self._proved:
+        self._updating = self._flushed = self._weights_lost = False
+        self._prove()
+
+    def _prove(self) -> None:
+        """On the true weights, if the engine started without them, as soon as it can generate."""
+        if not (self._proved or self._updating or self._given_back or self._weights_lost):
             self.self_test()
             self._proved = True
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Give back GPU memory, `kv_cache` or `weights`, until `take_memory`; what it held is lost.
+
+        On a CPU SGLang (0.5.23) cannot: memory and contents stay, and the engine only keeps the books.
+        """
+        if not self._config.gives_memory_back:
+            raise RolloutError("the engine was started without gives_memory_back")
+        if wanted := [part for part in parts if part not in self._given_back]:
+            self._wait_until_idle()
+            if self._config.device == "cuda":
+                self._engine.release_memory_occupation(tags=wanted)
+            self._given_back |= {*wanted}
+            self._weights_lost |= "weights" in wanted
+
+    def _wait_until_idle(self) -> None:
+        manager: Any = self._engine.tokenizer_manager  # the engine's own flush_cache takes no time limit
+        flushed = self._loop.run_until_complete(manager.flush_cache(timeout_s=_IDLE_SECONDS))
+        if flushed.success is not True:
+            raise RolloutError(f"the engine did not come to rest within {_IDLE_SECONDS:g} s: {flushed.message}")
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        """Take memory again that was given back; weights must then be loaded, by a whole update, before generation."""
+        if wanted := [part for part in parts if part in self._given_back]:
+            if self._config.device == "cuda":
+                self._engine.resume_memory_occupation(tags=wanted)
+            self._given_back -= {*wanted}
+            self._prove()
 
     def resume(self) -> None:
         """Lets responses go on that an update has paused, after its end."""
@@ -275,6 +317,8 @@ class Engine:
         """One request of an update; `flush` drops in the same request what was cached under the old weights."""
         if not self._updating:
             raise WeightSyncError(f"{what}: begin_weight_update has not been called")
+        if "weights" in self._given_back:
+            raise WeightSyncError(f"{what}: the engine has given back the memory of its weights")
         answer = self._engine.update_weights_from_tensor(tensors, load_format=load_format, flush_cache=flush)
         _expect(answer, what)
         self._flushed |= flush
@@ -371,6 +415,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         # An idle scheduler would otherwise poll on a whole core, which the trainer can use.
         "sleep_on_idle": True,
         "log_level": "error",
+        "enable_memory_saver": config.gives_memory_back and config.device == "cuda",
     }
     if not config.read_weights:
         arguments["load_format"] = "dummy"

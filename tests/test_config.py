@@ -140,6 +140,31 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
         ),
         (
+            ["placement=colocated", "async.max_staleness=1", "algorithm.importance_correction.level=token"],
+            "async.max_staleness: must be 0 with placement=colocated, got 1: engines that share the trainer's GPUs",
+        ),
+        (
+            ["placement=colocated", "rollout.engines=2", "rollout.tp=2", "parallel.dp=3"],
+            "rollout.engines: rollout.engines * rollout.tp must be at most the 3 trainer ranks",
+        ),
+        (
+            ["placement=colocated", "launch.engines=own_nodes"],
+            "launch.engines: must be trainer_nodes with placement=colocated, got own_nodes",
+        ),
+        (["memory_turns.engines=kv_cache"], "memory_turns.engines: has no effect: placement is disaggregated"),
+        (
+            ["optimizer.cpu_offload=true", "device=cpu", "rollout.kv_cache_tokens=20000"],
+            "optimizer.cpu_offload: needs GPUs, got device=cpu",
+        ),
+        (
+            ["optimizer.cpu_offload=true", "trainer.distributed_optimizer=false"],
+            "optimizer.cpu_offload: needs trainer.distributed_optimizer=true, got false",
+        ),
+        (
+            ["optimizer.cpu_offload=true", "trainer.dtype=float32"],
+            "optimizer.cpu_offload: needs trainer.dtype=bfloat16, got float32",
+        ),
+        (
             ["launch.ray_worker_ports=[20000, 20010]", "rollout.engines=4"],
             "launch.ray_worker_ports: must span at least 14 ports, from the first to the last, got [20000, 20010]",
         ),

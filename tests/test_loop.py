@@ -25,7 +25,8 @@ from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
-from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
+from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.profiling import StepProfiler
@@ -35,17 +36,21 @@ from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 
-LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
+COLOCATED = {"tp": 2, "placement": "colocated"}
+LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2}]
 TAU = 0.3
 
 
-def make_config(model: Path, folder: Path, layout: dict[str, int]) -> Config:
+def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
+    layout = dict(layout)
+    placement = layout.pop("placement", "disaggregated")
     return Config.model_validate(
         {
             "name": "_".join(f"{axis}{size}" for axis, size in layout.items()),
             "output_dir": folder,
             "steps": 2,
             "device": "cpu",
+            "placement": placement,
             "model": {"path": model},
             "parallel": layout,
             "trainer": {"dtype": "float32", "max_tokens_per_microbatch": 256, "timeout_seconds": 120},
@@ -71,8 +76,8 @@ def make_config(model: Path, folder: Path, layout: dict[str, int]) -> Config:
 
 @pytest.fixture(scope="module")
 def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
-    """One engine for all layouts; every sync pauses it, whether or not there is anything to pause."""
-    values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), {"tp": 1}).model_dump()
+    """One engine for all layouts; it can give memory back, and every sync pauses it, whether it has to or not."""
+    values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), COLOCATED).model_dump()
     values |= {"async": {"max_staleness": 1}}
     values["weight_sync"]["in_flight"] = "pause"
     config = Config.model_validate(values)
@@ -101,7 +106,8 @@ class Recorder:
 
 @contextmanager
 def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any]]:
-    """The real driver, run to its last step from the newest checkpoint, with what went through the engine."""
+    """The real driver, run to its last step from the newest checkpoint, with what went through the engine, which holds
+    the last weights."""
     tokenizer = load_tokenizer(config.model.path)
     assert config.data.eval is not None
     train, evaluation = (
@@ -111,7 +117,8 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
     recorder = Recorder(pool)
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
-        trainer = RayTrainer(config, device="cpu")
+        make_room_for_trainer(config, recorder, device="cpu")
+        trainer = RayTrainer(config, RankProcesses(config, device="cpu"))
         stack.callback(trainer.close)
         weight_sync = stack.enter_context(open_weight_sync(config, trainer, recorder))
         assert isinstance(weight_sync, DirectSync)
@@ -122,7 +129,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             config=config,
             trainer=trainer,
             pool=recorder,
-            weight_sync=weight_sync,
+            turns=MemoryTurns(config, trainer, recorder, weight_sync),
             rewards=rewards,
             prompts=PromptSampler(train, seed=0, shuffle=True),
             eval_prompts=evaluation,
@@ -134,13 +141,13 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             ),
         )
         driver.run()
+        driver.turns.to_engines(policy_version=config.steps)
         yield {
             "config": config,
             "driver": driver,
             "recorder": recorder,
             "trainer": trainer,
             "prompts": evaluation,
-            "weight_sync": weight_sync,
             "rewards": rewards,
         }
 
@@ -273,6 +280,7 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
         "score": ("reward", "eval"),
         **{name: (name,) for name in ("log_probs", "update")},
         "save_checkpoint": ("checkpoint",),
+        **{name: ("memory_turn", "weight_sync") for name in ("release_memory", "take_memory")},
     }
     for row, name, begin, end in (span for span in spans if span[0] != "driver"):
         stage = where.get(name, ("weight_sync",))
@@ -285,12 +293,13 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
     assert all(done[worker] == {"score"} for worker in workers)
 
 
-@pytest.mark.parametrize("trained", [{"tp": 2}], indirect=True)
+@pytest.mark.parametrize("trained", [COLOCATED], indirect=True)
 def test_an_interrupted_run_resumes_on_the_same_trajectory(
     trained: dict[str, Any], pool: RayRolloutPool, tmp_path: Path
 ) -> None:
+    """Interrupted on GPUs of its own, resumed on shared ones: turns do not show in the metrics."""
     config = trained["config"].model_copy(update={"output_dir": tmp_path})
-    with finished_run(config.model_copy(update={"steps": 1}), pool):
+    with finished_run(config.model_copy(update={"steps": 1, "placement": "disaggregated"}), pool):
         pass
     with finished_run(config, pool) as resumed:
         rows = metrics_of(resumed)
@@ -372,9 +381,10 @@ def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
 
 def test_the_rehearsal_finds_every_part_sound(trained: dict[str, Any]) -> None:
     run = trained
-    findings = rehearse(
-        run["config"], run["trainer"], run["recorder"], run["weight_sync"], run["rewards"], run["prompts"]
-    )
+    turns = run["driver"].turns
+    turns.to_trainer()
+    findings = rehearse(run["config"], run["trainer"], run["recorder"], turns, run["rewards"], run["prompts"])
+    turns.to_engines(policy_version=9)
     assert {finding.verdict for finding in findings} <= {"ok", "warning"}  # a random model is never right
     told = "\n".join(finding.message for finding in findings)
     assert "every engine holds the trainer's weights" in told
@@ -385,7 +395,8 @@ def test_the_rehearsal_finds_every_part_sound(trained: dict[str, Any]) -> None:
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
     from megatron_hapo.errors import TrainingError
 
-    trainer = RayTrainer(make_config(tiny_qwen3, tmp_path, {"tp": 2}), device="cpu")
+    config = make_config(tiny_qwen3, tmp_path, {"tp": 2})
+    trainer = RayTrainer(config, RankProcesses(config, device="cpu"))
     try:
         ray.kill(trainer._actors[1])
         with pytest.raises(TrainingError, match="trainer rank 1: the process died"):

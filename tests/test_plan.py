@@ -15,8 +15,8 @@ from megatron_hapo.config import Config, load_config
 from megatron_hapo.errors import HapoError
 from megatron_hapo.preflight import check_run
 from megatron_hapo.sizing import settings
-from megatron_hapo.sizing.memory import GIB
-from megatron_hapo.sizing.parameters import stage_layers
+from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
+from megatron_hapo.sizing.parameters import model_parameters, stage_layers
 from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
 from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
 from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
@@ -43,7 +43,7 @@ def plans_for(gpus: int, *, gib: int = 80, placement: Placement = "disaggregated
 @pytest.mark.parametrize("gpus", [8, 64, 512])
 def test_every_plan_fits_its_gpus_and_the_longest_sequence(gpus: int) -> None:
     plans = plans_for(gpus, max_cp=4)
-    assert plans == sorted(plans, key=lambda plan: plan.time.total)
+    assert plans == sorted(plans, key=lambda plan: plan.rank)
     for plan in plans:
         assert plan.trainer.total <= 80 * GIB
         assert plan.layout.world_size + plan.engines * plan.rollout_tp <= gpus
@@ -77,15 +77,45 @@ def test_what_does_not_fit_is_told_with_its_largest_part() -> None:
     cluster = Cluster(gpus=8, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
     _, rejections = search(QWEN3_8B, WORKLOAD, cluster, Limits())
     reasons = {rejection.what: rejection.reason for rejection in rejections}
-    alone = reasons["tp=1 pp=1 cp=1 ep=1 dp=1, 13312 tokens, recompute none"]
-    assert "of 80.0 GiB; the largest part is optimizer with 91.5 GiB" in alone
+    alone = reasons["tp=1 pp=1 cp=1 ep=1 dp=1, 13312 tokens, recompute none, optimizer on the host"]
+    assert "of 80.0 GiB; the largest part is activations with 63.1 GiB" in alone
 
 
 def test_a_model_that_fits_nowhere_is_one_error() -> None:
-    with pytest.raises(HapoError, match=r"no layout of 2 GPUs of 80 GiB fits; nearest: .* the largest part is"):
-        plans_for(2)
+    with pytest.raises(HapoError, match=r"no layout of 2 GPUs of 40 GiB fits; nearest: .* the largest part is"):
+        plans_for(2, gib=40)
     with pytest.raises(HapoError, match=r"fits an engine: rollout.tp=8: weights of 1.9 GiB leave room for 0 tokens"):
         plans_for(8, gib=2)
+
+
+def test_the_optimizer_goes_to_the_host_only_where_it_must() -> None:
+    """On two GPUs one trains: 91.5 GiB of masters and moments are more than it has."""
+    for plan in plans_for(2):
+        assert plan.layout.cpu_offload
+        assert plan.trainer.optimizer == 0
+    for plan in plans_for(8):
+        gpu_bytes, kept = 80 * GIB, replace(plan.layout, cpu_offload=False)
+        without = trainer_memory(QWEN3_8B, kept, gpu_bytes=gpu_bytes, num_microbatches=1)
+        assert without.optimizer > 0
+        if plan.layout.cpu_offload:
+            assert trainer_memory(QWEN3_8B, kept, gpu_bytes=gpu_bytes).total > gpu_bytes
+
+
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
+    for plan in plans_for(gpus, placement="colocated"):
+        assert plan.layout.world_size == gpus
+        assert plan.engines * plan.rollout_tp <= gpus
+        assert plan.engine.kv_tokens >= WORKLOAD.longest
+        turns = turns_on_shared_gpu(plan.trainer, plan.engine)
+        assert max(turns.values()) <= 80 * GIB
+        alone = engine_memory(
+            QWEN3_8B, tp=plan.rollout_tp, gpu_bytes=80 * GIB, memory_fraction=Limits().memory_fraction,
+            num_parameters=model_parameters(QWEN3_8B),
+        )  # fmt: skip
+        # The trainer's weights stay; what an engine needs beside weights and cache, it keeps.
+        assert plan.engine.kv_cache <= alone.kv_cache - plan.trainer.resting()
+        assert plan.engine.runtime >= alone.runtime
 
 
 def test_no_more_data_parallel_ranks_than_responses() -> None:
@@ -157,6 +187,32 @@ def test_the_written_config_is_the_best_plan_that_a_config_can_say(
     assert any(plan["layout"]["tp"] == layout.tp for plan in plans)
 
 
+def test_a_colocated_plan_is_written_and_passes_its_own_check(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_model(run_folder)
+    command = ["plan", "run.yaml", "--gpus", "8", "--placement", "colocated", "--write", "planned.yaml", "--json"]
+    assert cli.main(command) == 0
+    best = json.loads(capsys.readouterr().out)["plans"][0]
+    on_gpus = ["device=cuda", "parallel.gpu_memory=80GiB", "model.spec=te"]
+    config = load_config("planned.yaml", on_gpus)
+    assert config.placement == "colocated"
+    assert config.parallel.world_size == 8
+    assert config.rollout.memory_fraction == best["rollout"]["memory_fraction"] < 0.8
+    assert check_run(config) == []
+    (fault,) = check_run(load_config("planned.yaml", [*on_gpus, "rollout.memory_fraction=0.95"]))
+    assert str(fault).startswith("rollout.memory_fraction: does not fit: an engine with 0.95 of a GPU of 80.0 GiB")
+    # What a trainer rank keeps counts in the engine's turn.
+    keeps = ["memory_turns.trainer=gradients", f"rollout.memory_fraction={config.rollout.memory_fraction + 0.1:.2f}"]
+    assert [fault.key for fault in check_run(load_config("planned.yaml", [*on_gpus, *keeps]))] == [
+        "rollout.memory_fraction"
+    ]
+    # Planned again it does not shrink.
+    assert cli.main(["plan", "planned.yaml", "--gpus", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["rollout"] == best["rollout"]
+
+
 BAD_PLANS = {
     "nothing to plan": (["--gpus", "8"], "plan: name a CONFIG or a model with --model"),
     "no size": (
@@ -167,10 +223,6 @@ BAD_PLANS = {
     "too long": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
         "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",
-    ),
-    "no setting for it": (
-        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--placement", "colocated", "--json", "--write", "x.yaml"],
-        "--write: the config has no setting for colocated engines; plan with --placement disaggregated",
     ),
 }
 
@@ -240,4 +292,10 @@ def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(
     assert config.seed == 3
     assert config.parallel.world_size + config.rollout.engines * config.rollout.tp <= 8
     assert config.parallel.world_size > 1
+    assert check_run(config) == []
+    (run_folder / "shared.yaml").write_text("base: auto.yaml\nplacement: colocated\nrollout: {engines: 16}\n")
+    assert cli.main(["train", "shared.yaml"]) == 0
+    config = started[1]
+    assert config.parallel.world_size == config.rollout.engines * config.rollout.tp == 8
+    assert config.rollout.memory_fraction < 0.8
     assert check_run(config) == []

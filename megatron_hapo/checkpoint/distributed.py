@@ -29,7 +29,8 @@ def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
     """Fill model and optimizer of this rank from a checkpoint of any layout."""
     parts = _parts(optimizer)
     for part in parts:
-        part._init_optimizer_states_with_dummy_values()
+        if isinstance(part, DistributedOptimizer):  # the others make their states as they are asked what to load
+            part._init_optimizer_states_with_dummy_values()
     state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     set_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_hapo.config import Config
 from megatron_hapo.dispatch import Dispatch
 from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.launch.places import Place
 from megatron_hapo.launch.remote import death, gather, result
 from megatron_hapo.spans import SpanRecorder, Timeline, recorded
 from megatron_hapo.types import InFlight, Prompt, Rollout, Sampling, WeightBucket
@@ -48,6 +49,7 @@ class EngineActor:
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
                 seed=config.seed + index,
                 read_weights=read_weights,
+                gives_memory_back=config.placement == "colocated",
             )
         )
         self._checksums: dict[str, list[int]] = {}
@@ -103,6 +105,12 @@ class EngineActor:
         except WeightSyncError as error:
             raise WeightSyncError(f"engine {self._index}: {error}") from error
 
+    def release_memory(self, parts: Sequence[str]) -> None:
+        self._engine.release_memory(parts)
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self._engine.take_memory(parts)
+
     def start_profile(self) -> None:
         self.spans.start()
 
@@ -113,37 +121,49 @@ class EngineActor:
         self._engine.shutdown()
 
 
-def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node, soft=False)
+def _actor_options(tp: int, device: str, place: Place | None) -> dict[str, Any]:
+    environment: dict[str, str] = {}
+    if device == "cpu":
+        from sglang_ext import cpu
+
+        environment = cpu.environment(tp)
+    num_gpus = tp if device == "cuda" else 0
+    if place is not None and place.gpus:
+        # GPUs that trainer ranks hold, in Ray's books too: Ray must neither count them twice nor hide them.
+        num_gpus = 0
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    return {
+        "num_cpus": 0,
+        "num_gpus": num_gpus,
+        "runtime_env": {"env_vars": environment},
+        "scheduling_strategy": ("DEFAULT" if place is None else NodeAffinitySchedulingStrategy(place.node, soft=False)),
+    }
 
 
 class RayRolloutPool:
     """protocols.RolloutPool over Ray actors, one an engine.
 
     Args:
-        nodes: Ray's node id for each engine; None leaves the choice to Ray.
+        places: of each engine; None leaves the choice to Ray.
         read_weights: from the model folder. Without, the first sync brings them: a large model would be read once an
             engine, a Megatron checkpoint not at all, and SGLang (0.5.23) knows no stacked experts.
     """
 
-    def __init__(self, config: Config, *, device: str, nodes: Sequence[str] | None = None, read_weights: bool = False):
+    def __init__(
+        self, config: Config, *, device: str, places: Sequence[Place] | None = None, read_weights: bool = False
+    ):
         rollout = config.rollout
         self._timeout_seconds = rollout.timeout_seconds
         self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
-        environment = {}
-        if device == "cpu":
-            from sglang_ext import cpu
-
-            environment = cpu.environment(rollout.tp)
+        options = [
+            _actor_options(rollout.tp, device, None if places is None else places[index])
+            for index in range(rollout.engines)
+        ]
         remote: Any = ray.remote
         actor = remote(concurrency_groups={"generation": _GENERATIONS})(EngineActor)
-        places = ["DEFAULT"] * rollout.engines if nodes is None else [_only_on(node) for node in nodes]
-        self._start = lambda index: actor.options(
-            num_cpus=0,
-            num_gpus=rollout.tp if device == "cuda" else 0,
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=places[index],
-        ).remote(config, device, index, read_weights=read_weights)
+        self._start = lambda index: actor.options(**options[index]).remote(
+            config, device, index, read_weights=read_weights
+        )
         self._engines: list[Any] = [self._start(index) for index in range(rollout.engines)]
         self._versions = [0]  # of every sync that all engines confirmed
         self._calls = itertools.count()
@@ -246,6 +266,12 @@ class RayRolloutPool:
         self._versions.append(policy_version)
         self._all(lambda engine: engine.resume.remote(), "resuming generation", WeightSyncError)
         self._synced.set()
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        self._all(lambda engine: engine.release_memory.remote(tuple(parts)), "giving memory back", RolloutError)
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self._all(lambda engine: engine.take_memory.remote(tuple(parts)), "taking memory again", RolloutError)
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
         """Drop every engine that has died, or does not answer in time, and start another in its place.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hapo.config import Config
+from megatron_hapo.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -33,10 +34,14 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
 
     Args:
         init_method: where the ranks meet: torch's URL, or a store that only they use.
+    Raises:
+        ConfigError: the config needs GPUs, and `device: auto` found none.
     """
     import torch
 
     if device == "cpu":
+        if config.optimizer.cpu_offload:
+            raise ConfigError(["optimizer.cpu_offload: needs GPUs, and this machine shows none; set it to false"])
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         from megatron_hapo.model import cpu
 

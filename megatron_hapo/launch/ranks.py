@@ -23,6 +23,7 @@ _STREAMS = ("weight_buckets",)
 _METHODS = (
     *("log_probs", "update", "own_parameters", "prepare_sending", "send_weights"),
     *("save_checkpoint", "load_checkpoint", "export_hf"),
+    *("release_memory", "take_memory"),
 )
 _OF_THE_PROCESS = ("sees", "start_profile", "finish_profile")
 
@@ -108,6 +109,12 @@ class TrainerOverRanks(ABC):
 
     def load_checkpoint(self, folder: Path) -> None:
         self._all("load_checkpoint", folder)
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        self._all("release_memory", tuple(parts))
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self._all("take_memory", tuple(parts))
 
     def export_hf(self, folder: Path) -> None:
         with whole_or_nothing(folder) as partial:

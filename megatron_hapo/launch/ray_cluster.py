@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_hapo.config import Config, LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
+from megatron_hapo.launch.places import Place
 from megatron_hapo.launch.ray_node import FaultError, reach
 
 _END_SECONDS = 20.0
@@ -178,8 +179,8 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) -> list[str]:
-    """Ray's node id of each engine, spread as `launch.engines` says; waits for nodes that have yet to come.
+def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) -> list[Place]:
+    """Of engines with GPUs of their own, spread as `launch.engines` says; waits for nodes that have yet to come.
 
     Args:
         trainer_nodes: Ray's ids of the nodes with trainer ranks.
@@ -197,7 +198,7 @@ def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) 
         gpus = {name: int(nodes[name]["Resources"].get("GPU", 0)) for name in chosen if name in nodes}
         places = spread(gpus, engines=rollout.engines, tp=rollout.tp, on_gpus=device == "cuda")
         if places is not None:
-            return places
+            return [Place(name) for name in places]
         if not own or time.monotonic() > deadline:
             break
         time.sleep(1)

@@ -24,11 +24,13 @@ from megatron_hapo.driver import Driver
 from megatron_hapo.evaluation import evaluate
 from megatron_hapo.launch import ray_cluster
 from megatron_hapo.launch.engines import RayRolloutPool
-from megatron_hapo.launch.trainer import RayTrainer
+from megatron_hapo.launch.places import Place, beside_ranks
+from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
+from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.profiling import StepProfiler
-from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.rehearsal import Finding, rehearse
 from megatron_hapo.report import write_report
 from megatron_hapo.reward_workers import RewardPool
@@ -56,12 +58,12 @@ class Launcher(Protocol):
         """Ray is up within it, with this process as a driver."""
         ...
 
-    def engine_nodes(self) -> Sequence[str] | None:
-        """Ray's node id for each engine; None leaves it to Ray."""
+    def engine_places(self) -> Sequence[Place] | None:
+        """Of each engine; None leaves it to Ray."""
         ...
 
     def start_trainer(self) -> LaunchedTrainer:
-        """The trainer, whose ranks may still be loading their weights."""
+        """The trainer, whose ranks may still be loading their weights. Colocated ranks take no GPU memory before."""
         ...
 
     def running(self) -> AbstractContextManager[object]:
@@ -74,15 +76,19 @@ class RayLauncher:
 
     def __init__(self, config: Config):
         self._config, self.device = config, _device(config)
+        self._processes: RankProcesses | None = None
 
     def ray_cluster(self) -> AbstractContextManager[object]:
         return local_ray()
 
-    def engine_nodes(self) -> None:
-        return None
+    def engine_places(self) -> list[Place] | None:
+        if self._config.placement == "disaggregated":
+            return None
+        rollout, self._processes = self._config.rollout, RankProcesses(self._config, device=self.device)
+        return beside_ranks(self._processes.places(), engines=rollout.engines, tp=rollout.tp)
 
     def start_trainer(self) -> RayTrainer:
-        return RayTrainer(self._config, device=self.device)
+        return RayTrainer(self._config, self._processes or RankProcesses(self._config, device=self.device))
 
     def running(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -114,7 +120,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
                 config.profile.steps, config.run_dir.absolute() / "profile",
                 trainer=parts.trainer, pool=parts.pool, rewards=parts.rewards,
             ),
-            trainer=parts.trainer, pool=parts.pool, weight_sync=parts.weight_sync, rewards=parts.rewards,
+            trainer=parts.trainer, pool=parts.pool, turns=parts.turns, rewards=parts.rewards,
         )  # fmt: skip
         with _graceful_stop(driver):
             driver.run()
@@ -138,7 +144,7 @@ def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """Start every part of the run and let each work once, on this many prompts; nothing is trained or written."""
     sampler, _ = _load_data(config)
     with open_parts(config, RayLauncher(config)) as parts:
-        return rehearse(config, parts.trainer, parts.pool, parts.weight_sync, parts.rewards, sampler.next(prompts))
+        return rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, sampler.next(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,7 @@ class Parts:
 
     trainer: Trainer
     pool: RolloutPool
-    weight_sync: WeightSync
+    turns: MemoryTurns
     rewards: RewardPool
 
 
@@ -157,28 +163,30 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(launcher.ray_cluster())
         with launcher.running():
-            # Engines start in their own processes while the trainer builds its model.
-            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_nodes()))
+            # Engines start in their own processes while the trainer builds its model, unless that needs their GPUs.
+            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_places()))
+            make_room_for_trainer(config, pool, device=launcher.device)
             trainer = launcher.start_trainer()
             stack.callback(trainer.close)
             pool.wait_until_ready()
             address = ray.util.get_node_ip_address()
             weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
-            yield Parts(trainer=trainer, pool=pool, weight_sync=weight_sync, rewards=rewards)
+            turns = MemoryTurns(config, trainer, pool, weight_sync)
+            yield Parts(trainer=trainer, pool=pool, turns=turns, rewards=rewards)
 
 
 @contextlib.contextmanager
 def open_rollouts(
-    config: Config, nodes: Sequence[str] | None = None, *, read_weights: bool = False
+    config: Config, places: Sequence[Place] | None = None, *, read_weights: bool = False
 ) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
     """Engines, which are still starting, and reward workers.
 
     Args:
-        nodes: Ray's node id for each engine; None leaves it to Ray.
+        places: of each engine; None leaves it to Ray.
         read_weights: the engines are to read the model folder; else a sync must bring the weights.
     """
     with RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
-        pool = RayRolloutPool(config, device=_device(config), nodes=nodes, read_weights=read_weights)
+        pool = RayRolloutPool(config, device=_device(config), places=places, read_weights=read_weights)
         try:
             yield pool, rewards
         finally:

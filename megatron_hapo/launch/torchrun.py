@@ -7,6 +7,7 @@ node), takes signals, and ends the process when the run cannot go on, even if th
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from megatron_hapo.launch import attempt, ray_cluster
 from megatron_hapo.launch.attempt import Facts, Place
 from megatron_hapo.launch.control import Commander, ControlGroup, serve, serve_driver
 from megatron_hapo.launch.host import interface_of, own_address
+from megatron_hapo.launch.places import Place as EnginePlace
+from megatron_hapo.launch.places import beside_ranks
 from megatron_hapo.launch.rank import environment, start_rank
 from megatron_hapo.launch.ranks import RankObject, TrainerOverRanks
 from megatron_hapo.launch.ray_cluster import RayNode
@@ -44,6 +48,8 @@ _END_SECONDS = 60.0
 _RENDEZVOUS_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 _RAY_HEAD = "ray/head"
+_ENGINES_AWAY = "engines/away"
+"""Set when engines have given back the memory of GPUs that they share with the ranks."""
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -194,7 +200,7 @@ def _join_ray(
     head = wait_for(store, [_RAY_HEAD], watch, timeout_seconds=config.launch.start_timeout_seconds)[0].decode()
     node = RayNode(config.launch, ip=address, head_address=head, gpus=_gpus_for_engines(place, config, device))
     stack.callback(node.close)
-    store.set(_node_key(place.node), node.node_id)
+    _announce_node(store, place, node, device)
 
 
 class TorchrunLauncher:
@@ -204,7 +210,7 @@ class TorchrunLauncher:
         self._end = end
         self.device, self.commander = device, Commander()
         self._config, self._place, self._address, self._store, self._watch = config, place, address, store, watch
-        self._trainer_nodes: list[str] = []
+        self._nodes: list[_Node] = []
 
     def start_rank(self) -> _RankThread:
         """Rank 0's own part of the trainer."""
@@ -223,19 +229,25 @@ class TorchrunLauncher:
         )
         try:
             self._store.set(_RAY_HEAD, node.address)
-            self._store.set(_node_key(place.node), node.node_id)
+            _announce_node(self._store, place, node, self.device)
             with ray_cluster.connected(node.address, ip=self._address):
                 keys = [_node_key(number) for number in range(place.num_nodes)]
-                ids = wait_for(self._store, keys, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
-                self._trainer_nodes = [name.decode() for name in ids]
+                nodes = wait_for(self._store, keys, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
+                self._nodes = [_Node(**json.loads(text)) for text in nodes]
                 yield
         finally:
             node.close()
 
-    def engine_nodes(self) -> list[str]:
-        return ray_cluster.place_engines(self._config, trainer_nodes=self._trainer_nodes, device=self.device)
+    def engine_places(self) -> list[EnginePlace]:
+        if self._config.placement == "colocated":
+            rollout = self._config.rollout
+            ranks = [rank for node in self._nodes for rank in node.rank_places()]
+            return beside_ranks(ranks, engines=rollout.engines, tp=rollout.tp)
+        names = [node.name for node in self._nodes]
+        return ray_cluster.place_engines(self._config, trainer_nodes=names, device=self.device)
 
     def start_trainer(self) -> TorchrunTrainer:
+        self._store.set(_ENGINES_AWAY, "")
         return TorchrunTrainer(self._config, self.commander)
 
     @contextlib.contextmanager
@@ -290,14 +302,12 @@ class _RankThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            place = self._place
+            place, config = self._place, self._config
             # Ray's processes do not wait long for each other: on a small machine the imports of the ranks come after.
-            wait_for(
-                self._store,
-                [_node_key(place.node)],
-                self._watch,
-                timeout_seconds=self._config.launch.start_timeout_seconds,
-            )
+            own_node = [_node_key(place.node)]
+            wait_for(self._store, own_node, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
+            if config.placement == "colocated":
+                wait_for(self._store, [_ENGINES_AWAY], self._watch, timeout_seconds=config.rollout.timeout_seconds)
             rank = start_rank(
                 self._config,
                 device=self._device,
@@ -329,12 +339,31 @@ def wait_for(store: Store, keys: Sequence[str], watch: Watch, *, timeout_seconds
             if watch.failed.wait(_POLL_SECONDS) and watch.error is not None:
                 raise watch.error
             if time.monotonic() > deadline:
-                raise RolloutError(f"launch.start_timeout_seconds: no {key} within {timeout_seconds:g} s")
+                raise RolloutError(f"starting: no {key} within {timeout_seconds:g} s")
     return [store.get(key) for key in keys]
 
 
 def _node_key(node: int) -> str:
     return f"ray/node/{node}"
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What the driver must know of a node."""
+
+    name: str
+    """Ray's id."""
+    ranks: int
+    gpus: list[str]
+    """Of its trainer ranks, in their order; none on a CPU."""
+
+    def rank_places(self) -> list[EnginePlace]:
+        return [EnginePlace(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
+
+
+def _announce_node(store: Store, place: Place, node: RayNode, device: str) -> None:
+    gpus = _visible_gpus()[: place.local_world_size] if device == "cuda" else []
+    store.set(_node_key(place.node), json.dumps(asdict(_Node(node.node_id, place.local_world_size, gpus))))
 
 
 def _device_of(config: Config) -> str:
@@ -367,11 +396,15 @@ def _prepare_ray(place: Place, token: str) -> None:
 
 
 def _gpus_for_engines(place: Place, config: Config, device: str) -> list[str]:
-    """The GPUs of this node that its trainer ranks leave free, if engines are to stand here."""
-    if device == "cpu" or config.launch.engines == "own_nodes":
+    """The GPUs of this node that its trainer ranks leave free, if engines are to stand there."""
+    if device == "cpu" or config.launch.engines == "own_nodes" or config.placement == "colocated":
         return []
+    return _visible_gpus()[place.local_world_size :]
+
+
+def _visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return visible.split(",")[place.local_world_size :]
+    return visible.split(",")
 
 
 def _tell(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import ray
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.launch import rank as rank_process
+from megatron_hapo.launch.places import Place
 from megatron_hapo.launch.ranks import RankObject, TrainerOverRanks
 from megatron_hapo.launch.remote import gather
 from megatron_hapo.types import TrainBatch, WeightBucket
@@ -19,6 +21,11 @@ from megatron_hapo.types import TrainBatch, WeightBucket
 
 class TrainerActor:
     """Holds a trainer rank and forwards."""
+
+    def place(self) -> Place:
+        """With the one GPU that Ray has given to this process."""
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Place(ray.get_runtime_context().get_node_id(), (gpus,) if gpus else ())
 
     def start(self, config: Config, device: str, rank: int, world_size: int, init_method: str) -> None:
         self._rank = RankObject(
@@ -33,22 +40,42 @@ class TrainerActor:
         yield from self._rank.results("weight_buckets", (), {"verify": verify})
 
 
-class RayTrainer(TrainerOverRanks):
-    """protocols.Trainer over Ray actors; all on this node for now."""
+class RankProcesses:
+    """A Ray actor a rank, with its GPU, before it builds anything; all on this node for now."""
 
     def __init__(self, config: Config, *, device: str):
-        super().__init__(config)
-        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
-        world_size = config.parallel.world_size
         actor: Any = ray.remote(TrainerActor).options(
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": rank_process.environment(device, loopback=True)},
         )
-        self._actors: list[Any] = [actor.remote() for _ in range(world_size)]
-        init_method = rank_process.rendezvous_file(Path(self._scratch.name))
+        self.device = device
+        self.actors: list[Any] = [actor.remote() for _ in range(config.parallel.world_size)]
+        self._timeout_seconds = config.trainer.timeout_seconds
+
+    def gather(self, references: list[ray.ObjectRef], what: str) -> list[Any]:
+        """A result of each rank."""
+        calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
+        return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError)
+
+    def places(self) -> list[Place]:
+        """Of each rank."""
+        return self.gather([actor.place.remote() for actor in self.actors], "starting the trainer's processes")
+
+
+class RayTrainer(TrainerOverRanks):
+    """protocols.Trainer over Ray actors, whose ranks have been built when the constructor returns."""
+
+    def __init__(self, config: Config, processes: RankProcesses):
+        super().__init__(config)
+        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
+        self._actors, self._gather = processes.actors, processes.gather
+        init_method, world_size = rank_process.rendezvous_file(Path(self._scratch.name)), len(self._actors)
         self._gather(
-            [a.start.remote(config, device, rank, world_size, init_method) for rank, a in enumerate(self._actors)],
+            [
+                actor.start.remote(config, processes.device, rank, world_size, init_method)
+                for rank, actor in enumerate(self._actors)
+            ],
             "starting the trainer",
         )
 
@@ -72,7 +99,3 @@ class RayTrainer(TrainerOverRanks):
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         calls = [actor.call.remote(method, *own) for actor, own in zip(self._actors, arguments, strict=True)]
         return self._gather(calls, method)
-
-    def _gather(self, references: list[ray.ObjectRef], what: str) -> list[Any]:
-        calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
-        return gather(calls, timeout_seconds=self._config.trainer.timeout_seconds, what=what, error=TrainingError)

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="for its rates (default: %(default)s)")
     parser.add_argument("--nvlink-size", type=int, default=8, help="GPUs of an NVLink domain (default: %(default)s)")
     parser.add_argument(
-        "--placement", choices=("disaggregated", "colocated"), default="disaggregated",
-        help="GPUs of their own for trainer and engines, or the same in turn (default: %(default)s)",
+        "--placement", choices=("disaggregated", "colocated"),
+        help="GPUs of their own for trainer and engines, or the same in turn (default: the config's)",
     )  # fmt: skip
     parser.add_argument("--max-prompt", type=int, help="tokens; replaces the config's")
     parser.add_argument("--max-response", type=int, help="tokens; replaces the config's")
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise HapoError(f"--gpu-memory: {error}") from None
     cluster = Cluster(
         gpus=arguments.gpus, gpu_bytes=gpu_bytes, gpu=GPUS[arguments.gpu], nvlink_size=arguments.nvlink_size,
-        placement=arguments.placement,
+        placement=arguments.placement or ("disaggregated" if config is None else config.placement),
     )  # fmt: skip
     limits = Limits(max_cp=8, recompute=recompute_choices()) if config is None else limits_of(config)
     # SGLang can do it, `train` cannot yet: show such a plan, but do not write it.

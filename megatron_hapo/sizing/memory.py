@@ -27,6 +27,8 @@ EXPERT_IMBALANCE = 1.25
 """Tokens of the busiest expert rank over the mean."""
 PADDING_OF_GROUPS = 1.33
 """The local attention pads sequences of similar length: to twice the tokens at worst, to about this on average."""
+ENGINE_RESTING_BYTES = 3 * GIB
+"""What an engine cannot give back: CUDA context, NCCL's buffers, CUDA graphs, work spaces."""
 HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds together."""
 FUSED_CHUNK_BYTES = 256 << 20
@@ -40,7 +42,7 @@ class TrainerMemory:
     weights: int
     gradients: int
     optimizer: int
-    """Float32 master weights and Adam's two moments."""
+    """Float32 master weights and Adam's two moments; none with cpu_offload."""
     activations: int
     """What the backward pass needs, of all micro-batches in flight, and the largest temporary of a layer."""
     logits_head: int
@@ -63,6 +65,10 @@ class TrainerMemory:
     def total(self) -> int:
         """At the peak of the step."""
         return self.weights + self.gradients + self.optimizer + self.reserve + max(self.phases.values())
+
+    def resting(self, *, keeps_optimizer: bool = False) -> int:
+        """While engines have their turn on this GPU: caches are given back, the CUDA context is not."""
+        return self.weights + min(self.reserve, FIXED_RESERVE_BYTES) + (self.optimizer if keeps_optimizer else 0)
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -115,11 +121,11 @@ def _stage_memory(
     return TrainerMemory(
         weights=layout.bytes_per_parameter * parameters.total,
         gradients=4 * parameters.total,
-        optimizer=optimizer_bytes_per_element(layout) * sharded,
+        optimizer=0 if layout.cpu_offload else optimizer_bytes_per_element(layout) * sharded,
         activations=activation_bytes(shape, layout, stage, in_flight=in_flight, spec=spec),
         logits_head=head_bytes(shape, layout, rows=round(response_share * layout.tokens_per_rank)) if last else 0,
         # torch's multi-tensor Adam makes one temporary as large as a moment; Transformer Engine's and apex's do not.
-        optimizer_step=0 if spec == "te" else 4 * sharded,
+        optimizer_step=0 if spec == "te" or layout.cpu_offload else 4 * sharded,
         sync_buckets=sync_bytes(shape, layout, bucket_bytes=bucket_bytes),
         reserve=FIXED_RESERVE_BYTES + round(FRAGMENTATION * gpu_bytes) if gpu_bytes else 0,
     )
@@ -276,27 +282,53 @@ class EngineMemory:
     kv_tokens: int
     """Tokens that the cache holds."""
     runtime: int
-    """Activations of the largest batch, CUDA graphs, and the reserve."""
+    """Activations of the largest batch, CUDA graphs, and the reserve; beside a trainer rank, what that leaves."""
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_cache + self.runtime
 
+    def resting(self, *, keeps_weights: bool = False) -> int:
+        """While a trainer rank has its turn on this GPU."""
+        return ENGINE_RESTING_BYTES + (self.weights if keeps_weights else 0)
+
 
 def engine_memory(
-    shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2
-) -> EngineMemory:
+    shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2,
+    beside: int = 0,
+) -> EngineMemory:  # fmt: skip
     """The bytes of an engine rank; kv_tokens is negative where not even the weights fit.
 
     SGLang takes `memory_fraction` of the GPU for weights and cache, and leaves the rest to activations and graphs.
+
+    Args:
+        beside: bytes that a resting trainer rank holds on the same GPU.
     """
     weights = bytes_per_element * num_parameters // tp
     share = round(memory_fraction * gpu_bytes)
     per_token = kv_bytes_per_token(shape, tp=tp, bytes_per_element=bytes_per_element)
     room = share - weights
     return EngineMemory(
-        weights=weights, kv_cache=max(0, room), kv_tokens=room // per_token, runtime=gpu_bytes - max(share, weights)
+        weights=weights,
+        kv_cache=max(0, room),
+        kv_tokens=room // per_token,
+        runtime=gpu_bytes - max(share, weights) - beside,
     )
+
+
+def turns_on_shared_gpu(
+    trainer: TrainerMemory, engine: EngineMemory, *, keeps_optimizer: bool = False, keeps_weights: bool = False
+) -> dict[str, int]:
+    """Bytes on a GPU that a trainer rank and an engine rank share, in each of their turns (`memory_turns`).
+
+    The sync comes when the trainer rests already and the engine has its weights, and no KV cache yet.
+    """
+    rest = trainer.resting(keeps_optimizer=keeps_optimizer)
+    return {
+        "training": trainer.total + engine.resting(keeps_weights=keeps_weights),
+        "weight sync": rest + trainer.sync_buckets + engine.resting(keeps_weights=True),
+        "generation": rest + engine.resting(keeps_weights=True) + engine.kv_cache,
+    }
 
 
 def kv_bytes_per_token(shape: Shape, *, tp: int, bytes_per_element: int = 2) -> int:

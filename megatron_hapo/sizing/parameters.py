@@ -31,6 +31,8 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    cpu_offload: bool = False
+    """Of the optimizer's state, to host memory."""
     recompute: Recompute = "none"
     output_head: Literal["logits", "fused"] = "logits"
     tokens_per_microbatch: int = 16384

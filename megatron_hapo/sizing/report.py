@@ -20,7 +20,7 @@ from megatron_hapo.sizing.parameters import Layout
 from megatron_hapo.sizing.search import Cluster, Plan, Rejection, describe
 from megatron_hapo.sizing.settings import PLANNED_SIZES, inexpressible, plan_settings
 
-MIN_WIDTH = 110
+MIN_WIDTH = 120
 TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
 ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
 
@@ -81,11 +81,13 @@ def _memory_table(plans: Sequence[Plan]) -> Table:
 
 
 def short(layout: Layout) -> str:
-    """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven."""
+    """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven;
+    offload: of the optimizer."""
     sizes = {name: str(size) for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1}
     if layout.first_stage_layers is not None:
         sizes["pp"] += f"[{layout.first_stage_layers}..{layout.last_stage_layers}]"
-    return " ".join(f"{name}{size}" for name, size in sizes.items()) or "dp1"
+    words = [f"{name}{size}" for name, size in sizes.items()] or ["dp1"]
+    return " ".join([*words, "offload"] if layout.cpu_offload else words)
 
 
 def title(cluster: Cluster) -> str:
@@ -104,14 +106,12 @@ def write_plan(plans: Sequence[Plan], path: Path, *, base: Path | None, cluster:
     """Write the best plan that a config can express, on top of `base`; returns it.
 
     Raises:
-        HapoError: no plan can be expressed, or the engines are to share the trainer's GPUs, which no setting says.
+        HapoError: no plan can be expressed.
     """
-    if cluster.placement == "colocated":
-        raise HapoError("--write: the config has no setting for colocated engines; plan with --placement disaggregated")
     plan = next((plan for plan in plans if not inexpressible(plan)), None)
     if plan is None:
         raise HapoError(f"--write: every plan needs what the config has no setting for, e.g. {inexpressible(plans[0])}")
-    settings: dict[str, Any] = plan_settings(plan)
+    settings: dict[str, Any] = {"placement": cluster.placement, **plan_settings(plan)}
     if base is not None:
         settings = {"base": os.path.relpath(base, path.parent), **settings}
     header = f"# {title(cluster)}: {describe(plan.layout)}; {plan.trainer.total / GIB:.1f} GiB a trainer GPU.\n"
@@ -122,9 +122,12 @@ def write_plan(plans: Sequence[Plan], path: Path, *, base: Path | None, cluster:
 def _plan_dict(plan: Plan) -> dict[str, Any]:
     return {
         "layout": asdict(plan.layout),
-        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests},
+        "rollout": {
+            "engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests,
+            "memory_fraction": plan.memory_fraction,
+        },
         "trainer_bytes": {name: getattr(plan.trainer, name) for name in (*TRAINER_PARTS, "optimizer_step")},
         "engine_bytes": {name: getattr(plan.engine, name) for name in ENGINE_PARTS},
         "kv_tokens": plan.engine.kv_tokens,
         "seconds": {**asdict(plan.time), "total": plan.time.total},
-    }
+    }  # fmt: skip

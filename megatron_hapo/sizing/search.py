@@ -10,7 +10,16 @@ from typing import Literal
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.pipeline import Pipeline
-from megatron_hapo.sizing.memory import GIB, EngineMemory, Spec, TrainerMemory, engine_memory, trainer_memory
+from megatron_hapo.sizing.memory import (
+    ENGINE_RESTING_BYTES,
+    GIB,
+    EngineMemory,
+    Spec,
+    TrainerMemory,
+    engine_memory,
+    trainer_memory,
+    turns_on_shared_gpu,
+)
 from megatron_hapo.sizing.parameters import Layout, Recompute, experts, model_parameters
 from megatron_hapo.sizing.throughput import (
     Gpu,
@@ -20,10 +29,13 @@ from megatron_hapo.sizing.throughput import (
     model_flops,
     sync_seconds,
     train_seconds,
+    turn_seconds,
 )
 
 Placement = Literal["disaggregated", "colocated"]
 MOST_UNEVEN_STAGES = 16
+OFFLOAD_MARGIN = 1.1
+"""How much faster a plan must be to come before one without offload: hosts differ more than GPUs of one kind do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,7 @@ class Limits:
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
+    """Of an engine that has its GPUs for itself; beside a trainer's weights it gets so much less."""
     max_running_requests: int = 256
     bucket_bytes: int = 512 << 20
     replicate_kv_heads: bool = False
@@ -65,7 +78,14 @@ class Plan:
     engine: EngineMemory
     running_requests: int
     """Responses that an engine decodes together."""
+    memory_fraction: float
+    """Share of a GPU for the engine's weights and cache."""
     time: StepTime
+
+    @property
+    def rank(self) -> float:
+        """Seconds of a step; more for plans that rest on the host's speed."""
+        return self.time.total * (OFFLOAD_MARGIN if self.layout.cpu_offload else 1.0)
 
 
 @dataclass(frozen=True)
@@ -78,44 +98,62 @@ class Rejection:
 
 
 def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
-    """Plans, the shortest step first, one for each (tp, pp, cp, etp, ep) and engine tp; and what was rejected.
+    """Plans, the best (`Plan.rank`) first, one for each (tp, pp, cp, etp, ep) and engine tp; and what was rejected.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
     """
-    engines, rejected_engines = _engine_choices(shape, workload, cluster, limits)
-    rejections = [*rejected_engines]
+    engines = _Engines(shape, workload, cluster, limits)
+    shared = cluster.placement == "colocated"
+    rejections: list[Rejection] = []
     best: dict[tuple[int, ...], Plan] = {}
     nearest: tuple[int, str] | None = None
+    some_trainer_fits = False
     for trainer_gpus in _trainer_shares(cluster):
-        for layout in _layouts(shape, workload, cluster, limits, trainer_gpus, rejections):
-            memory = trainer_memory(
-                shape, layout, gpu_bytes=cluster.gpu_bytes, spec=limits.spec, bucket_bytes=limits.bucket_bytes,
-                num_microbatches=_microbatches(workload, layout),
-            )  # fmt: skip
-            if memory.total > cluster.gpu_bytes:
-                reason = too_large(memory, cluster.gpu_bytes)
+        for wanted in _layouts(shape, workload, cluster, limits, trainer_gpus, rejections):
+            layout, memory = _offloaded_if_needed(shape, workload, cluster, limits, wanted)
+            needed = memory.total + (ENGINE_RESTING_BYTES if shared else 0)
+            if needed > cluster.gpu_bytes:
+                reason = too_large(memory, cluster.gpu_bytes, beside_engine=needed - memory.total)
                 rejections.append(Rejection(describe(layout), reason))
-                if nearest is None or memory.total < nearest[0]:
-                    nearest = (memory.total, f"{describe(layout)}: {reason}")
+                if nearest is None or needed < nearest[0]:
+                    nearest = (needed, f"{describe(layout)}: {reason}")
                 continue
+            some_trainer_fits = True
             training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
-            for rollout_tp, engine, running in engines:
-                left = cluster.gpus if cluster.placement == "colocated" else cluster.gpus - trainer_gpus
-                if left < rollout_tp:
+            for choice in engines.beside(memory if shared else None):
+                left = cluster.gpus if shared else cluster.gpus - trainer_gpus
+                if left < choice.tp:
                     continue
-                plan = _plan(
-                    shape, workload, cluster, layout, memory, training, rollout_tp, engine, running, left // rollout_tp
-                )
-                key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, rollout_tp)
-                if key not in best or plan.time.total < best[key].time.total:
+                plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
+                key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, choice.tp)
+                if key not in best or plan.rank < best[key].rank:
                     best[key] = plan
     if not best:
         head = f"no layout of {cluster.gpus} GPUs of {cluster.gpu_bytes / GIB:.0f} GiB fits"
-        if not engines:
-            raise HapoError(f"{head} an engine: {rejected_engines[-1].what}: {rejected_engines[-1].reason}")
+        if some_trainer_fits or not engines.beside(None):
+            raise HapoError(f"{head} an engine: {engines.rejections[-1].what}: {engines.rejections[-1].reason}")
         raise HapoError(f"{head}; nearest: {nearest[1]}" if nearest else head)
-    return sorted(best.values(), key=lambda plan: plan.time.total), _deduplicated(rejections)
+    plans = sorted(best.values(), key=lambda plan: plan.rank)
+    return plans, _deduplicated([*engines.rejections, *rejections])
+
+
+def _offloaded_if_needed(
+    shape: Shape, workload: Workload, cluster: Cluster, limits: Limits, layout: Layout
+) -> tuple[Layout, TrainerMemory]:
+    """The layout, with the optimizer's state on the host where it does not fit without, and its memory."""
+    room = cluster.gpu_bytes - (ENGINE_RESTING_BYTES if cluster.placement == "colocated" else 0)
+    # Megatron offloads masters of 16-bit parameters.
+    layouts = layout, replace(layout, cpu_offload=layout.bytes_per_parameter == 2)
+    memories = [
+        trainer_memory(
+            shape, layout, gpu_bytes=cluster.gpu_bytes, spec=limits.spec, bucket_bytes=limits.bucket_bytes,
+            num_microbatches=_microbatches(workload, layout),
+        )
+        for layout in layouts
+    ]  # fmt: skip
+    chosen = 0 if memories[0].total <= room else 1
+    return layouts[chosen], memories[chosen]
 
 
 def describe(layout: Layout) -> str:
@@ -127,14 +165,16 @@ def describe(layout: Layout) -> str:
         pipeline += f" ({layout.first_stage_layers} layers in the first stage, {layout.last_stage_layers} in the last)"
     experts_cut = f" etp={layout.etp}" if layout.etp > 1 else ""
     sizes = f"tp={layout.tp} {pipeline} cp={layout.cp}{experts_cut} ep={layout.ep} dp={layout.dp}"
-    return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}"
+    offload = ", optimizer on the host" if layout.cpu_offload else ""
+    return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}{offload}"
 
 
-def too_large(memory: TrainerMemory, gpu_bytes: int) -> str:
-    """Why a rank does not fit a GPU."""
+def too_large(memory: TrainerMemory, gpu_bytes: int, *, beside_engine: int = 0) -> str:
+    """Why a rank does not fit a GPU, on which a resting engine may have so many bytes."""
     name, size = memory.largest
+    beside = f", beside {beside_engine / GIB:.1f} GiB of a resting engine," if beside_engine else ""
     return (
-        f"needs {memory.total / GIB:.1f} GiB a GPU of {gpu_bytes / GIB:.1f} GiB; "
+        f"needs {memory.total / GIB:.1f} GiB{beside} a GPU of {gpu_bytes / GIB:.1f} GiB; "
         f"the largest part is {name} with {size / GIB:.1f} GiB"
     )
 
@@ -146,13 +186,12 @@ def _plan(
     layout: Layout,
     memory: TrainerMemory,
     training: tuple[float, float, float],
-    rollout_tp: int,
-    engine: EngineMemory,
-    running: int,
+    choice: _EngineChoice,
     engines: int,
 ) -> Plan:
     gpu = cluster.gpu
     score, update, bubble = training
+    turns = turn_seconds(memory.optimizer) if cluster.placement == "colocated" else 0.0
     # Scoring is one forward pass, an update a forward and a backward pass, which is twice as much.
     useful = 4 * model_flops(
         shape,
@@ -161,16 +200,16 @@ def _plan(
         response_share=workload.mean_response_tokens / workload.mean_tokens,
     )
     time = StepTime(
-        generate=generate_seconds(shape, workload, gpu, tp=rollout_tp, engines=engines, running=running),
+        generate=generate_seconds(shape, workload, gpu, tp=choice.tp, engines=engines, running=choice.running),
         log_probs=score,
         update=update,
-        sync=sync_seconds(shape, layout, gpu, num_parameters=model_parameters(shape)),
+        sync=sync_seconds(shape, layout, gpu, num_parameters=model_parameters(shape)) + turns,
         bubble_share=bubble,
         mfu=useful / ((score + update) * layout.world_size * gpu.flops),
     )
     return Plan(
-        layout=layout, engines=engines, rollout_tp=rollout_tp, trainer=memory, engine=engine,
-        running_requests=running, time=time,
+        layout=layout, engines=engines, rollout_tp=choice.tp, trainer=memory, engine=choice.memory,
+        running_requests=choice.running, memory_fraction=choice.memory_fraction, time=time,
     )  # fmt: skip
 
 
@@ -182,33 +221,60 @@ def _trainer_shares(cluster: Cluster) -> list[int]:
     return sorted(share for share in eighths if 0 < share < cluster.gpus)
 
 
-def _engine_choices(
-    shape: Shape, workload: Workload, cluster: Cluster, limits: Limits
-) -> tuple[list[tuple[int, EngineMemory, int]], list[Rejection]]:
-    """(tp, memory, running requests) of engines that hold the model and one longest response."""
-    choices, rejections = [], []
-    for tp in _divisors(cluster.nvlink_size):
-        fault = _tp_fault(shape, tp, engine=True, replicate=limits.replicate_kv_heads)
-        if fault:
-            rejections.append(Rejection(f"rollout.tp={tp}", fault))
-            continue
+@dataclass(frozen=True, kw_only=True)
+class _EngineChoice:
+    tp: int
+    memory: EngineMemory
+    running: int
+    memory_fraction: float
+
+
+class _Engines:
+    """Sizes of engines that hold the model and one longest response; and why others do not."""
+
+    def __init__(self, shape: Shape, workload: Workload, cluster: Cluster, limits: Limits):
+        self._shape, self._workload, self._cluster, self._limits = shape, workload, cluster, limits
+        self.rejections: list[Rejection] = []
+        self._known: dict[int, list[_EngineChoice]] = {}
+
+    def beside(self, trainer: TrainerMemory | None) -> list[_EngineChoice]:
+        """Of GPUs of their own, or of those on which such trainer ranks rest."""
+        rest = 0 if trainer is None else trainer.resting()
+        if rest not in self._known:
+            sizes = _divisors(self._cluster.nvlink_size)
+            self._known[rest] = [choice for tp in sizes if (choice := self._choice(tp, rest))]
+        if trainer is None:
+            return self._known[rest]
+        gpu_bytes = self._cluster.gpu_bytes
+        return [
+            choice
+            for choice in self._known[rest]
+            if max(turns_on_shared_gpu(trainer, choice.memory).values()) <= gpu_bytes
+        ]
+
+    def _choice(self, tp: int, rest: int) -> _EngineChoice | None:
+        shape, workload, limits, gpu_bytes = self._shape, self._workload, self._limits, self._cluster.gpu_bytes
+        if fault := _tp_fault(shape, tp, engine=True, replicate=limits.replicate_kv_heads):
+            self.rejections.append(Rejection(f"rollout.tp={tp}", fault))
+            return None
+        fraction = limits.memory_fraction if rest == 0 else int(100 * (limits.memory_fraction - rest / gpu_bytes)) / 100
         memory = engine_memory(
-            shape, tp=tp, gpu_bytes=cluster.gpu_bytes, memory_fraction=limits.memory_fraction,
-            num_parameters=model_parameters(shape),
+            shape, tp=tp, gpu_bytes=gpu_bytes, memory_fraction=fraction,
+            num_parameters=model_parameters(shape), beside=rest,
         )  # fmt: skip
         if memory.kv_tokens < workload.longest:
+            beside = f", beside the {rest / GIB:.1f} GiB of a resting trainer rank" if rest else ""
             reason = (
                 f"weights of {memory.weights / GIB:.1f} GiB leave room for {max(0, memory.kv_tokens)} tokens of KV "
-                f"cache in {limits.memory_fraction:.0%} of {cluster.gpu_bytes / GIB:.1f} GiB; one response may need "
+                f"cache in {fraction:.0%} of {gpu_bytes / GIB:.1f} GiB{beside}; one response may need "
                 f"{workload.longest}"
             )
-            rejections.append(Rejection(f"rollout.tp={tp}", reason))
-            continue
+            self.rejections.append(Rejection(f"rollout.tp={tp}", reason))
+            return None
         # While they run, responses are half done on average.
         in_cache = workload.mean_prompt_tokens + workload.token_mean_length / 2
         running = max(1, min(limits.max_running_requests, int(memory.kv_tokens / in_cache)))
-        choices.append((tp, memory, running))
-    return choices, rejections
+        return _EngineChoice(tp=tp, memory=memory, running=running, memory_fraction=fraction)
 
 
 def _layouts(

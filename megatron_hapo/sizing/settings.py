@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_hapo.config import Config, ParallelConfig, TrainerConfig, load_config, parse_bytes
+from megatron_hapo.config import Config, ParallelConfig, RolloutConfig, TrainerConfig, load_config, parse_bytes
 from megatron_hapo.config_sources import read_sources
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
@@ -36,6 +36,7 @@ def layout_of(config: Config) -> Layout:
         **{name: getattr(config.parallel, name) for name in UNEVEN_STAGES},
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
+        cpu_offload=config.optimizer.cpu_offload,
         recompute=config.trainer.recompute,
         output_head=config.trainer.output_head,
         # A sequence longer than the budget stands alone in a micro-batch of its own.
@@ -66,7 +67,8 @@ def limits_of(config: Config) -> Limits:
         output_head=config.trainer.output_head,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
         spec="local" if config.model.spec == "local" else "te",
-        memory_fraction=config.rollout.memory_fraction,
+        # A colocated run's own is what a trainer rank left of an engine's share.
+        memory_fraction=(config.rollout if config.placement == "disaggregated" else RolloutConfig()).memory_fraction,
         max_running_requests=config.rollout.max_running_requests,
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
@@ -84,8 +86,8 @@ def spec_here(config: Config) -> Spec:
     return config.model.spec
 
 
-def plan_settings(plan: Plan) -> dict[str, Any]:
-    """The settings of a config that make this plan.
+def plan_settings(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The settings of a config that make this plan, beside its placement.
 
     Raises:
         HapoError: the plan needs a size that the config has no setting for.
@@ -101,7 +103,8 @@ def plan_settings(plan: Plan) -> dict[str, Any]:
             "sequence_parallel": layout.sequence_parallel,
         },
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
-        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp},
+        "optimizer": {"cpu_offload": layout.cpu_offload},
+        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp, "memory_fraction": plan.memory_fraction},
     }
 
 
@@ -147,21 +150,26 @@ def _nvidia_smi(field: str) -> list[str]:
 def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     """What `parallel: auto` stands for on this machine, as key=value settings; nothing where a config does not say so.
 
-    It sets the trainer's sizes, micro-batches and recomputation, and the number and size of the engines.
+    It sets the trainer's sizes, micro-batches, recomputation and offload, and the number and size of the engines.
 
     Raises:
         HapoError: no GPU is visible here, or nothing fits; ConfigError: the config has faults.
     """
     if read_sources(Path(path), overrides)[0].get("parallel") != "auto":
         return []
-    config = load_config(path, [*overrides, "parallel={}"])
+    # The sizes that are to be found must not contradict each other before.
+    engines = [f"rollout.{name}=1" for name in ("engines", "tp", "ep")]
+    config = load_config(path, [*overrides, "parallel={}", *engines])
     gpus = local_gpus()
     if not gpus:
         raise HapoError(
             f"{path}: parallel: auto asks for the GPUs of this machine, and nvidia-smi shows none; "
             "`megatron-hapo plan CONFIG --gpus N --write FILE` makes a layout for other machines"
         )
-    cluster = Cluster(gpus=len(gpus), gpu_bytes=min(gpus), gpu=GPUS["h100"], nvlink_size=len(gpus))
+    cluster = Cluster(
+        gpus=len(gpus), gpu_bytes=min(gpus), gpu=GPUS["h100"], nvlink_size=len(gpus),
+        placement=config.placement,
+    )  # fmt: skip
     limits = replace(limits_of(config), spec=spec_here(config))
     plans, _ = search(read_shape(config.model.path), workload_of(config), cluster, limits)
     plan = next((plan for plan in plans if not inexpressible(plan)), None)

@@ -56,6 +56,10 @@ GROUPED_MATMUL_EFFICIENCY = 0.4
 """Of the experts' products: many, and small."""
 MEMORY_EFFICIENCY = 0.7
 LINK_EFFICIENCY = 0.7
+HOST_LINK_BANDWIDTH = 55e9
+"""Bytes a second, each way, between a GPU and its host: PCIe 5 with 16 lanes."""
+HOST_MEMORY_BANDWIDTH = 50e9
+"""Bytes a second of the host's memory for each of its GPUs: eight share a host of about 400e9."""
 KERNELS_PER_LAYER_SECONDS = 60e-6
 """Launches and small operators of a layer's forward pass that no roofline sees, for each micro-batch."""
 DECODE_STEP_SECONDS = 4e-3
@@ -111,6 +115,7 @@ class StepTime:
     log_probs: float
     update: float
     sync: float
+    """With the turns of trainer and engines on shared GPUs."""
     bubble_share: float
     """Of the update: stages that wait for the pipeline to fill and drain."""
     mfu: float
@@ -210,8 +215,16 @@ def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) 
     for parameters, replicas in ((largest.dense, layout.dp * layout.cp), (largest.expert, layout.expert_replicas)):
         messages += (4 + gathered) * parameters * (replicas - 1) / replicas / link
         states += parameters / (replicas if layout.distributed_optimizer else 1)
+    if layout.cpu_offload:  # the gradient goes to the host, and the weight comes back
+        messages += (4 + layout.bytes_per_parameter) * states / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
     # Read gradient, master weight and both moments, write the last three.
-    return messages + 28 * states / (MEMORY_EFFICIENCY * gpu.memory_bandwidth)
+    bandwidth = HOST_MEMORY_BANDWIDTH if layout.cpu_offload else gpu.memory_bandwidth
+    return messages + 28 * states / (MEMORY_EFFICIENCY * bandwidth)
+
+
+def turn_seconds(optimizer_bytes: int) -> float:
+    """The optimizer's state to the host and back, once a step, where trainer and engines share their GPUs."""
+    return 2 * optimizer_bytes / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
 
 
 def _link(gpu: Gpu, ranks: int, nvlink_size: int) -> float:

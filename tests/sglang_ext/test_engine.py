@@ -24,7 +24,7 @@ from tests.tiny_model import write_tiny_qwen3
 @pytest.fixture(scope="module")
 def engine(tiny_qwen3: Path) -> Iterator[RemoteEngine]:
     # fewer cache tokens than 32 sequences need, so that requests wait and are retracted
-    with running_engine(tiny_qwen3, kv_cache_tokens=1024) as running:
+    with running_engine(tiny_qwen3, kv_cache_tokens=1024, gives_memory_back=True) as running:
         yield running
 
 
@@ -255,6 +255,30 @@ def test_failed_updates_raise_and_leave_the_engine_alive(engine, reference):
     load(engine, reference.state_dict())  # SGLang may have written part of the tensor
     engine.end_weight_update(0)
     assert_greedy_equals(engine, reference)
+
+
+def test_an_engine_without_its_memory_refuses_work_until_it_has_all_again(engine, reference):
+    """On a CPU the engine only keeps the books; what it lets be done in which order is the same."""
+    engine.release_memory(("kv_cache", "weights"))
+    engine.release_memory(("kv_cache",))  # nothing happens twice
+    engine.begin_weight_update()
+    with pytest.raises(WeightSyncError, match="has given back the memory of its weights"):
+        load(engine, reference.state_dict())
+    engine.take_memory(("weights",))
+    load(engine, reference.state_dict())
+    engine.verify(make_checksums(reference.state_dict()))
+    engine.end_weight_update(0)
+    with pytest.raises(RolloutError, match="has given back its memory"):
+        engine.generate(make_prompts(1), SAMPLING)
+    engine.take_memory(("kv_cache",))
+    assert_greedy_equals(engine, reference)
+    engine.release_memory(("weights",))
+    engine.take_memory(("weights",))
+    with pytest.raises(RolloutError, match="or its weights; it cannot generate"):
+        engine.generate(make_prompts(1), SAMPLING)
+    engine.begin_weight_update()
+    load(engine, reference.state_dict())
+    engine.end_weight_update(0)
 
 
 # --- updates while responses are unfinished

@@ -1,0 +1,240 @@
+"""Who holds what when: the real driver and rehearsal over parts that keep books of the GPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.config import Config
+from megatron_hapo.data import PromptSampler
+from megatron_hapo.driver import Driver
+from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
+from megatron_hapo.metrics import MetricsLogger
+from megatron_hapo.profiling import StepProfiler
+from megatron_hapo.rehearsal import rehearse
+from megatron_hapo.reward_workers import Score
+from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
+
+SIZES = {"engine weights": 1, "engine kv_cache": 10, "trainer gradients": 4, "trainer optimizer": 8}
+
+
+class Books:
+    """What is held at each moment, and what happened meanwhile. It stands for trainer, engines and sync alike."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.held = {"engine weights", "engine kv_cache"}
+        self.events: list[str] = []
+        self.peak = 0
+
+    def note(self, event: str, *, needs: Sequence[str] = ()) -> None:
+        self.events.append(event)
+        assert {*needs} <= self.held, f"{event} needs {needs}, held are {self.held}"
+        self.peak = max(self.peak, sum(SIZES[part] for part in self.held))
+
+    def move(self, who: str, parts: Sequence[str], *, take: bool) -> None:
+        names = {f"{who} {part}" for part in parts}
+        assert names.isdisjoint(self.held) if take else names <= self.held
+        self.held = self.held | names if take else self.held - names
+        self.note(f"{who} {'takes' if take else 'releases'} {' '.join(parts)}")
+
+
+class Engines:
+    def __init__(self, books: Books):
+        self.books, self.version = books, 0
+
+    def wait_until_ready(self) -> None:
+        self.books.note("ready")
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        self.books.move("engine", parts, take=False)
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self.books.move("engine", parts, take=True)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        self.books.note("generate", needs=("engine weights", "engine kv_cache"))
+        ids, zeros = np.arange(3, dtype=np.int32), np.full(3, -1.0, np.float32)
+        return [
+            [
+                Rollout(
+                    prompt=prompt, response_ids=ids, rollout_log_probs=zeros, temperatures=zeros * 0 + 1,
+                    finish_reason="stop", policy_versions=np.full(3, self.version, np.int32),
+                )
+            ]
+            * sampling.samples
+            for prompt in prompts
+        ]  # fmt: skip
+
+
+class Ranks:
+    def __init__(self, books: Books):
+        self.books = books
+        books.held |= {"trainer gradients", "trainer optimizer"}
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        self.books.move("trainer", parts, take=False)
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        self.books.move("trainer", parts, take=True)
+
+    def log_probs(self, batch: TrainBatch) -> TokenScores:
+        self.books.note("log_probs")
+        zeros = np.zeros(batch.num_response_tokens, np.float32)
+        return TokenScores(log_probs=zeros - 1, rollout_temperature_log_probs=zeros - 1, entropies=zeros + 0.5)
+
+    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
+        self.books.note("update", needs=("trainer gradients", "trainer optimizer"))
+        return {"loss/policy": 0.0}
+
+    def save_checkpoint(self, folder: Path) -> None:
+        self.books.note("save", needs=("trainer optimizer",))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self.books.note("load", needs=("trainer optimizer",))
+
+    def export_hf(self, folder: Path) -> None:
+        self.books.note("export")
+
+
+class Sync:
+    def __init__(self, books: Books, engines: Engines):
+        self.books, self.engines = books, engines
+
+    def sync(self, *, policy_version: int) -> None:
+        self.books.note("sync", needs=("engine weights",))
+        self.engines.version = policy_version
+
+
+class Rewards:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [Score(reward=float(i % 2), correct=bool(i % 2), failure=None) for i, _ in enumerate(rollouts)]
+
+
+class Shares:
+    def of_batches(self, parts: Any) -> dict[str, float]:
+        return {}
+
+    def of_step(self, metrics: Any) -> dict[str, float]:
+        return {}
+
+
+def make_config(folder: Path, placement: str, **settings: Any) -> Config:
+    return Config.model_validate(
+        {
+            "name": "turns",
+            "output_dir": folder,
+            "steps": 2,
+            "device": "cpu",
+            "placement": placement,
+            "model": {"path": folder},
+            "batch": {"prompts_per_step": 2, "samples_per_prompt": 2, "prompts_per_minibatch": 1},
+            "rollout": {"max_prompt_tokens": 8, "max_response_tokens": 8},
+            "data": {"train": {"type": "arithmetic", "size": 4}, "eval": {"type": "arithmetic", "size": 4}},
+            "eval": {"every": 2},
+            "checkpoint": {"every": 1, "hf_every": 2},
+            **settings,
+        }
+    )
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[tuple[Books, Engines, Ranks, MemoryTurns]]:
+    """As `run.open_parts` does."""
+    books = Books(config)
+    engines: Any = Engines(books)
+    make_room_for_trainer(config, engines, device="cpu")
+    ranks: Any = Ranks(books)
+    sync: Any = Sync(books, engines)
+    yield books, engines, ranks, MemoryTurns(config, ranks, engines, sync)
+
+
+PROMPTS = [
+    Prompt(uid=str(i), token_ids=np.arange(4, dtype=np.int32), ground_truth="1", data_source="sums") for i in range(4)
+]
+
+
+def run(config: Config) -> Books:
+    with opened(config) as (books, engines, ranks, turns):
+        parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
+        profiler = StepProfiler((), config.run_dir, **parts)
+        parts |= {"utilization": Shares(), "profiler": profiler}
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with MetricsLogger(config.run_dir, total_steps=config.steps) as logger:
+            Driver(
+                config=config,
+                turns=turns,
+                prompts=PromptSampler(PROMPTS, seed=0, shuffle=False),
+                eval_prompts=PROMPTS,
+                logger=logger,
+                checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),
+                **parts,
+            ).run()
+    return books
+
+
+TO_TRAINER = ["engine releases kv_cache weights", "trainer takes optimizer gradients"]
+TO_ENGINES = ["trainer releases gradients optimizer", "engine takes weights", "sync", "engine takes kv_cache"]
+TRAIN = ["log_probs", "update", "update", "save"]
+
+
+def test_the_order_of_a_run_and_of_a_resumed_one(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "colocated")
+    books = run(config)
+    assert books.events == [
+        *["ready", "engine releases kv_cache weights", *TO_ENGINES, "generate"],  # evaluation of the first weights
+        *["generate", *TO_TRAINER, *TRAIN, *TO_ENGINES],
+        *["generate", *TO_TRAINER, *TRAIN, "export", *TO_ENGINES, "generate"],
+        *TO_TRAINER,  # for exports after the run; everything is saved already
+    ]
+    again = run(config.model_copy(update={"steps": 3}))
+    assert again.events == [
+        *["ready", "engine releases kv_cache weights", "load", *TO_ENGINES],
+        *["generate", *TO_TRAINER, *TRAIN, *TO_ENGINES, "generate"],
+        *TO_TRAINER,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engines", "peak"),
+    # Of 11 for engines and 12 for the trainer, never both; what is kept counts in both turns.
+    [("all", "all", 12), ("gradients", "all", 19), ("all", "kv_cache", 13), ("gradients", "kv_cache", 19)],
+)
+def test_nothing_is_held_beside_what_the_other_needs(
+    tmp_path: Path, trainer: Literal["all", "gradients"], engines: Literal["all", "kv_cache"], peak: int
+) -> None:
+    books = run(make_config(tmp_path, "colocated", memory_turns={"trainer": trainer, "engines": engines}))
+    assert books.peak == peak
+
+
+def test_a_run_that_is_saved_only_at_its_end_saves_in_the_trainers_turn(tmp_path: Path) -> None:
+    books = run(make_config(tmp_path, "colocated", checkpoint={"every": 0}))
+    assert books.events[-3:] == [*TO_TRAINER, "save"]
+
+
+def test_on_gpus_of_their_own_nobody_gives_anything_back(tmp_path: Path) -> None:
+    books = run(make_config(tmp_path, "disaggregated"))
+    assert not [event for event in books.events if "releases" in event or "takes" in event]
+    assert books.events.count("sync") == 3
+
+
+def test_a_rehearsal_takes_turns_too(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "colocated")
+    with opened(config) as (books, engines, ranks, turns):
+        parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
+        rehearse(config, turns=turns, prompts=PROMPTS, **parts)
+    steered = [*TO_ENGINES, "generate", *TO_TRAINER, "log_probs"]
+    assert books.events == ["ready", "engine releases kv_cache weights", *steered, *steered]
+
+
+def test_engines_do_not_get_two_turns_in_a_row(tmp_path: Path) -> None:
+    with opened(make_config(tmp_path, "disaggregated")) as (_, _, _, turns):
+        turns.to_engines(policy_version=0)
+        with pytest.raises(AssertionError, match="engines have their turn already"):
+            turns.to_engines(policy_version=1)
