@@ -149,6 +149,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             "trainer": trainer,
             "prompts": evaluation,
             "rewards": rewards,
+            "weight_sync": weight_sync,
         }
 
 

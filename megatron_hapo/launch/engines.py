@@ -57,8 +57,8 @@ class EngineActor:
     def ready(self) -> None:
         """Answers once the engine has started and proved its hook."""
 
-    @ray.method(concurrency_group="generation")
     @recorded
+    @ray.method(concurrency_group="generation")  # inside: Ray looks at the innermost function
     def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[tuple[int, int, Rollout]]:
         return self._engine.advance(call, prompts, sampling)
 

@@ -133,7 +133,8 @@ def test_a_failed_rank_is_told_by_rank_0_and_the_restart_resumes(
 def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
-    config = run_config(tiny_qwen3, folder, "two_hosts", method="gather")
+    # Steps enough that the run has not ended before it knows of the loss.
+    config = run_config(tiny_qwen3, folder, "two_hosts", method="gather").model_copy(update={"steps": 30})
     path = write_config(config, folder)
     with two_hosts() as hosts:
         (first, address), (second, other_address) = hosts.items()
@@ -160,7 +161,9 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 again.until_gone(60)
             one.until_gone(60)
         assert "resuming from" in one.text + again.text  # either may have become rank 0
-    assert_same(metrics_of(config), ray_metrics, RESUMED)
+    rows = metrics_of(config)
+    assert [row["step"] for row in rows] == list(range(31))
+    assert_same(rows[: len(ray_metrics)], ray_metrics, RESUMED)
 
 
 @pytest.mark.slow
