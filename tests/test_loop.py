@@ -62,7 +62,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
                 "max_response_tokens": 24,
                 "kv_cache_tokens": 4096,
                 "memory_fraction": 0.1,
-                "timeout_seconds": 120,
+                "timeout_seconds": 400,
             },
             "algorithm": {"adaptive_temperature": {"tau": TAU}},
             "data": {"train": {"type": "arithmetic", "size": 40}, "eval": {"type": "arithmetic", "size": 4, "seed": 1}},
