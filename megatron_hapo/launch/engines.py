@@ -57,10 +57,10 @@ class EngineActor:
     def ready(self) -> None:
         """Answers once the engine has started and proved its hook."""
 
-    @recorded
-    @ray.method(concurrency_group="generation")  # inside: Ray looks at the innermost function
+    @ray.method(concurrency_group="generation")  # read from the innermost function: no other decorator within
     def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[tuple[int, int, Rollout]]:
-        return self._engine.advance(call, prompts, sampling)
+        with self.spans("advance"):
+            return self._engine.advance(call, prompts, sampling)
 
     def begin_weight_update(self) -> None:
         self._checksums = {}
