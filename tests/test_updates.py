@@ -1,4 +1,4 @@
-"""What updates do to the weights, on one trainer rank: the right direction, not after a fault, below bfloat16's steps."""
+"""What updates do to one trainer rank's weights: the right direction, nothing after a fault, steps below bfloat16."""
 
 from __future__ import annotations
 
