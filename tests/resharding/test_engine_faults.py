@@ -86,6 +86,18 @@ def rank_processes(pool: RayRolloutPool, engine: int) -> list[psutil.Process]:
     return [child for child in actor.children(recursive=True) if "sglang::scheduler" in child.name()]
 
 
+def kill_in_mid_sync(monkeypatch: pytest.MonkeyPatch, victim: psutil.Process, *, of_channel: str) -> None:
+    """Once some buckets are on their way over a channel whose `of_channel` (engine, or engine_rank) is 1."""
+    original = transfer_module._Outlet._tell
+
+    def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
+        if getattr(outlet._channel, of_channel) == 1 and number == 2 and victim.is_running():
+            victim.send_signal(signal.SIGKILL)
+        original(outlet, number)
+
+    monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+
+
 def test_both_engines_hold_the_weights(case) -> None:
     pool, _, new = case
     assert_greedy_equals(pool, load_reference(new), version=1)
@@ -94,14 +106,7 @@ def test_both_engines_hold_the_weights(case) -> None:
 def test_an_engine_killed_in_mid_sync_is_replaced_and_gets_everything(case, monkeypatch, caplog) -> None:
     pool, sync, new = case
     (victim,) = rank_processes(pool, 1)
-    original = transfer_module._Outlet._tell
-
-    def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
-        if outlet._channel.engine == 1 and number == 3 and victim.is_running():
-            victim.send_signal(signal.SIGKILL)
-        original(outlet, number)
-
-    monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+    kill_in_mid_sync(monkeypatch, victim, of_channel="engine")
     sync.sync(policy_version=2)
     assert not victim.is_running()
     assert "engines [1] died in the weight sync and were replaced" in caplog.text
@@ -170,18 +175,11 @@ def test_an_engine_killed_in_a_sync_gives_its_unfinished_responses_to_the_others
         ray.get(engine.__ray_call__.remote(lambda actor: setattr(actor, "_in_flight", "pause")))
     monkeypatch.setattr(pool, "_room", 16)
     (victim,) = rank_processes(pool, 1)
-    original = transfer_module._Outlet._tell
-
-    def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
-        if outlet._channel.engine == 1 and number == 3 and victim.is_running():
-            victim.send_signal(signal.SIGKILL)
-        original(outlet, number)
-
     sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=64, seed=3, stop_token_ids=(7,))
     with ThreadPoolExecutor(1) as thread:
         generation = thread.submit(pool.generate, make_prompts(64), sampling)
         time.sleep(0.5)  # of several seconds
-        monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+        kill_in_mid_sync(monkeypatch, victim, of_channel="engine")
         sync.sync(policy_version=8)
         groups = generation.result()
     assert not victim.is_running()
@@ -215,14 +213,7 @@ def test_a_rank_of_a_tensor_parallel_engine_killed_in_mid_sync(tmp_path, monkeyp
         sync = DirectSync(config, ThreadedTrainer(new, engine_tp=2, pp=2), pool, folder=tmp_path / "s")
         sync.sync(policy_version=1)
         victim = next(process for process in rank_processes(pool, 0) if "TP1" in process.name())
-        original = transfer_module._Outlet._tell
-
-        def kill_then_tell(outlet: transfer_module._Outlet, number: int) -> None:
-            if outlet._channel.engine_rank == 1 and number == 2 and victim.is_running():
-                victim.send_signal(signal.SIGKILL)
-            original(outlet, number)
-
-        monkeypatch.setattr(transfer_module._Outlet, "_tell", kill_then_tell)
+        kill_in_mid_sync(monkeypatch, victim, of_channel="engine_rank")
         sync.sync(policy_version=2)
         assert not victim.is_running()
         assert_greedy_equals(pool, load_reference(new), version=2)
