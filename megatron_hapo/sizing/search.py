@@ -143,17 +143,18 @@ def _offloaded_if_needed(
 ) -> tuple[Layout, TrainerMemory]:
     """The layout, with the optimizer's state on the host where it does not fit without, and its memory."""
     room = cluster.gpu_bytes - (ENGINE_RESTING_BYTES if cluster.placement == "colocated" else 0)
-    # Megatron offloads masters of 16-bit parameters.
-    layouts = layout, replace(layout, cpu_offload=layout.bytes_per_parameter == 2)
-    memories = [
-        trainer_memory(
+
+    def memory_of(layout: Layout) -> TrainerMemory:
+        return trainer_memory(
             shape, layout, gpu_bytes=cluster.gpu_bytes, spec=limits.spec, bucket_bytes=limits.bucket_bytes,
             num_microbatches=_microbatches(workload, layout),
-        )
-        for layout in layouts
-    ]  # fmt: skip
-    chosen = 0 if memories[0].total <= room else 1
-    return layouts[chosen], memories[chosen]
+        )  # fmt: skip
+
+    memory = memory_of(layout)
+    if memory.total <= room or layout.bytes_per_parameter != 2:  # Megatron offloads masters of 16-bit parameters
+        return layout, memory
+    offloaded = replace(layout, cpu_offload=True)
+    return offloaded, memory_of(offloaded)
 
 
 def describe(layout: Layout) -> str:
