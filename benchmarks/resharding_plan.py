@@ -21,29 +21,37 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_hapo.config import ParallelConfig, load_config
 from megatron_hapo.model.families import FAMILIES
-from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import make_plan
 
 NVLINK, NIC = 450e9, 50e9  # bytes a second and direction
-CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "data" / "hf_configs"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     model: str
-    tp: int
-    pp: int
-    dp: int
-    ep: int = 1
+    parallel: ParallelConfig
     engines: int
     engine_tp: int
     engine_ep: int = 1
-    published: str
+    published: str = ""
+
+    @classmethod
+    def shipped(cls, recipe: str, published: str = "") -> Case:
+        """As `configs/<recipe>.yaml` lays trainer and engines out."""
+        config = load_config(ROOT / f"configs/{recipe}.yaml")
+        return cls(
+            model=Path(config.model.path).name, parallel=config.parallel, engines=config.rollout.engines,
+            engine_tp=config.rollout.tp, published=published,
+        )  # fmt: skip
 
     def trainer(self) -> str:
-        return f"tp{self.tp} pp{self.pp} dp{self.dp}" + (f" ep{self.ep}" if self.ep > 1 else "")
+        sizes = {name: getattr(self.parallel, name) for name in ("tp", "pp", "cp", "dp", "ep")}
+        named = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+        return f"{self.parallel.world_size}: {named}"
 
     def engine(self) -> str:
         return f"{self.engines} x tp{self.engine_tp}" + (f" ep{self.engine_ep}" if self.engine_ep > 1 else "")
@@ -56,17 +64,17 @@ SOURCES = (
     "[1] verl docs/advance/delta_weight_sync.md  [2] hebiao064.github.io/rl-weight-sync  "
     "[3] lmsys.org/blog/2026-04-29-p2p-update  [4] le.qun.ch/en/blog/2025/09/07/rl-weight-transfer"
 )
+_8B_ON_64 = ParallelConfig(tp=4, pp=2, dp=8)
+_235B_ON_512 = ParallelConfig(tp=4, pp=8, dp=16, ep=32, first_stage_layers=10)
 CASES = (
-    Case(model="Qwen3-8B", tp=4, pp=2, dp=8, engines=8, engine_tp=2, published=_8B),
-    Case(model="Qwen3-8B", tp=4, pp=2, dp=8, engines=32, engine_tp=2, published=_8B),
-    Case(model="Qwen3-32B", tp=8, pp=4, dp=4, engines=16, engine_tp=4, published=""),
-    Case(model="Qwen3-30B-A3B", tp=4, pp=1, dp=16, ep=32, engines=8, engine_tp=4,
-         published=_30B),
-    Case(model="Qwen3-235B-A22B", tp=4, pp=8, dp=16, ep=32, engines=16, engine_tp=8,
-         published=_235B),
-    Case(model="Qwen3-235B-A22B", tp=4, pp=8, dp=16, ep=32, engines=16, engine_tp=8,
-         engine_ep=8, published=_235B),
-)  # fmt: skip
+    Case(model="Qwen3-8B", parallel=_8B_ON_64, engines=8, engine_tp=2, published=_8B),
+    Case(model="Qwen3-8B", parallel=_8B_ON_64, engines=32, engine_tp=2, published=_8B),
+    Case.shipped("large/qwen3_32b_hapo"),
+    Case.shipped("large/qwen3_30b_a3b_hapo", _30B),
+    Case.shipped("large/qwen3_235b_a22b_hapo", _235B),
+    Case(model="Qwen3-235B-A22B", parallel=_235B_ON_512, engines=16, engine_tp=8, published=_235B),
+    Case(model="Qwen3-235B-A22B", parallel=_235B_ON_512, engines=16, engine_tp=8, engine_ep=8, published=_235B),
+)
 
 
 def main() -> None:
@@ -84,14 +92,18 @@ def main() -> None:
 
 def figures(case: Case) -> dict[str, float]:
     start = time.process_time()
-    config = json.loads((CONFIGS / f"Qwen--{case.model}.json").read_text())
-    shape = FAMILIES[config["model_type"]](config)
-    # As equal as the layers allow: fewer on the first stage, which has the embedding too.
-    each = -(-shape.num_layers // case.pp)
-    first = None if shape.num_layers % case.pp == 0 else shape.num_layers - each * (case.pp - 1)
-    pipeline = Pipeline(pp=case.pp, first_stage_layers=first)
+    config = json.loads((ROOT / f"tests/data/hf_configs/Qwen--{case.model}.json").read_text())
+    shape, parallel = FAMILIES[config["model_type"]](config), case.parallel
     plan = make_plan(
-        trainer_shards(shape, tp=case.tp, pipeline=pipeline, dp=case.dp, ep=case.ep),
+        # Ranks of one context hold the same weights, as replicas do.
+        trainer_shards(
+            shape,
+            tp=parallel.tp,
+            dp=parallel.dp * parallel.cp,
+            ep=parallel.ep,
+            etp=parallel.etp,
+            pipeline=parallel.pipeline,
+        ),
         engine_parameters(shape, case.engine_tp, case.engine_ep),
         matrix_sizes(shape),
         engines=case.engines,
