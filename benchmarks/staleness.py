@@ -56,7 +56,7 @@ def train(out: Path, name: str, overrides: list[str]) -> None:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """The first two steps do not count: they touch memory for the first time, and nothing is generated before the first."""
+    """The first two steps do not count: memory is touched for the first time, and nothing was generated before them."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 2]
     return {
