@@ -118,5 +118,5 @@ def test_the_true_configs_of_every_known_family_can_be_planned(family: str) -> N
             continue
         shape: Shape = shape_at(path)
         cluster = Cluster(gpus=256, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
-        plans, _ = search(shape, WORKLOAD, cluster, Limits(max_cp=2, replicate_kv_heads=True))
+        plans, _ = search(shape, WORKLOAD, cluster, Limits(max_cp=2))
         assert all(plan.trainer.total <= 80 * GIB for plan in plans), path.name

@@ -213,6 +213,22 @@ def test_a_colocated_plan_is_written_and_passes_its_own_check(
     assert json.loads(capsys.readouterr().out)["plans"][0]["rollout"] == best["rollout"]
 
 
+def test_a_written_plan_may_have_more_engine_ranks_than_key_value_heads(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Qwen3-235B-A22B has 4, and its weights need 8 GPUs; not so on a CPU, where SGLang does not repeat a head."""
+    model = Path(QWEN3_8B_CONFIG).with_name("Qwen--Qwen3-235B-A22B.json")
+    (run_folder / "model/config.json").write_text(model.read_text())
+    assert cli.main(["plan", "run.yaml", "--gpus", "256", "--write", "planned.yaml"]) == 0
+    on_gpus = ["device=cuda", "parallel.gpu_memory=80GiB", "model.spec=te"]
+    config = load_config("planned.yaml", on_gpus)
+    assert config.rollout.tp == 8
+    assert check_run(config) == []
+    faults = check_run(load_config("planned.yaml", ["device=cpu", "rollout.kv_cache_tokens=20000"]))
+    assert "4 key-value heads" in next(fault.message for fault in faults if fault.key == "rollout.tp")
+
+
 BAD_PLANS = {
     "nothing to plan": (["--gpus", "8"], "plan: name a CONFIG or a model with --model"),
     "no size": (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, parse_bytes
@@ -62,8 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
         placement=arguments.placement or ("disaggregated" if config is None else config.placement),
     )  # fmt: skip
     limits = Limits(max_cp=8, recompute=recompute_choices()) if config is None else limits_of(config)
-    # SGLang can do it, `train` cannot yet: show such a plan, but do not write it.
-    limits = replace(limits, replicate_kv_heads=arguments.write is None)
     workload = _workload(config, arguments)
     if workload.longest > shape.max_positions:
         raise HapoError(

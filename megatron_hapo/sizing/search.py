@@ -63,8 +63,6 @@ class Limits:
     """Of an engine that has its GPUs for itself; beside a trainer's weights it gets so much less."""
     max_running_requests: int = 256
     bucket_bytes: int = 512 << 20
-    replicate_kv_heads: bool = False
-    """Whether an engine may have more ranks than the model has key-value heads, each head on several of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +253,7 @@ class _Engines:
 
     def _choice(self, tp: int, rest: int) -> _EngineChoice | None:
         shape, workload, limits, gpu_bytes = self._shape, self._workload, self._limits, self._cluster.gpu_bytes
-        if fault := _tp_fault(shape, tp, engine=True, replicate=limits.replicate_kv_heads):
+        if fault := _tp_fault(shape, tp, engine=True):
             self.rejections.append(Rejection(f"rollout.tp={tp}", fault))
             return None
         fraction = limits.memory_fraction if rest == 0 else int(100 * (limits.memory_fraction - rest / gpu_bytes)) / 100
@@ -337,9 +335,9 @@ def _microbatches(workload: Workload, layout: Layout) -> int:
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 
-def _tp_fault(shape: Shape, tp: int, *, engine: bool = False, replicate: bool = False) -> str | None:
+def _tp_fault(shape: Shape, tp: int, *, engine: bool = False) -> str | None:
     sizes = {"attention heads": shape.num_heads, "feed-forward units": shape.ffn_size}
-    if not (replicate and tp % shape.num_kv_heads == 0):
+    if not (engine and tp % shape.num_kv_heads == 0):  # SGLang gives several ranks the same head
         sizes["key-value heads"] = shape.num_kv_heads
     moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
     if moe and engine:  # the trainer may leave them whole

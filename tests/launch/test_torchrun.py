@@ -134,7 +134,7 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
     # Steps enough that the run has not ended before it knows of the loss.
-    config = run_config(tiny_qwen3, folder, "two_hosts", method="gather").model_copy(update={"steps": 30})
+    config = run_config(tiny_qwen3, folder, "two_hosts").model_copy(update={"steps": 30})
     path = write_config(config, folder)
     with two_hosts() as hosts:
         (first, address), (second, other_address) = hosts.items()
