@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -194,12 +195,14 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
     to_megatron = job.direction == "hf-to-megatron"
     model = build_model(shape, layout, dtype=getattr(torch, dtype if to_megatron else source_dtype))
     num_local = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
-    local_bytes = num_local * BYTES[source_dtype]
+    # Megatron reads a whole checkpoint in one call, which says nothing meanwhile.
+    local_bytes = num_local * BYTES[source_dtype] if to_megatron else None
     with _progress(f"reading {job.source}", local_bytes, show=dist.get_rank() == 0) as progress:
         load_weights(model, shape, layout, job.source, progress=progress)
     target = partial_folder(job.target)
     if to_megatron:
-        with _progress(f"writing {job.target}", None, show=dist.get_rank() == 0):
+        whole_bytes = num_parameters(shape) * BYTES[dtype]
+        with _growth(target, f"writing {job.target}", whole_bytes, show=dist.get_rank() == 0):
             save_weights(model, layout, target)
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
@@ -268,8 +271,36 @@ def _transformers_logits(folder: Path, sequences: list[list[int]]) -> list[np.nd
 
 
 @contextlib.contextmanager
+def _growth(folder: Path, what: str, total: int, *, show: bool) -> Iterator[None]:
+    """A progress bar over what the folder grows by: Megatron writes a whole checkpoint in one call."""
+    if not show:
+        yield
+        return
+    end = threading.Event()
+
+    def watch(progress: Progress) -> None:
+        seen = 0
+        while not end.wait(0.5):
+            size = 0
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # renamed just now
+                    size += path.stat().st_size
+            progress(size - seen)
+            seen = size
+
+    with _progress(what, total, show=True) as progress:
+        thread = threading.Thread(target=watch, args=(progress,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+
+@contextlib.contextmanager
 def _progress(what: str, total: int | None, *, show: bool) -> Iterator[Progress]:
-    """A progress bar on stderr over this rank's bytes; total None shows only that work goes on."""
+    """A progress bar on stderr over so many bytes; None shows only that work goes on."""
     if not show:
         yield lambda num_bytes: None
         return

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -71,9 +71,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayRolloutP
     folder = tmp_path_factory.mktemp("faults")
     start, new = (write_tiny_qwen3(folder / f"seed{seed}", layers=LAYERS, tied=True, seed=seed) for seed in (9, 1))
     config = make_config(start, folder, engines=2, tp=1)
-    with ExitStack() as stack:
-        pool = RayRolloutPool(config, device="cpu")
-        stack.callback(pool.close)
+    with closing(RayRolloutPool(config, device="cpu")) as pool:
         pool.wait_until_ready()
         (folder / "s").mkdir()
         sync = DirectSync(config, ThreadedTrainer(new, engine_tp=1, tp=2, dp=2), pool, folder=folder / "s")
@@ -189,26 +187,32 @@ def test_an_engine_killed_in_a_sync_gives_its_unfinished_responses_to_the_others
     assert_log_probs_are_at_recorded_temperatures(load_reference(new), rollouts)  # both versions are of these weights
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_both_engines_take_weights_of_every_layout(case, tmp_path, layout) -> None:
+def take_weights_of_every_layout(pool: RayRolloutPool, folder: Path, *, tied: bool) -> None:
+    for version, layout in enumerate(LAYOUTS, 100):
+        own = folder / f"version{version}"
+        new = write_tiny_qwen3(own / "new", layers=LAYERS, tied=tied, seed=version)
+        trainer = ThreadedTrainer(new, engine_tp=1, **layout)
+        DirectSync(make_config(new, own, engines=2, tp=1), trainer, pool, folder=own).sync(policy_version=version)
+        assert_greedy_equals(pool, load_reference(new), version=version)
+
+
+def test_both_engines_take_weights_of_every_layout(case, tmp_path) -> None:
     """Last of those that share the engines: it gives them other plans."""
-    pool, _, _ = case
-    version = 100 + LAYOUTS.index(layout)
-    new = write_tiny_qwen3(tmp_path / "new", layers=LAYERS, tied=True, seed=version)
-    (tmp_path / "s").mkdir()
-    trainer = ThreadedTrainer(new, engine_tp=1, **layout)
-    config = make_config(new, tmp_path, engines=2, tp=1)
-    DirectSync(config, trainer, pool, folder=tmp_path / "s").sync(policy_version=version)
-    assert_greedy_equals(pool, load_reference(new), version=version)
+    take_weights_of_every_layout(case[0], tmp_path, tied=True)
+
+
+def test_two_engines_of_an_untied_model_take_weights_of_every_layout(tmp_path) -> None:
+    start = write_tiny_qwen3(tmp_path / "start", layers=LAYERS, tied=False, seed=9)
+    with closing(RayRolloutPool(make_config(start, tmp_path, engines=2, tp=1), device="cpu")) as pool:
+        pool.wait_until_ready()
+        take_weights_of_every_layout(pool, tmp_path, tied=False)
 
 
 def test_a_rank_of_a_tensor_parallel_engine_killed_in_mid_sync(tmp_path, monkeypatch) -> None:
     start, new = write_tiny_qwen3(tmp_path / "start", seed=9), write_tiny_qwen3(tmp_path / "new", seed=1)
     config = make_config(start, tmp_path, engines=1, tp=2)
     (tmp_path / "s").mkdir()
-    with ExitStack() as stack:
-        pool = RayRolloutPool(config, device="cpu")
-        stack.callback(pool.close)
+    with closing(RayRolloutPool(config, device="cpu")) as pool:
         pool.wait_until_ready()
         sync = DirectSync(config, ThreadedTrainer(new, engine_tp=2, pp=2), pool, folder=tmp_path / "s")
         sync.sync(policy_version=1)
