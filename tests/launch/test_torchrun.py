@@ -151,6 +151,7 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 one.until(lambda: rows_of(config) >= 3, "second step", START_SECONDS)
                 two.note()
                 assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
+                assert "weights go directly, by messages (gloo)" in one.text + two.text
                 kill_hard(two.process)
                 told = "the torchrun agent of trainer rank 1 ("
                 one.until(lambda: told in one.text, "word of the lost host", 60)

@@ -1,4 +1,4 @@
-"""torchrun and the Ray launcher as processes, on tests' tiny model; hosts are network namespaces of this machine."""
+"""torchrun and the Ray launcher as processes, on tests' tiny model; hosts are namespaces of this machine."""
 
 from __future__ import annotations
 
@@ -102,9 +102,10 @@ def train_command(config: Path) -> list[str]:
     return ["-m", "megatron_hapo", "train", str(config)]
 
 
-def torchrun(*options: str, namespace: str | None = None) -> list[str]:
-    inside = [] if namespace is None else ["ip", "netns", "exec", namespace]
-    return [*inside, sys.executable, "-m", "torch.distributed.run", *options]
+def torchrun(*options: str, namespace: str = "") -> list[str]:
+    # A host's shared memory is its own too.
+    host = ["ip", "netns", "exec", namespace, "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$0" "$@"']
+    return [*(host if namespace else []), sys.executable, "-m", "torch.distributed.run", *options]
 
 
 def metrics_of(config: Config) -> list[dict[str, float]]:
