@@ -30,6 +30,10 @@ from benchmarks.peak_memory import PeakMemory
 from megatron_hapo.launch.convert import Conversion, convert
 from tests.tiny_model import write_tiny_qwen3
 
+_SETTLE_SECONDS = 10.0
+"""A virtual machine gives freed memory back to its host within seconds, and to touch it again takes seconds a GB. A
+copy starts at once and would get pages of the files just removed, a conversion starts later; so both get none."""
+
 
 def main() -> None:
     arguments = parse_arguments()
@@ -63,6 +67,7 @@ def main() -> None:
             for name, (target, job) in jobs.items():
                 shutil.rmtree(target, ignore_errors=True)
                 os.sync()
+                time.sleep(_SETTLE_SECONDS)
                 with PeakMemory(every_seconds=0.2) as memory:
                     start = time.perf_counter()
                     job()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,8 +104,6 @@ def test_a_source_that_is_no_model_of_ours_is_refused(
 def test_a_full_disk_is_foreseen(
     moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     assert cli.main(["convert", "hf-to-megatron", str(moe), str(tmp_path / "out")]) == cli.EXIT_FAULT
@@ -132,6 +133,22 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_folder(
     error = capfd.readouterr().err.splitlines()[-1]
     assert re.search(r"out\.partial: cannot be written, \S+ GB are free on its disk: .", error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_would_run_code_are_refused(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    source = shutil.copytree(megatron, tmp_path / "source")
+    (source / ".metadata").write_bytes(pickle.dumps(Code()))
+    assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    assert f"{source}/.metadata is no metadata of a checkpoint, and was not used: it names posix.mkdir" in (
+        capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_fault_found_while_reading_leaves_no_folder(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_hapo.checkpoint.metadata import check_metadata
 from megatron_hapo.checkpoint.weights import set_weights, sharded_weights, use_plain_results_queue
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.parallel import ParallelLayout
@@ -26,7 +27,12 @@ def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
 
 
 def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
-    """Fill model and optimizer of this rank from a checkpoint of any layout."""
+    """Fill model and optimizer of this rank from a checkpoint of any layout.
+
+    Raises:
+        ConfigError: its metadata are not what a checkpoint has.
+    """
+    check_metadata(folder)
     parts = _parts(optimizer)
     for part in parts:
         if isinstance(part, DistributedOptimizer):  # the others make their states as they are asked what to load

@@ -59,7 +59,8 @@ def hf_tensors(
 
     First what is no expert: the ranks of a tp group iterate in lockstep (one all-gather a parameter); a tied output
     head is not repeated. Then the experts that this rank has a part of, in lockstep with its etp group only: the other
-    ranks of the tp group have other experts, and may be waiting for somebody to take them.
+    ranks of the tp group have other experts, and may be waiting for somebody to take them. What lies whole and in one
+    piece in a parameter of this rank is a view of it.
 
     Args:
         select: which Megatron parameters; the same answers on the ranks of a tp group, for experts of an etp group.
@@ -81,10 +82,15 @@ def hf_tensors(
                 break
             offset = 0
             for run in place.runs:
-                whole = wholes.setdefault(run.tensor, parameter.new_empty(sizes[run.tensor]))
                 length = run.stop - run.start
-                whole.narrow(place.axis, run.start, length).copy_(shard.narrow(place.axis, offset, length))
+                part = shard.narrow(place.axis, offset, length)
                 offset += length
+                if part.shape == sizes[run.tensor]:
+                    wholes[run.tensor] = part
+                    continue
+                if run.tensor not in wholes:
+                    wholes[run.tensor] = parameter.new_empty(sizes[run.tensor])
+                wholes[run.tensor].narrow(place.axis, run.start, length).copy_(part)
         yield from wholes.items()
 
 

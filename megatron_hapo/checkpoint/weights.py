@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.checkpoint.hf import Progress, load_hf_weights
+from megatron_hapo.checkpoint.metadata import check_metadata
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
@@ -31,6 +32,7 @@ def load_weights(
     if not is_megatron_folder(folder):
         load_hf_weights(model, shape, layout, folder, progress=progress)
         return
+    check_metadata(folder)
     try:
         state: Any = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder))
     except (CheckpointingException, OSError, KeyError) as error:

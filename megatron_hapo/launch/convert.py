@@ -25,7 +25,7 @@ from megatron_hapo.checkpoint.folder import (
     whole_or_nothing,
 )
 from megatron_hapo.errors import ConfigError, HapoError
-from megatron_hapo.launch.rank import environment, rendezvous_file
+from megatron_hapo.launch.rank import environment, quieten, rendezvous_file
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 from megatron_hapo.pipeline import Pipeline
 
@@ -156,6 +156,7 @@ def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
 
 
 def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) -> None:
+    quieten()
     import torch
 
     from megatron_hapo.model import cpu
@@ -197,18 +198,18 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
     num_local = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
     # Megatron reads a whole checkpoint in one call, which says nothing meanwhile.
     local_bytes = num_local * BYTES[source_dtype] if to_megatron else None
-    with _progress(f"reading {job.source}", local_bytes, show=dist.get_rank() == 0) as progress:
+    with _progress(f"reading {job.source.name}", local_bytes, show=dist.get_rank() == 0) as progress:
         load_weights(model, shape, layout, job.source, progress=progress)
     target = partial_folder(job.target)
     if to_megatron:
         whole_bytes = num_parameters(shape) * BYTES[dtype]
-        with _growth(target, f"writing {job.target}", whole_bytes, show=dist.get_rank() == 0):
+        with _growth(target, f"writing {job.target.name}", whole_bytes, show=dist.get_rank() == 0):
             save_weights(model, layout, target)
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
     else:
         own_bytes = num_local * BYTES[dtype] * layout.tp_size
-        with _progress(f"writing {job.target}", own_bytes, show=dist.get_rank() == 0) as progress:
+        with _progress(f"writing {job.target.name}", own_bytes, show=dist.get_rank() == 0) as progress:
             part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, part)

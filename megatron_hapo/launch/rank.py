@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +25,19 @@ def environment(device: str, *, loopback: bool) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device == "cpu":
-        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # Large tensors on huge pages: to touch memory for the first time is much of what a conversion costs.
+        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
     if loopback:
         variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return variables
+
+
+def quieten() -> None:
+    """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from megatron_hapo.launch.control import Commander, ControlGroup, serve, serve_d
 from megatron_hapo.launch.host import interface_of, own_address
 from megatron_hapo.launch.places import Place as EnginePlace
 from megatron_hapo.launch.places import beside_ranks
-from megatron_hapo.launch.rank import environment, start_rank
+from megatron_hapo.launch.rank import environment, quieten, start_rank
 from megatron_hapo.launch.ranks import RankObject, TrainerOverRanks
 from megatron_hapo.launch.ray_cluster import RayNode
 from megatron_hapo.launch.watch import Watch, leave
@@ -59,7 +58,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         HapoError: on rank 0, when the run cannot start.
     """
     place = Place.from_environment()
-    _quieten()
+    quieten()
     fault, config = None, None
     try:
         config = load_checked_config(path, overrides)
@@ -70,14 +69,6 @@ def train(path: Path, overrides: Sequence[str]) -> None:
         _lead(place, config, fault)
     else:
         _follow(place, config, fault)
-
-
-def _quieten() -> None:
-    """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)
-    for name in ("megatron.core", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> None:

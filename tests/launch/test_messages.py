@@ -10,7 +10,7 @@ import pytest
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.launch.messages import decode, encode
 from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
-from megatron_hapo.resharding.transfer import Transfer
+from megatron_hapo.resharding.transfer import Meeting, Transfer
 from megatron_hapo.spans import Span, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
@@ -33,6 +33,17 @@ VALUES = [
     SendingTask((Channel(0, 1, 2, (PIECE,), (PIECE, PIECE)),), (OwnBlock(PIECE, "hf", 0, 1),)),
     [(Parameter("p", 2, 3, (Block("t", 0, 0, 2, 3, 0, 0),)),)],
     Transfer(folder="/dev/shm/x", number=1, plan="f", dtype="float32", slot_bytes=8, deadline_seconds=0.1),
+    Transfer(
+        folder="/dev/shm/x",
+        number=2,
+        plan="f",
+        dtype="bfloat16",
+        slot_bytes=8,
+        deadline_seconds=0.1,
+        meeting=Meeting(
+            host="h", port=1, generation=0, trainer_ranks=4, engine_ranks=2, ranks_per_engine=1, backend="gloo"
+        ),
+    ),
     {"lm_head.weight": [2**64 - 1]},
     Timeline("trainer rank 0", "host", [Span("update", 1_700_000_000_123_456_789, 1_700_000_000_123_456_790)]),
 ]
