@@ -1,6 +1,6 @@
-"""One attempt of torchrun's ranks: they find each other in the rendezvous store, which outlives attempts.
+"""One attempt of torchrun's ranks: they find each other in the rendezvous store, which may outlive attempts.
 
-After a restart the store still holds what the earlier attempt left, and the agents need not count restarts alike. So
+After a restart the store may still hold what the earlier attempt left, and agents need not count restarts alike. So
 rank 0 names every attempt anew, and an attempt in which a rank has been before is not the one that it belongs to.
 """
 
@@ -67,7 +67,7 @@ class RefusedError(HapoError):
 
 
 def open_store() -> Store:
-    """The store of torchrun's rendezvous."""
+    """The store that torchrun names; of its first agent, or of rank 0 itself (TORCH_DISABLE_SHARE_RDZV_TCP_STORE)."""
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=60)))
     return store
 

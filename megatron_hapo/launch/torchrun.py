@@ -107,6 +107,7 @@ def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> Non
         code = end.because(error)
         _wait_for_rendezvous(place)
         leave(code)
+    watch.wait_for_others(_END_SECONDS)
     watch.close()
 
 

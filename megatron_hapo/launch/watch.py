@@ -33,6 +33,7 @@ SILENT_SECONDS = 30.0
 """Without a sign for so long a rank counts as lost."""
 _STUCK_SECONDS = 45
 """A rank whose store does not answer for so long ends itself: its network is gone."""
+_POLL_SECONDS = 0.1
 _REPORT_SECONDS = 5.0
 """A rank that loses its connection to another waits so long for that one's own account."""
 
@@ -70,6 +71,15 @@ class Watch:
         """This rank ends because the run does: nobody is to be alarmed."""
         self._closed.set()
         self._thread.join()
+        with contextlib.suppress(RuntimeError):
+            self._store.add("closed", 1)
+
+    def wait_for_others(self, timeout_seconds: float) -> None:
+        """Rank 0, whose process may hold the store, ends last."""
+        deadline = time.monotonic() + timeout_seconds
+        store = self._store.clone()
+        while store.add("closed", 0) < self._world_size - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
     def report(self, error: BaseException) -> None:
         """Leave this rank's error for rank 0, as the cause of the run's end."""

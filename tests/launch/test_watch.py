@@ -89,6 +89,19 @@ def test_ranks_notice_that_rank_0_is_gone(watches) -> None:
     assert "no sign of life" in str(second.error)
 
 
+def test_rank_0_ends_after_the_others(watches) -> None:
+    driver, second, third = watches(3)
+    second.close()
+    closing = threading.Timer(0.5, third.close)
+    start = time.monotonic()
+    closing.start()
+    driver.wait_for_others(30)
+    assert 0.4 < time.monotonic() - start < 20
+    driver.wait_for_others(30)
+    closing.join()
+    assert not driver.failed.is_set()
+
+
 def test_the_end_of_the_agent_ends_the_rank(watches, monkeypatch: pytest.MonkeyPatch) -> None:
     (driver,) = watches(1)
     monkeypatch.setattr(os, "getppid", lambda: 1)
