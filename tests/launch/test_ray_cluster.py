@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private import ray_constants
 
 from megatron_hapo.config import LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
@@ -86,6 +87,9 @@ def test_an_address_that_ranks_cannot_join_is_one_line(monkeypatch: pytest.Monke
 def test_a_node_takes_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    # What `prepare_environment` sets for one node on loopback; Ray may have been imported before.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
     settings = LaunchConfig(start_timeout_seconds=600)
     head = RayNode(settings, ip="127.0.0.1", head_address=None)
     try:
