@@ -154,7 +154,7 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
         RolloutError: the cluster is not there, or refuses it.
     """
     import ray
-    from ray._private import services
+    from ray._private import ray_constants, services
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ip is not None:
@@ -165,6 +165,8 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
             reach(services.canonicalize_bootstrap_address(address) or address)
         except FaultError as fault:
             raise RolloutError(str(fault)) from None
+        # The head is there: it would refuse another token 20 times, a second each.
+        ray_constants.NUM_REDIS_GET_RETRIES = 5
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray raises all sorts
