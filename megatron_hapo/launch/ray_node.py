@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 # What an earlier attempt left needs a moment to end.
-_BUSY_SECONDS = 15.0
+_BUSY_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 
 
