@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -44,8 +46,21 @@ def load_weights(
 def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
     """Write a model without optimizer in torch_dist format; every rank its part."""
     use_plain_results_queue()
+    state: dict[str, Any] = {"model": sharded_weights(model, layout)}
+    apply_factories(state)
+    dict_list_map_inplace(_with_own_storage, state)
     with writing(folder):
-        dist_checkpointing.save({"model": sharded_weights(model, layout)}, str(folder))
+        dist_checkpointing.save(state, str(folder))
+
+
+def _with_own_storage(entry: Any) -> Any:
+    """Half of a gated feed-forward layer is a view of its parameter, which Megatron would copy before it writes it."""
+    if isinstance(entry, ShardedTensor) and entry.data is not None and entry.data.is_contiguous():
+        data = entry.data.detach()
+        start = data.storage_offset() * data.itemsize
+        storage = data.untyped_storage()[start : start + data.nbytes]
+        entry.data = data.new_empty(0).set_(storage, 0, data.shape, data.stride())  # type: ignore[arg-type]
+    return entry
 
 
 def sharded_weights(
