@@ -16,6 +16,7 @@ if [[ "$("$venv/bin/uv" --version 2>/dev/null)" != "uv $uv_version"* ]]; then
 fi
 [[ "${2:-}" != only-uv ]] || exit 0
 install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
-"${install[@]}" --requirements requirements/pins.txt --requirements requirements/dev.txt \
+# Where PYTHONDONTWRITEBYTECODE is set every process would compile torch, Megatron and SGLang anew: most of its start.
+"${install[@]}" --compile-bytecode --requirements requirements/pins.txt --requirements requirements/dev.txt \
     --overrides requirements/gpu-only.txt --constraints requirements/lock-cpu.txt
 "${install[@]}" --no-deps --editable .
