@@ -45,7 +45,7 @@ class Case:
         config = load_config(ROOT / f"configs/{recipe}.yaml")
         return cls(
             model=Path(config.model.path).name, parallel=config.parallel, engines=config.rollout.engines,
-            engine_tp=config.rollout.tp, published=published,
+            engine_tp=config.rollout.tp, engine_ep=config.rollout.ep, published=published,
         )  # fmt: skip
 
     def trainer(self) -> str:
