@@ -1,12 +1,12 @@
 """Seconds and peak memory of converting a model, both ways, beside a plain copy of its safetensors files.
 
-    python benchmarks/convert.py [--layers 26] [--hidden 1536] [--vocab 65536] [--repeats 2] [--folder DIR]
+    python benchmarks/convert.py [--layers 26] [--hidden 1536] [--vocab 65536] [--repeats 3] [--folder DIR]
 
-A random Qwen3 of about 1B parameters in bfloat16, one process, on this machine's CPUs and disk. Every repeat copies and
-converts in turn; files are synchronised to the disk inside the measured time of all. `start` converts a tiny model: the
-start of a process and its imports, which every conversion has once. Peak memory is the largest sum of the proportional
-set sizes (PSS) of this process and its descendants, sampled, over that at the start. Prints a table, and as its last
-line the same as JSON.
+A random Qwen3 of about 1B parameters in bfloat16, by the command line with one rank, on this machine's CPUs and disk.
+Every repeat copies and converts in turn; files are synchronised to the disk inside the measured time of all. `start`
+converts a tiny model: the start of the processes and their imports, which every conversion has once. Peak memory is the
+largest sum of the proportional set sizes (PSS) of this process and its descendants, sampled, over that at the start.
+Prints a table, and as its last line the same as JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,6 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peak_memory import PeakMemory
-from megatron_hapo.launch.convert import Conversion, convert
 from tests.tiny_model import write_tiny_qwen3
 
 _SETTLE_SECONDS = 10.0
@@ -49,18 +49,9 @@ def main() -> None:
         small, started = write_tiny_qwen3(folder / "small", dtype="bfloat16"), folder / "started"
         jobs: dict[str, tuple[Path, Callable[[], object]]] = {
             "plain copy": (copy, lambda: copy_weights(model, copy)),
-            "start": (
-                started,
-                lambda: convert(Conversion(direction="hf-to-megatron", source=small, target=started)),
-            ),
-            "hf-to-megatron": (
-                megatron,
-                lambda: convert(Conversion(direction="hf-to-megatron", source=model, target=megatron)),
-            ),
-            "megatron-to-hf": (
-                back,
-                lambda: convert(Conversion(direction="megatron-to-hf", source=megatron, target=back)),
-            ),
+            "start": (started, lambda: convert("hf-to-megatron", small, started)),
+            "hf-to-megatron": (megatron, lambda: convert("hf-to-megatron", model, megatron)),
+            "megatron-to-hf": (back, lambda: convert("megatron-to-hf", megatron, back)),
         }
         measured: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs}
         for _ in range(arguments.repeats):
@@ -79,7 +70,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="seconds and peak memory of converting a model")
-    for name, default in (("layers", 26), ("hidden", 1536), ("vocab", 65536), ("repeats", 2)):
+    for name, default in (("layers", 26), ("hidden", 1536), ("vocab", 65536), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
     return parser.parse_args()
@@ -89,6 +80,11 @@ def copy_weights(source: Path, target: Path) -> None:
     target.mkdir()
     for path in source.glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
+
+
+def convert(direction: str, source: Path, target: Path) -> None:
+    command = [sys.executable, "-m", "megatron_hapo", "convert", direction, str(source), str(target)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def synchronise(folder: Path) -> None:

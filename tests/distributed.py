@@ -42,14 +42,17 @@ def _rank_main(
     rank: int, world_size: int, rendezvous: str, timeout_seconds: float, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
+    from megatron_hapo.launch.rank import importing
+
+    with importing():
+        import torch
+
+        from megatron_hapo.model import cpu
+
+        cpu.install()
+        from megatron_hapo import parallel
 
     torch.set_num_threads(1)
-    from megatron_hapo.model import cpu
-
-    cpu.install()
-    from megatron_hapo import parallel
-
     device = torch.device("cpu")
     parallel.init_distributed(
         rank=rank, world_size=world_size, init_method=rendezvous, device=device, timeout_seconds=timeout_seconds

@@ -151,6 +151,24 @@ def test_metadata_that_would_run_code_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("fault", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_told_in_one_line(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fault: str
+) -> None:
+    source = shutil.copytree(megatron, tmp_path / "source")
+    file = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    size = file.stat().st_size
+    if fault == "truncated":
+        os.truncate(file, size - 1)
+    else:
+        file.unlink()
+    assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    assert capsys.readouterr().err == (
+        f"model.path: {file} is incomplete or missing; it had {size} bytes (incomplete download or copy?)\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_fault_found_while_reading_leaves_no_folder(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

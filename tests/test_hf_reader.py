@@ -116,3 +116,22 @@ def test_stacked_experts_are_read_one_by_one_in_slices(tmp_path: Path) -> None:
         name = f"model.layers.0.mlp.experts.3.{kind}_proj.weight"
         part = reader.read(Placement(axis, (Run(name, 5, 11),)))
         assert torch.equal(part, want[name].narrow(axis, 5, 6)), name
+
+
+@pytest.mark.parametrize(("start", "adjacent"), [(0, True), (3, False)], ids=["whole", "rows"])
+def test_runs_that_lie_in_one_piece_are_a_view_and_others_are_joined(
+    sound: dict[str, torch.Tensor], sharded: Path, start: int, adjacent: bool
+) -> None:
+    """One file holds gate and up projection one after the other; in the other folder they are in two files."""
+    folder = Path(str(sound["folder"]))
+    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    place = Placement(0, (Run(gate, start, len(sound[gate])), Run(up, start, len(sound[up]))))
+    want = torch.cat([sound[gate][start:], sound[up][start:]])
+    reader = HfReader(folder, read_shape(folder))
+    value = reader.read(place)
+    assert torch.equal(value, want)
+    assert torch.equal(HfReader(sharded, read_shape(sharded)).read(place), want)
+    first = reader.read(Placement(0, place.runs[:1]))
+    assert (value.data_ptr() == first.data_ptr()) == adjacent
+    value.zero_()
+    assert torch.equal(HfReader(folder, read_shape(folder)).read(place), want), "the file has changed"

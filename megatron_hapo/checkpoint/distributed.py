@@ -13,15 +13,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_hapo.checkpoint.metadata import check_metadata
-from megatron_hapo.checkpoint.weights import set_weights, sharded_weights, use_plain_results_queue
+from megatron_hapo.checkpoint.metadata import read_metadata
+from megatron_hapo.checkpoint.weights import prepare_to_save, set_weights, sharded_weights
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.parallel import ParallelLayout
 
 
 def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
     """Every rank writes its part; returns when all have."""
-    use_plain_results_queue()
+    prepare_to_save()
     with writing(folder):
         dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
@@ -32,7 +32,7 @@ def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
     Raises:
         ConfigError: its metadata are not what a checkpoint has.
     """
-    check_metadata(folder)
+    read_metadata(folder)  # which refuses what is no metadata
     parts = _parts(optimizer)
     for part in parts:
         if isinstance(part, DistributedOptimizer):  # the others make their states as they are asked what to load

@@ -34,18 +34,26 @@ def load_hf_weights(
         ConfigError: the folder does not hold the model that its config.json describes.
     """
     reader = HfReader(folder, shape)
-    with torch.no_grad():
-        for name, parameter in named_parameters(model):
-            value = reader.read(place_of(name, shape, layout))
-            like = (parameter.shape, parameter.dtype, parameter.device)
-            if (value.shape, value.dtype, value.device) == like:
-                parameter.data = value  # no second copy, and the uninitialised memory is never touched
-            else:
-                if value.shape != parameter.shape:
-                    parameter.zero_()
-                parameter[tuple(slice(size) for size in value.shape)].copy_(value)
-            if progress:
-                progress(value.nbytes)
+    for name, parameter in named_parameters(model):
+        value = reader.read(place_of(name, shape, layout))
+        take(parameter, value)
+        if progress:
+            progress(value.nbytes)
+
+
+@torch.no_grad()
+def take(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Make this the parameter's value, whose own memory was not used yet: without a copy, if all else is equal.
+
+    Where the value is smaller, the rest is zero.
+    """
+    like = (parameter.shape, parameter.dtype, parameter.device)
+    if value.is_contiguous() and (value.shape, value.dtype, value.device) == like:
+        parameter.data = value
+        return
+    if value.shape != parameter.shape:
+        parameter.zero_()
+    parameter[tuple(slice(size) for size in value.shape)].copy_(value)
 
 
 def hf_tensors(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,66 @@ from torch import Tensor
 
 from megatron_hapo.checkpoint.folder import INDEX
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.model.families import FusedExpert, Placement, Run, Shape, fused_expert, hf_tensor_shapes
+from megatron_hapo.model.families import FusedExpert, Placement, Shape, fused_expert, hf_tensor_shapes
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Old checkpoints keep what is computed from the config, and tied ones their head.
 _NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A safetensors file (https://github.com/huggingface/safetensors#format)."""
+
+    name: str
+    header: dict[str, Any]
+    """Of each tensor: dtype, shape, data_offsets."""
+    start: int
+    """Of what the offsets count from, in bytes."""
+    content: torch.UntypedStorage
+    """The whole file, as a private mapping."""
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> _File:
+        path = folder / name
+        with safe_open(path, framework="pt"):  # which proves the header right, and the file as long as it says
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        content: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+        return cls(name, header, 8 + length, content)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A tensor that lies in one piece of a file: a whole one, or rows of it."""
+
+    file: str
+    dtype: torch.dtype
+    start: int
+    """In bytes from the beginning of the file."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> _Block:
+        row_bytes = self.num_bytes // self.shape[0]
+        return replace(self, start=self.start + start * row_bytes, shape=(stop - start, *self.shape[1:]))
+
+    def one(self, index: int) -> _Block:
+        """Entry `index` of the first axis, without that axis."""
+        return replace(self.rows(index, index + 1), shape=self.shape[1:])
+
+    def followed_by(self, other: _Block) -> _Block | None:
+        """Both as one, if the other's rows come next in the file: those of a gate and an up projection mostly do."""
+        next_one = (self.file, self.dtype, self.start + self.num_bytes, self.shape[1:])
+        if next_one != (other.file, other.dtype, other.start, other.shape[1:]):
+            return None
+        return replace(self, shape=(self.shape[0] + other.shape[0], *self.shape[1:]))
 
 
 class HfReader:
@@ -29,56 +86,66 @@ class HfReader:
         shape: the model that config.json describes.
     Raises:
         ConfigError: a file or a tensor is missing, or the folder holds one that the model has not. Later, when a tensor
-            is read: its shape or dtype is wrong, or its file cannot be read.
+            is read: its shape or dtype is wrong, or its file is damaged.
     """
 
     def __init__(self, folder: Path, shape: Shape):
         self.folder, self._shape = folder, shape
         self._expected = hf_tensor_shapes(shape)
-        self._open_name, self._open_file = "", None
+        self._last: _File | None = None
         self._files = self._read_index()
         self._stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in self._files)
         self._check_names()
 
     def read(self, place: Placement) -> Tensor:
-        """The tensor of these runs, as it stands in the folder (dtype included)."""
-        parts = [self._read_run(run, place.axis) for run in place.runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, place.axis or 0)
+        """The tensor of these runs, as it stands in the folder (dtype included).
+
+        Where the runs lie in one piece it is a view of the file, private: it may be written to.
+        """
+        if place.axis == 1:
+            parts = [self._view(self._block(run.tensor))[:, run.start : run.stop] for run in place.runs]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        blocks: list[_Block] = []
+        for run in place.runs:
+            block = self._block(run.tensor)
+            if place.axis == 0:
+                block = block.rows(run.start, run.stop)
+            joined = blocks[-1].followed_by(block) if blocks else None
+            if joined is None:
+                blocks.append(block)
+            else:
+                blocks[-1] = joined
+        parts = [self._view(block) for block in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check(self) -> None:
         """Look at every tensor's shape, dtype and place in its file, without reading it."""
         for tensor in sorted(self._expected, key=lambda name: self._files[self._stored_name(name)]):
-            self._checked_slice(tensor)
+            self._block(tensor)
 
     def dtype(self) -> torch.dtype:
         """Of the embedding, which stands for the model."""
-        return _DTYPES[str(self._checked_slice("model.embed_tokens.weight").get_dtype())]
+        return self._block("model.embed_tokens.weight").dtype
 
-    def _read_run(self, run: Run, axis: int | None) -> Tensor:
-        fused = self._fused(run.tensor)
-        view = self._checked_slice(run.tensor)
-        try:
-            start, stop = (fused.start, fused.stop) if fused else (0, None)
-            rows = slice(start + run.start, start + run.stop) if axis == 0 else slice(start, stop)
-            index = (rows, slice(run.start, run.stop)) if axis == 1 else (rows,)
-            return view[(fused.expert, *index) if fused else index]
-        except SafetensorError as error:
-            raise self._fault(f"cannot read {run.tensor} in {self.folder / self._open_name}: {error}") from error
+    def _view(self, block: _Block) -> Tensor:
+        content = self._file(block.file).content[block.start : block.start + block.num_bytes]
+        return torch.empty(0, dtype=block.dtype).set_(content, 0, block.shape)  # type: ignore[arg-type]
 
-    def _checked_slice(self, tensor: str) -> Any:
-        """The tensor that holds `tensor`, not read yet, once its shape and dtype have proved right."""
+    def _block(self, tensor: str) -> _Block:
+        """Where the tensor lies, once its shape and dtype have proved right."""
         fused = self._fused(tensor)
         name, expected = (fused.tensor, fused.shape) if fused else (tensor, self._expected[tensor])
-        try:
-            view = self._file(self._files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise self._fault(f"{INDEX} says that {name} is in {self._files[name]}: {error}") from error
-        found, dtype = tuple(view.get_shape()), str(view.get_dtype())
+        file = self._file(self._files[name])
+        if name not in file.header:
+            raise self._fault(f"{INDEX} says that {name} is in {file.name}, which does not hold it")
+        found, dtype = tuple(file.header[name]["shape"]), file.header[name]["dtype"]
         if found != expected:
             raise self._fault(f"{name} has shape {found}, config.json says {expected}")
         if dtype not in _DTYPES:
             raise self._fault(f"{name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
-        return view
+        start, _ = file.header[name]["data_offsets"]
+        block = _Block(file.name, _DTYPES[dtype], file.start + start, expected)
+        return block.one(fused.expert).rows(fused.start, fused.stop) if fused else block
 
     def _fused(self, tensor: str) -> FusedExpert | None:
         return fused_expert(tensor, self._shape) if self._stacked else None
@@ -88,15 +155,15 @@ class HfReader:
         fused = self._fused(tensor)
         return fused.tensor if fused else tensor
 
-    def _file(self, name: str) -> Any:
-        if name != self._open_name:
-            path = self.folder / name
+    def _file(self, name: str) -> _File:
+        if self._last is None or self._last.name != name:
             try:
-                self._open_file = safe_open(path, framework="pt")
+                self._last = _File.open(self.folder, name)
             except (SafetensorError, OSError) as error:
-                raise self._fault(f"cannot read {path} (incomplete download or copy?): {error}") from error
-            self._open_name = name
-        return self._open_file
+                raise self._fault(
+                    f"cannot read {self.folder / name} (incomplete download or copy?): {error}"
+                ) from error
+        return self._last
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name to file name."""
@@ -113,7 +180,7 @@ class HfReader:
         name = "model.safetensors"
         if not (self.folder / name).is_file():
             raise self._fault(f"neither {INDEX} nor {name} in {self.folder}")
-        return dict.fromkeys(self._file(name).keys(), name)
+        return dict.fromkeys(self._file(name).header, name)
 
     def _check_names(self) -> None:
         needed = {self._stored_name(name) for name in self._expected}

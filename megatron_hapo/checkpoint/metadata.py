@@ -1,4 +1,5 @@
-"""A torch_dist folder's metadata, which torch pickles: it may name nothing but torch's records of what lies where."""
+"""A torch_dist folder's metadata, which torch pickles: it may name nothing but torch's records of what lies where, and
+what it records must be there."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_hapo.errors import ConfigError
 
@@ -22,19 +24,32 @@ _NAMES = {
 }  # fmt: skip
 
 
-def check_metadata(folder: Path) -> None:
+def read_metadata(folder: Path) -> Metadata:
     """Before Megatron reads a checkpoint: a pickle can call whatever it names. The rest of the folder is tensors, which
     torch reads as such (`weights_only`).
 
     Raises:
-        ConfigError: it names something else, or is no pickle at all.
+        ConfigError: it names something else, or is no pickle at all; or a file of the folder is missing or too short.
     """
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            _Reader(file).load()
+            metadata = _Reader(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
         raise ConfigError([f"model.path: {path} is no metadata of a checkpoint, and was not used: {error}"]) from error
+    if not isinstance(metadata, Metadata):
+        raise ConfigError([f"model.path: {path} is no metadata of a checkpoint, but a {type(metadata).__name__}"])
+    sizes: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    faults = [
+        f"model.path: {folder / name} is incomplete or missing; it had {size} bytes (incomplete download or copy?)"
+        for name, size in sorted(sizes.items())
+        if not (folder / name).is_file() or (folder / name).stat().st_size < size
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return metadata
 
 
 class _Reader(pickle.Unpickler):

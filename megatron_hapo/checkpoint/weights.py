@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -15,8 +16,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
-from megatron_hapo.checkpoint.hf import Progress, load_hf_weights
-from megatron_hapo.checkpoint.metadata import check_metadata
+from megatron_hapo.checkpoint.hf import Progress, load_hf_weights, take
+from megatron_hapo.checkpoint.mapped import MappedLoad
+from megatron_hapo.checkpoint.metadata import read_metadata
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
@@ -24,28 +26,41 @@ from megatron_hapo.parallel import ParallelLayout
 
 
 def load_weights(
-    model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
+    model: Sequence[GPTModel],
+    shape: Shape,
+    layout: ParallelLayout,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    in_files: bool = False,
 ) -> None:
     """Fill this rank's parameters from a model folder of either kind. All ranks call it together.
 
+    Args:
+        in_files: parameters may stay in the folder's files, at any address: to be written again, not to compute with.
     Raises:
         ConfigError: the folder does not hold this model.
     """
     if not is_megatron_folder(folder):
         load_hf_weights(model, shape, layout, folder, progress=progress)
         return
-    check_metadata(folder)
+    mapped = MappedLoad(read_metadata(folder))
     try:
-        state: Any = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder))
+        state: Any = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder), mapped)
     except (CheckpointingException, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:500]
         raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error
-    set_weights(model, state["model"])
+    if in_files:
+        for number, chunk in enumerate(model):
+            for name, parameter in chunk.named_parameters():
+                take(parameter, state["model"][str(number)][name])
+    else:
+        set_weights(model, state["model"])
 
 
 def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
     """Write a model without optimizer in torch_dist format; every rank its part."""
-    use_plain_results_queue()
+    prepare_to_save()
     state: dict[str, Any] = {"model": sharded_weights(model, layout)}
     apply_factories(state)
     dict_list_map_inplace(_with_own_storage, state)
@@ -80,10 +95,11 @@ def set_weights(model: Sequence[GPTModel], state: Mapping[str, Any]) -> None:
         chunk.load_state_dict(state[str(number)])
 
 
-def use_plain_results_queue() -> None:
+def prepare_to_save() -> None:
     """Before a save, which is synchronous and writes in this process.
 
     Megatron passes even its results through a multiprocessing Manager: a process of 0.6 GB and ten seconds on every
-    rank, which outlives a rank that is killed. A plain queue does.
+    rank, which outlives a rank that is killed. A plain queue does. And torch writes checksums that it never reads.
     """
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    torch.serialization.set_crc32_options(False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +43,18 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While a process imports what it will run: all of that stays, and the garbage collector would go through it again
+    and again, a quarter of the time, and once more when the process ends."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:
     """Join the trainer's world and build this rank's shard. All ranks call it together.
 
@@ -48,23 +63,24 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
     Raises:
         ConfigError: the config needs GPUs, and `device: auto` found none.
     """
-    import torch
+    with importing():
+        import torch
 
-    if device == "cpu":
-        if config.optimizer.cpu_offload:
-            raise ConfigError(["optimizer.cpu_offload: needs GPUs, and this machine shows none; set it to false"])
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        from megatron_hapo.model import cpu
+        if device == "cpu":
+            if config.optimizer.cpu_offload:
+                raise ConfigError(["optimizer.cpu_offload: needs GPUs, and this machine shows none; set it to false"])
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            from megatron_hapo.model import cpu
 
-        cpu.install()
-        torch_device = torch.device("cpu")
-    else:
-        # Ray shows an actor its own GPU only; under torchrun every rank sees all of its node.
-        torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(torch_device)
+            cpu.install()
+            torch_device = torch.device("cpu")
+        else:
+            # Ray shows an actor its own GPU only; under torchrun every rank sees all of its node.
+            torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(torch_device)
 
-    from megatron_hapo import parallel
-    from megatron_hapo.trainer import TrainerRank
+        from megatron_hapo import parallel
+        from megatron_hapo.trainer import TrainerRank
 
     parallel.init_distributed(
         rank=rank,

@@ -1,0 +1,92 @@
+"""Tensors of a torch_dist checkpoint as views of its files, whose pages are read when somebody looks at them.
+
+torch reads each tensor into memory of its own and copies it from there to where it belongs. Memory that is touched for
+the first time is most of what such a load costs; and of a piece that several ranks share each would read the whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+
+class MappedLoad(TorchDistLoadShardedStrategy):
+    """Megatron's loading, but what lies in one piece of the checkpoint becomes a view of its file, at whatever address
+    it has there. The view is private: it may be written to, and the file stays as it is. The rest is loaded as ever.
+
+    Args:
+        metadata: of the checkpoint.
+    """
+
+    def __init__(self, metadata: Metadata):
+        super().__init__()
+        self._metadata = metadata
+        self._files: dict[Path, Any] = {}
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
+        others: dict[str, ShardedBase] = {}
+
+        def view(entry: Any) -> Any:
+            value = self._view(entry, Path(checkpoint_dir)) if isinstance(entry, ShardedTensor) else None
+            if value is None:
+                others[str(len(others))] = entry
+            return entry if value is None else value
+
+        state = dict_list_map_outplace(view, sharded_state_dict)
+        loaded = super().load(dict(others), checkpoint_dir, async_strategy) if others else {}
+        values = iter([loaded[name] for name in others])
+        return dict_list_map_outplace(lambda entry: next(values) if isinstance(entry, ShardedBase) else entry, state)
+
+    def _view(self, entry: ShardedTensor, folder: Path) -> Tensor | None:
+        """None if no piece of the checkpoint holds all of it."""
+        stored = self._metadata.state_dict_metadata.get(entry.key)
+        # Another size is a fault, which Megatron names, or a vocabulary padded for another tp, which it fits in.
+        if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != tuple(entry.global_shape):
+            return None
+        starts = tuple(entry.global_offset)
+        sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+        piece_starts = self._piece_around(starts, sizes, stored, entry.key)
+        piece = None if piece_starts is None else self._piece(MetadataIndex(entry.key, piece_starts), folder)
+        if piece_starts is None or piece is None:
+            return None
+        for axis, (start, piece_start, size) in enumerate(zip(starts, piece_starts, sizes, strict=True)):
+            if start - piece_start + size > piece.shape[axis]:
+                return None
+            piece = piece.narrow(axis, start - piece_start, size)
+        return piece.view(entry.local_shape)
+
+    def _piece_around(
+        self, starts: tuple[int, ...], sizes: tuple[int, ...], stored: TensorStorageMetadata, key: str
+    ) -> tuple[int, ...] | None:
+        """Where a piece begins that may hold this block: mostly there too, and of experts there are many thousands."""
+        if MetadataIndex(key, starts) in self._metadata.storage_data:
+            return starts
+        for chunk in stored.chunks:
+            ends = zip(starts, sizes, chunk.offsets, chunk.sizes, strict=True)
+            if all(first <= start and start + size <= first + length for start, size, first, length in ends):
+                return tuple(chunk.offsets)
+        return None
+
+    def _piece(self, index: MetadataIndex, folder: Path) -> Tensor | None:
+        place = self._metadata.storage_data[index]
+        if place.transform_descriptors:  # compressed
+            return None
+        path = folder / place.relative_path
+        with path.open("rb") as file:
+            item = _create_file_view(file, place.offset, place.length)
+            described: Tensor = torch.load(item, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+        storage = described.untyped_storage()
+        start = place.offset + storage._checkpoint_offset  # torch's own note of where in what it read this stands
+        if path not in self._files:
+            self._files[path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+        content: Any = self._files[path][start : start + storage.nbytes()]
+        empty = torch.empty(0, dtype=described.dtype)
+        return empty.set_(content, described.storage_offset(), described.shape, described.stride())
