@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_hapo import cli
 from megatron_hapo.checkpoint.folder import INDEX, is_megatron_folder, whole_or_nothing
+from megatron_hapo.checkpoint.metadata import read_metadata
 from tests.tiny_families import expected_tensors, write_family
 
 
@@ -149,6 +152,52 @@ def test_metadata_that_would_run_code_are_refused(
         capsys.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_other_objects_that_would_run_code_are_refused(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What is no tensor torch loads as a pickle of any kind."""
+
+    class Code:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    source = shutil.copytree(megatron, tmp_path / "source")
+    metadata = read_metadata(source)
+    index = next(index for index in metadata.storage_data if index.fqn.startswith("common_state"))
+    content = io.BytesIO()
+    torch.save([Code()], content)
+    (source / "common.distcp").write_bytes(content.getvalue())
+    metadata.storage_data[index] = _StorageInfo("common.distcp", 0, len(content.getvalue()))
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    assert re.fullmatch(
+        rf"model\.path: {source}/common\.distcp: common_state.* is no plain value, and was not used: .*\n",
+        capsys.readouterr().err,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_of_another_model_is_told_in_one_line(
+    megatron: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    source = shutil.copytree(megatron, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 8}))
+    assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"model.path: {source} does not hold the model of its config.json: "), error
+    assert "shape mismatch" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_narrower_type_is_verified_against_what_was_rounded(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    source = write_family(tmp_path / "hf", "qwen3", tokenizer=True)
+    assert cli.main(["convert", "hf-to-megatron", str(source), str(tmp_path / "megatron")]) == 0
+    arguments = [str(tmp_path / "megatron"), str(tmp_path / "back"), "--dtype", "bfloat16", "--verify"]
+    assert cli.main(["convert", "megatron-to-hf", *arguments]) == 0, capfd.readouterr().err
+    assert {value.dtype for value in read_folder(tmp_path / "back").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hapo.checkpoint.file_views import FileView
 from megatron_hapo.checkpoint.folder import INDEX
 from megatron_hapo.checkpoint.hf_reader import HfReader
 from megatron_hapo.errors import ConfigError
@@ -116,6 +118,15 @@ def test_stacked_experts_are_read_one_by_one_in_slices(tmp_path: Path) -> None:
         name = f"model.layers.0.mlp.experts.3.{kind}_proj.weight"
         part = reader.read(Placement(axis, (Run(name, 5, 11),)))
         assert torch.equal(part, want[name].narrow(axis, 5, 6)), name
+
+
+def test_a_file_larger_than_the_memory_can_be_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    path.touch()
+    size = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    os.truncate(path, size)
+    values = FileView(path).tensor(size - 7, torch.bfloat16, 3)
+    assert values.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("start", "adjacent"), [(0, True), (3, False)], ids=["whole", "rows"])

@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_hapo.checkpoint.metadata import read_metadata
-from megatron_hapo.checkpoint.weights import prepare_to_save, set_weights, sharded_weights
+from megatron_hapo.checkpoint.weights import loading, prepare_to_save, set_weights, sharded_weights
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.parallel import ParallelLayout
 
@@ -30,14 +30,15 @@ def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
     """Fill model and optimizer of this rank from a checkpoint of any layout.
 
     Raises:
-        ConfigError: its metadata are not what a checkpoint has.
+        ConfigError: it is damaged, or holds another model.
     """
-    read_metadata(folder)  # which refuses what is no metadata
+    read_metadata(folder)  # refuses what must not be loaded
     parts = _parts(optimizer)
     for part in parts:
         if isinstance(part, DistributedOptimizer):  # the others make their states as they are asked what to load
             part._init_optimizer_states_with_dummy_values()
-    state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
+    with loading(folder):
+        state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     set_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for part in parts:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_hapo.checkpoint.file_views import FileView
 from megatron_hapo.checkpoint.folder import INDEX
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import FusedExpert, Placement, Shape, fused_expert, hf_tensor_shapes
@@ -32,8 +33,7 @@ class _File:
     """Of each tensor: dtype, shape, data_offsets."""
     start: int
     """Of what the offsets count from, in bytes."""
-    content: torch.UntypedStorage
-    """The whole file, as a private mapping."""
+    content: FileView
 
     @classmethod
     def open(cls, folder: Path, name: str) -> _File:
@@ -44,8 +44,7 @@ class _File:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        content: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-        return cls(name, header, 8 + length, content)
+        return cls(name, header, 8 + length, FileView(path))
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Block:
 
 
 class HfReader:
-    """The tensors of a model folder, read slice by slice; only one file is open at a time.
+    """The tensors of a model folder, read slice by slice; a file stays open while a view of it lives.
 
     Args:
         folder: with safetensors files, and an index where there are several.
@@ -128,8 +127,8 @@ class HfReader:
         return self._block("model.embed_tokens.weight").dtype
 
     def _view(self, block: _Block) -> Tensor:
-        content = self._file(block.file).content[block.start : block.start + block.num_bytes]
-        return torch.empty(0, dtype=block.dtype).set_(content, 0, block.shape)  # type: ignore[arg-type]
+        values = self._file(block.file).content.tensor(block.start, block.dtype, math.prod(block.shape))
+        return values.view(block.shape)
 
     def _block(self, tensor: str) -> _Block:
         """Where the tensor lies, once its shape and dtype have proved right."""

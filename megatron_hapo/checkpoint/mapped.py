@@ -1,4 +1,4 @@
-"""Tensors of a torch_dist checkpoint as views of its files, whose pages are read when somebody looks at them.
+"""Tensors of a torch_dist checkpoint as views of its files.
 
 torch reads each tensor into memory of its own and copies it from there to where it belongs. Memory that is touched for
 the first time is most of what such a load costs; and of a piece that several ranks share each would read the whole.
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_hapo.checkpoint.file_views import FileView
+
 
 class MappedLoad(TorchDistLoadShardedStrategy):
     """Megatron's loading, but what lies in one piece of the checkpoint becomes a view of its file, at whatever address
-    it has there. The view is private: it may be written to, and the file stays as it is. The rest is loaded as ever.
+    it has there. The rest is loaded as ever.
 
     Args:
         metadata: of the checkpoint.
@@ -29,7 +31,7 @@ class MappedLoad(TorchDistLoadShardedStrategy):
     def __init__(self, metadata: Metadata):
         super().__init__()
         self._metadata = metadata
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, FileView] = {}
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
         others: dict[str, ShardedBase] = {}
@@ -86,7 +88,6 @@ class MappedLoad(TorchDistLoadShardedStrategy):
         storage = described.untyped_storage()
         start = place.offset + storage._checkpoint_offset  # torch's own note of where in what it read this stands
         if path not in self._files:
-            self._files[path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-        content: Any = self._files[path][start : start + storage.nbytes()]
-        empty = torch.empty(0, dtype=described.dtype)
-        return empty.set_(content, described.storage_offset(), described.shape, described.stride())
+            self._files[path] = FileView(path)
+        values = self._files[path].tensor(start, described.dtype, storage.nbytes() // described.itemsize)
+        return values.as_strided(described.shape, described.stride(), described.storage_offset())

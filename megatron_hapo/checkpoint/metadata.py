@@ -1,14 +1,18 @@
-"""A torch_dist folder's metadata, which torch pickles: it may name nothing but torch's records of what lies where, and
-what it records must be there."""
+"""What is pickled in a torch_dist folder, looked at before torch and Megatron load it.
+
+Its metadata may name nothing but torch's records of what lies where, what else is no tensor nothing but plain values.
+All of it must be there.
+"""
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_hapo.errors import ConfigError
 
@@ -25,11 +29,12 @@ _NAMES = {
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Before Megatron reads a checkpoint: a pickle can call whatever it names. The rest of the folder is tensors, which
-    torch reads as such (`weights_only`).
+    """The metadata, before Megatron reads a checkpoint: a pickle can call whatever it names.
+
+    Tensors torch reads with `weights_only`, other objects without, so these are read here first.
 
     Raises:
-        ConfigError: it names something else, or is no pickle at all; or a file of the folder is missing or too short.
+        ConfigError: something else is named, or is no pickle at all; or a file of the folder is missing or too short.
     """
     path = folder / ".metadata"
     try:
@@ -49,7 +54,29 @@ def read_metadata(folder: Path) -> Metadata:
     ]
     if faults:
         raise ConfigError(faults)
+    _check_objects(folder, metadata)
     return metadata
+
+
+def _check_objects(folder: Path, metadata: Metadata) -> None:
+    seen: set[bytes] = set()  # there are many, and nearly all are the same few bytes
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            continue
+        path = folder / place.relative_path
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+        if content in seen:
+            continue
+        try:
+            torch.load(io.BytesIO(content), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                [f"model.path: {path}: {index.fqn} is no plain value, and was not used: {reason}"]
+            ) from error
+        seen.add(content)
 
 
 class _Reader(pickle.Unpickler):

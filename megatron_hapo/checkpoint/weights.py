@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.checkpoint.hf import Progress, load_hf_weights, take
@@ -23,6 +25,8 @@ from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
 from megatron_hapo.parallel import ParallelLayout
+
+_EXTRA_STATE = "_extra_state"
 
 
 def load_weights(
@@ -37,7 +41,8 @@ def load_weights(
     """Fill this rank's parameters from a model folder of either kind. All ranks call it together.
 
     Args:
-        in_files: parameters may stay in the folder's files, at any address: to be written again, not to compute with.
+        in_files: also a Megatron folder's parameters may stay in its files, at any address: to be written again, not
+            to compute with.
     Raises:
         ConfigError: the folder does not hold this model.
     """
@@ -45,17 +50,30 @@ def load_weights(
         load_hf_weights(model, shape, layout, folder, progress=progress)
         return
     mapped = MappedLoad(read_metadata(folder))
-    try:
+    with loading(folder):
         state: Any = dist_checkpointing.load({"model": sharded_weights(model, layout)}, str(folder), mapped)
-    except (CheckpointingException, OSError, KeyError) as error:
-        message = " ".join(str(error).split())[:500]
-        raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error
     if in_files:
         for number, chunk in enumerate(model):
             for name, parameter in chunk.named_parameters():
                 take(parameter, state["model"][str(number)][name])
     else:
         set_weights(model, state["model"])
+
+
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Around Megatron's loading of a checkpoint whose metadata were read.
+
+    Raises:
+        ConfigError: it holds another model.
+    """
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, KeyError) as error:
+        # torch passes on what any rank raised, with the tracebacks in its message.
+        failures = [str(failure[0]) for failure in getattr(error, "failures", {}).values()]
+        message = " ".join((" ".join(failures) or str(error)).split())[:500]
+        raise ConfigError([f"model.path: {folder} does not hold the model of its config.json: {message}"]) from error
 
 
 def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
@@ -86,13 +104,23 @@ def sharded_weights(
     The file knows no chunks: each tensor is stored under its own name and place.
     """
     metadata = {"dp_cp_group": layout.dp_cp_group, **(metadata or {})}
-    return {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)}
+    return {
+        str(number): {
+            # What Transformer Engine keeps beside weights is for its float8, and other layers do not have it.
+            name: entry
+            for name, entry in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.endswith(_EXTRA_STATE)
+        }
+        for number, chunk in enumerate(model)
+    }
 
 
 def set_weights(model: Sequence[GPTModel], state: Mapping[str, Any]) -> None:
     """Take what was loaded for `sharded_weights`."""
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(state[str(number)])
+        missing, unexpected = chunk.load_state_dict(state[str(number)], strict=False)
+        faults = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
+        assert not faults, f"not loaded, or not known: {faults}"
 
 
 def prepare_to_save() -> None:

@@ -243,6 +243,10 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
     sequences = [torch.randint(shape.vocab_size, (length,), generator=generator).tolist() for length in (7, 16, 33)]
     model = build_model(shape, layout, dtype=torch.float32)
     load_weights(model, shape, layout, job.megatron_folder)
+    written = getattr(torch, job.dtypes[1])
+    for chunk in model:
+        for parameter in chunk.parameters():  # as the written folder has them, which may be of a narrower type
+            parameter.data = parameter.data.to(written).float()
     logits = logits_of(model, shape, layout, sequences)
     del model
     result = None

@@ -214,6 +214,8 @@ def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
     )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if experts:  # as Transformer Engine's layers do, which have no such norm in an expert's first linear layer
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

@@ -43,6 +43,7 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
     from megatron_hapo.model.families import read_shape
     from megatron_hapo.weight_buckets import BucketBuilder, engine_cut
     from sglang_ext.engine import Engine, EngineConfig
+    from tests.sglang_ext.engine_process import generate
 
     free = {"total": torch.cuda.mem_get_info()[1]}
     engine = Engine(
@@ -55,7 +56,7 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
     def greedy() -> list[list[int]]:
         ids = np.random.default_rng(0).integers(0, 250, (8, 12)).astype(np.int32)
         prompts = [Prompt(uid=str(i), token_ids=row, ground_truth="", data_source="") for i, row in enumerate(ids)]
-        groups = engine.generate(prompts, Sampling(samples=1, temperature=0.0, max_response_tokens=32, seed=0))
+        groups = generate(engine, prompts, Sampling(samples=1, temperature=0.0, max_response_tokens=32, seed=0))
         return [group[0].response_ids.tolist() for group in groups]
 
     try:
