@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -93,7 +94,7 @@ def initialize(
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
-        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         create_gloo_process_groups=False,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed)

@@ -47,7 +47,7 @@ class EngineActor:
                 memory_fraction=rollout.memory_fraction,
                 kv_cache_tokens=rollout.kv_cache_tokens,
                 context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
-                seed=config.seed + index,
+                seed=(config.seed + index) % 2**32,  # as numpy wants it
                 read_weights=read_weights,
                 gives_memory_back=config.placement == "colocated",
             )
@@ -122,11 +122,11 @@ class EngineActor:
 
 
 def _actor_options(tp: int, device: str, place: Place | None) -> dict[str, Any]:
-    environment: dict[str, str] = {}
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}  # the ranks of an engine share a node
     if device == "cpu":
         from sglang_ext import cpu
 
-        environment = cpu.environment(tp)
+        environment |= cpu.environment(tp)
     num_gpus = tp if device == "cuda" else 0
     if place is not None and place.gpus:
         # GPUs that trainer ranks hold, in Ray's books too: Ray must neither count them twice nor hide them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError
 
 
@@ -39,3 +40,30 @@ def beside_ranks(ranks: Sequence[Place], *, engines: int, tp: int) -> list[Place
             )
         places.append(Place(own[0].node, tuple(gpu for rank in own for gpu in rank.gpus)))
     return places
+
+
+def check_gpus(config: Config, *, here: int, everywhere: int) -> None:
+    """Whether Ray's GPUs hold the run; else its actors would wait for GPUs that never come.
+
+    Args:
+        here: GPUs of this node, where the trainer's ranks are to be.
+        everywhere: of all of Ray's nodes.
+    Raises:
+        ConfigError: they do not.
+    """
+    ranks, rollout = config.parallel.world_size, config.rollout
+    if ranks > here:
+        raise ConfigError(
+            [
+                f"parallel: {ranks} trainer ranks need as many GPUs, and this node has {here}; start it with torchrun "
+                "on as many nodes as it needs (docs/launching.md), or find another layout with `megatron-hapo plan`"
+            ]
+        )
+    engines = rollout.engines * rollout.tp if config.placement == "disaggregated" else 0
+    if ranks + engines > everywhere:
+        raise ConfigError(
+            [
+                f"rollout.engines: {rollout.engines} engines of tp={rollout.tp} need {engines} GPUs beside the "
+                f"{ranks} of the trainer, and Ray has {everywhere} in all; take fewer, placement=colocated or more nodes"
+            ]
+        )

@@ -24,7 +24,7 @@ from megatron_hapo.driver import Driver
 from megatron_hapo.evaluation import evaluate
 from megatron_hapo.launch import ray_cluster
 from megatron_hapo.launch.engines import RayRolloutPool
-from megatron_hapo.launch.places import Place, beside_ranks
+from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
 from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
@@ -78,17 +78,27 @@ class RayLauncher:
         self._config, self.device = config, _device(config)
         self._processes: RankProcesses | None = None
 
-    def ray_cluster(self) -> AbstractContextManager[object]:
-        return local_ray()
+    @contextlib.contextmanager
+    def ray_cluster(self) -> Iterator[None]:
+        with local_ray():
+            if self.device == "cuda":
+                check_gpus(
+                    self._config, here=_gpus_of_this_node(), everywhere=int(ray.cluster_resources().get("GPU", 0))
+                )
+            # Before the engines, which Ray might else put on the GPUs that the ranks need.
+            self._processes = RankProcesses(self._config, device=self.device)
+            yield
 
     def engine_places(self) -> list[Place] | None:
         if self._config.placement == "disaggregated":
             return None
-        rollout, self._processes = self._config.rollout, RankProcesses(self._config, device=self.device)
+        assert self._processes is not None, "Ray is not up"
+        rollout = self._config.rollout
         return beside_ranks(self._processes.places(), engines=rollout.engines, tp=rollout.tp)
 
     def start_trainer(self) -> RayTrainer:
-        return RayTrainer(self._config, self._processes or RankProcesses(self._config, device=self.device))
+        assert self._processes is not None, "Ray is not up"
+        return RayTrainer(self._config, self._processes)
 
     def running(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -191,6 +201,11 @@ def open_rollouts(
             yield pool, rewards
         finally:
             pool.close()
+
+
+def _gpus_of_this_node() -> int:
+    own = ray.get_runtime_context().get_node_id()
+    return next(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["NodeID"] == own)
 
 
 def _device(config: Config) -> str:

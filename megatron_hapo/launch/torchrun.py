@@ -29,7 +29,7 @@ from megatron_hapo.errors import ConfigError, HapoError, RolloutError
 from megatron_hapo.launch import attempt, ray_cluster
 from megatron_hapo.launch.attempt import Facts, Place
 from megatron_hapo.launch.control import Commander, ControlGroup, serve, serve_driver
-from megatron_hapo.launch.host import interface_of, own_address
+from megatron_hapo.launch.host import interface_of, is_alone, own_address
 from megatron_hapo.launch.places import Place as EnginePlace
 from megatron_hapo.launch.places import beside_ranks
 from megatron_hapo.launch.rank import environment, quieten, start_rank
@@ -81,7 +81,7 @@ def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> Non
         if config is None or fault is not None:
             raise fault or AssertionError("neither a config nor a fault")
         device = _device_of(config)
-        address = _set_environment(place, device)
+        address = _set_environment(place, config, device)
         facts = attempt.gather_facts(
             store,
             name,
@@ -91,7 +91,7 @@ def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> Non
         )
         attempt.check_facts(facts, device=device)
         token = ray_cluster.cluster_token()
-        _prepare_ray(place, token)
+        _prepare_ray(place, config, token)
         Watch.prepare(
             run_store, [f"trainer rank {rank} ({f.host}, process {f.process})" for rank, f in enumerate(facts)]
         )
@@ -148,10 +148,12 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
     """The other ranks."""
     logging.getLogger("megatron_hapo").setLevel(logging.WARNING)
     device = "cpu" if config is None else _device_of(config)
+    address = ""
     try:
-        address = _set_environment(place, device)
+        if config is not None:
+            address = _set_environment(place, config, device)
     except ConfigError as error:
-        address, fault = "", error
+        fault = error
     facts = _facts(place, config, fault, device)
     timeout_seconds = 300.0 if config is None else config.launch.start_timeout_seconds
     try:
@@ -167,7 +169,7 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
     with contextlib.ExitStack() as stack:
         try:
             if place.local_rank == 0:
-                _prepare_ray(place, orders["token"])
+                _prepare_ray(place, config, orders["token"])
                 _join_ray(stack, place, config, device, address, store, watch)
         except Exception as error:  # whatever it is, all ranks are told, and this one ends with it below
             watch.fail(error)
@@ -373,18 +375,19 @@ def _facts(place: Place, config: Config | None, fault: ConfigError | None, devic
     )
 
 
-def _set_environment(place: Place, device: str) -> str:
+def _set_environment(place: Place, config: Config, device: str) -> str:
     """Makes the environment a rank's; its address for the other nodes."""
-    address = own_address(place)
-    os.environ |= environment(device, loopback=place.num_nodes == 1)
+    alone = is_alone(place, config)
+    address = own_address(alone=alone)
+    os.environ |= environment(device, loopback=alone)
     interface = interface_of(address)
     if interface is not None:  # gloo would ask for the address of the host's name, which is often loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return address
 
 
-def _prepare_ray(place: Place, token: str) -> None:
-    ray_cluster.prepare_environment(token, host=socket.gethostname(), loopback=place.num_nodes == 1)
+def _prepare_ray(place: Place, config: Config, token: str) -> None:
+    ray_cluster.prepare_environment(token, host=socket.gethostname(), loopback=is_alone(place, config))
 
 
 def _gpus_for_engines(place: Place, config: Config, device: str) -> list[str]:

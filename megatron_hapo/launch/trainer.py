@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
@@ -41,13 +42,14 @@ class TrainerActor:
 
 
 class RankProcesses:
-    """A Ray actor a rank, with its GPU, before it builds anything; all on this node for now."""
+    """A Ray actor a rank, with its GPU, before it builds anything; all on this node, where they meet through a file."""
 
     def __init__(self, config: Config, *, device: str):
         actor: Any = ray.remote(TrainerActor).options(
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
-            runtime_env={"env_vars": rank_process.environment(device, loopback=True)},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+            runtime_env={"env_vars": rank_process.environment(device, loopback="RAY_ADDRESS" not in os.environ)},
         )
         self.device = device
         self.actors: list[Any] = [actor.remote() for _ in range(config.parallel.world_size)]

@@ -14,6 +14,7 @@ Nothing survives a sync but the senders' memory (`SlotMemory`): after a failed o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -88,8 +89,9 @@ class Transfer:
         return str(Path(self.folder) / f"{self.number}.{engine}.{engine_rank}")
 
     def give_up(self) -> None:
-        """Tell every rank of this sync that it has failed."""
-        self._mark.touch()
+        """Tell every rank of this sync on this host that it has failed."""
+        with contextlib.suppress(FileNotFoundError):  # on an engine's own host the folder is not there
+            self._mark.touch()
 
     def check(self, phase: str, waiting: str) -> None:
         """Raises if the sync has failed elsewhere."""

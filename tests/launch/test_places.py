@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from megatron_hapo.config import load_config
 from megatron_hapo.errors import ConfigError
+from megatron_hapo.launch import attempt
 from megatron_hapo.launch.engines import _actor_options
-from megatron_hapo.launch.places import Place, beside_ranks
+from megatron_hapo.launch.host import is_alone
+from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
 
+_CONFIG = Path(__file__).parents[2] / "configs/demo_cpu.yaml"
 TWO_NODES = [Place(node, (str(gpu),)) for node in ("a", "b") for gpu in (4, 5, 6, 7)]
 
 
@@ -38,3 +44,34 @@ def test_ray_counts_shared_gpus_once() -> None:
     assert shared["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert _actor_options(2, "cuda", Place(node))["num_gpus"] == 2
     assert _actor_options(2, "cuda", None)["scheduling_strategy"] == "DEFAULT"
+
+
+def test_gpus_that_never_come_are_not_waited_for() -> None:
+    config = load_config(_CONFIG, ["parallel.dp=2", "rollout.engines=3"])
+    check_gpus(config, here=4, everywhere=7)
+    with pytest.raises(ConfigError, match=r"parallel: 4 trainer ranks need .* this node has 2; .*torchrun"):
+        check_gpus(config, here=2, everywhere=16)
+    with pytest.raises(ConfigError, match=r"3 engines of tp=1 need 3 GPUs beside the 4 of the trainer, and Ray has 6"):
+        check_gpus(config, here=4, everywhere=6)
+    check_gpus(config.model_copy(update={"placement": "colocated"}), here=4, everywhere=4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engines", "cluster", "alone"),
+    [
+        (1, "trainer_nodes", None, True),
+        (2, "trainer_nodes", None, False),
+        (1, "own_nodes", None, False),
+        (1, "trainer_nodes", "10.0.0.1:6379", False),
+        (1, "trainer_nodes", "127.0.0.1:6379", True),
+    ],
+)
+def test_a_torchrun_node_listens_on_loopback_only_if_all_is_on_it(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, engines: str, cluster: str | None, alone: bool
+) -> None:
+    if cluster is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", cluster)
+    rank = attempt.Place(rank=0, world_size=2, local_rank=0, local_world_size=1, node=0, num_nodes=nodes)
+    assert is_alone(rank, load_config(_CONFIG, [f"launch.engines={engines}"])) == alone
