@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Errors that nobody foresaw keep their traceback."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_hapo").setLevel(logging.INFO)
     try:
@@ -35,6 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one command; key=value may stand behind options too, which argparse does not do."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and ("overrides" not in arguments or any(argument.startswith("-") for argument in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.overrides = [*arguments.overrides, *others]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's, e.g. optimizer.lr=1e-6"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that replace the file's, e.g. optimizer.lr=1e-6",
     )
 
 
@@ -162,10 +177,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

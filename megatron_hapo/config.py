@@ -198,7 +198,7 @@ class EntropyConfig(Section):
     sign: Literal["signed", "reference"] = "signed"
     """`signed`: h in [-1, 1], as the method is described. `reference`: low entropy comes out positive, as in the
     authors' released code."""
-    floor: PositiveFloat = 1e-6
+    floor: Annotated[float, Field(ge=1e-30)] = 1e-6
     """Entropies are raised to this many nats before the logarithm, in trainer and sampler alike."""
     source: Literal["old", "current", "micro_batch"] = "old"
     """Entropies behind h in the loss. `old`: of the policy before the step's first update. `current`: of the policy
@@ -358,7 +358,8 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     """Newest checkpoints that are kept."""
     resume: bool = True
-    """Continue from the newest checkpoint in the run folder, if there is one."""
+    """Continue from the newest checkpoint in the run folder, if there is one. false: start over; the first checkpoint
+    then replaces those of the run before."""
     hf_every: NonNegativeInt = 0
     """Steps between exports of the model as a Hugging Face folder (`hf_steps/step_*` in the run folder); 0: none."""
     hf_at_end: bool = True

@@ -180,8 +180,8 @@ def settings_without_effect(config: Config, keys: Sequence[str]) -> Iterator[Fau
             "parallel.dp and parallel.cp are 1",
         ),
         "algorithm.advantage_fallback": (
-            algorithm.advantage == "token_level_group_average",
-            f"algorithm.advantage is {algorithm.advantage}",
+            algorithm.advantage == "token_level_group_average" and algorithm.norm_by_std,
+            f"algorithm.advantage is {algorithm.advantage} and norm_by_std {str(algorithm.norm_by_std).lower()}",
         ),
         "algorithm.entropy": (uses_entropy, "no part of the algorithm that uses the entropy is enabled"),
         "algorithm.entropy.source": (uses_h_in_loss, "no part of the loss that uses the entropy is enabled"),

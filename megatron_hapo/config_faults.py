@@ -61,6 +61,8 @@ def _fault(error: ErrorDetails, schema: type[BaseModel]) -> Fault:
             message = f"must be a number, got {given!r}"
         case "bool_parsing" | "bool_type":
             message = f"must be true or false, got {given!r}"
+        case "tuple_type":
+            message = f"must be a list, e.g. [{given}]"
         case "model_type" | "model_attributes_type" | "dict_type":
             message = f"must be a section of settings, got {given!r}"
         case _:
@@ -106,6 +108,8 @@ def _suggestion(key: str, owner: type[BaseModel] | None, schema: type[BaseModel]
     siblings = list(_settings(owner)) if owner else []
     near = difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [known for known in _known_keys(schema) if known.rpartition(".")[2] == name]
+    if key in elsewhere:
+        return f"it belongs to another {key.rpartition('.')[0]}.type"
     if near:
         return f"did you mean {near[0]}?"
     if elsewhere:

@@ -102,11 +102,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type"):
+        if isinstance(old, dict) and isinstance(value, dict) and not _other_type(old, value):
             merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _other_type(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "type" in old and "type" in new and old["type"] != new["type"]
 
 
 def _dotted_keys(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import batched, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,9 @@ def file_faults(path: Path) -> list[str]:
 class PromptSampler:
     """An endless order of prompts, a new permutation in each epoch, that resumes from one integer.
 
-    No batch holds a prompt twice unless there are fewer prompts than it asks for. With shuffling, the prompts at the
-    end of an epoch that do not fill a batch are therefore skipped; without, the batch goes on at the beginning.
+    No batch holds a prompt twice unless there are fewer prompts than it asks for; it then comes under another uid, so
+    that its responses are others. With shuffling, the prompts at the end of an epoch that do not fill a batch are
+    therefore skipped; without, the batch goes on at the beginning.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool):
@@ -164,7 +166,13 @@ class PromptSampler:
             self._position += -self._position % size
         positions = range(self._position, self._position + count)
         self._position += count
-        return [self._prompts[self._row(position)] for position in positions]
+        times: Counter[int] = Counter()
+        prompts = []
+        for row in map(self._row, positions):
+            prompt, again = self._prompts[row], times[row]
+            prompts.append(replace(prompt, uid=f"{prompt.uid}#{again}") if again else prompt)
+            times[row] += 1
+        return prompts
 
     def state(self) -> int:
         """How far the order has come."""

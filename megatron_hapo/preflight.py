@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,12 +56,6 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     except ConfigError as error:
         for line in error.faults:
             yield Fault("model.path", line.removeprefix("model.path: "))
-        return
-    except json.JSONDecodeError as error:
-        yield Fault("model.path", f"{folder / 'config.json'} is not JSON: {error}")
-        return
-    except KeyError as error:
-        yield Fault("model.path", f"{folder / 'config.json'} has no {error.args[0]}")
         return
     if (reason := not_served(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")

@@ -97,9 +97,8 @@ def group_findings(groups: Sequence[ScoredGroup]) -> Iterator[Finding]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]
     accuracy, informative = np.mean([s.correct for s in scores]), sum(group.informative for group in groups)
-    learned = (
-        f"{accuracy:.0%} of {len(scores)} responses are correct; {informative} of {len(groups)} groups differ in reward"
-    )
+    right = f"{accuracy:.0%} of {len(scores)} responses are correct"
+    learned = f"{right}; {informative} of {len(groups)} groups have better and worse ones"
     if informative:
         yield Finding("ok", learned)
     else:

@@ -44,10 +44,15 @@ class Score:
 
     reward: float
     """With the overlong penalty."""
-    correct: bool
-    """Fully correct; says nothing about length."""
+    correctness: float
+    """In [0, 1]; says nothing about length."""
     failure: Failure | None = None
     """Why the response could not be scored; it then counts as wrong."""
+
+    @property
+    def correct(self) -> bool:
+        """Fully."""
+        return self.correctness >= 1.0
 
 
 class RewardPool:
@@ -101,7 +106,7 @@ class RewardPool:
             factor=config.overlong.factor,
         )
         earned = config.wrong + outcome.correctness * (config.correct - config.wrong)
-        return Score(reward=earned + penalty, correct=outcome.correctness >= 1.0, failure=outcome.failure)
+        return Score(reward=earned + penalty, correctness=outcome.correctness, failure=outcome.failure)
 
 
 def _log_failures(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> None:

@@ -30,8 +30,8 @@ class ScoredGroup:
 
     @property
     def informative(self) -> bool:
-        """Whether rewards differ, so that the group has a gradient."""
-        return len({score.reward for score in self.scores}) > 1
+        """Whether some responses are more right than others; that some are longer tells the policy nothing of that."""
+        return len({score.correctness for score in self.scores}) > 1
 
 
 def generate_scored(
@@ -57,8 +57,8 @@ def collect_groups(
 ) -> tuple[list[ScoredGroup], dict[str, float]]:
     """`num_groups` scored groups and how they came about.
 
-    With dynamic sampling (DAPO, arXiv:2503.14476, section 3.2) only groups with differing rewards are kept; generation
-    goes on, a batch of num_groups prompts at a time, until there are enough, and the surplus is dropped.
+    With dynamic sampling (DAPO, arXiv:2503.14476, equation 11) only groups with differing correctness are kept;
+    generation goes on, a batch of num_groups prompts at a time, until there are enough, and the surplus is dropped.
 
     Raises:
         RolloutError: max_generation_batches did not give enough groups.
@@ -74,7 +74,7 @@ def collect_groups(
         if len(kept) >= num_groups:
             return kept[:num_groups], _metrics(kept[:num_groups], kept_share=len(kept) / num_seen)
     raise RolloutError(
-        f"dynamic sampling: {len(kept)} of {num_seen} groups had differing rewards after "
+        f"dynamic sampling: {len(kept)} of {num_seen} groups had responses of differing correctness after "
         f"{dynamic.max_generation_batches} generation batches, {num_groups} are needed; raise "
         "dynamic_sampling.max_generation_batches, or use easier or harder prompts"
     )

@@ -69,6 +69,35 @@ def test_a_sound_config_starts_the_run(run_folder, started, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_settings_may_stand_behind_options(run_folder, monkeypatch, capsys):
+    seeds: list[int] = []
+
+    def run_check(config: Config, prompts: int) -> list[object]:
+        seeds.append(config.seed + prompts)
+        return []
+
+    stand_in = types.SimpleNamespace(run_check=run_check)
+    monkeypatch.setitem(sys.modules, "megatron_hapo.launch", types.SimpleNamespace(run=stand_in))
+    monkeypatch.setitem(sys.modules, "megatron_hapo.launch.run", stand_in)
+    assert cli.main(["check", "run.yaml", "parallel.tp=2", "--prompts", "2", "seed=5"]) == 0
+    assert seeds == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "run.yaml", "--promts", "2"], "unrecognized arguments: --promts 2"),
+        (["check", "run.yaml", "--prompts", "0"], "argument --prompts: must be a whole number of at least 1, got '0'"),
+        (["report", "runs/a", "--seed=1"], "unrecognized arguments: --seed=1"),
+        (["train"], "the following arguments are required: CONFIG\n"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 BAD_INPUT = {
     "unknown key": (["optimizer.lrr=1"], "command line: optimizer.lrr: unknown key; did you mean lr?"),
     "tp does not divide heads": (
@@ -155,14 +184,20 @@ def test_faults_of_config_model_and_data_come_together(run_folder, started, caps
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: "),
-        ({"rms_norm_eps": None}, "model/config.json has no rms_norm_eps"),
+        ({"rms_norm_eps": None}, "model/config.json has no rms_norm_eps\n"),
+        ("{", "model/config.json is not JSON: "),
+        ("[]", "model_type None is not supported; supported: "),
     ],
 )
-def test_a_model_that_cannot_be_trained_is_one_line(run_folder, started, capsys, change, message):
-    model = {key: value for key, value in (MODEL | change).items() if value is not None}
-    (run_folder / "model/config.json").write_text(json.dumps(model))
-    assert cli.main(["train", "run.yaml"]) == cli.EXIT_FAULT
-    assert capsys.readouterr().err.startswith(f"run.yaml: model.path: {message}")
+@pytest.mark.parametrize("command", [["train", "run.yaml"], ["convert", "hf-to-megatron", "model", "out"]])
+def test_a_model_that_cannot_be_trained_is_one_line(run_folder, capsys, command, change, message):
+    if isinstance(change, dict):
+        change = json.dumps({key: value for key, value in (MODEL | change).items() if value is not None})
+    (run_folder / "model/config.json").write_text(change)
+    assert cli.main(command) == cli.EXIT_FAULT
+    error = capsys.readouterr().err.removeprefix("run.yaml: ")
+    assert error.startswith(f"model.path: {message}")
+    assert error.count("\n") == 1
 
 
 def test_an_incomplete_model_folder_names_what_it_lacks(run_folder, started, capsys):

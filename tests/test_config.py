@@ -60,6 +60,22 @@ def test_a_section_of_another_type_does_not_inherit_the_old_types_settings(tmp_p
     assert (kept.data.train.size, kept.data.train.seed) == (100, 4)
 
 
+def test_overrides_beside_a_type_count_in_any_order(tmp_path):
+    path = write(tmp_path)
+    train = load_config(path, ["data.train.size=77", "data.train.type=arithmetic", "data.train.seed=4"]).data.train
+    assert (train.size, train.seed) == (77, 4)
+    fresh = load_config(path, ["data.train.limit=5", "data.train.type=file", "data.train.path=x.jsonl"]).data.train
+    assert fresh == FileData(type="file", path=Path("x.jsonl"), limit=5)
+    assert load_config(path, ["data.train.path=x.jsonl", "data.train.type=file"]).data.train.limit is None
+
+
+def test_a_setting_of_another_type_and_a_single_value_are_told_as_such(tmp_path):
+    assert faults_of(write(tmp_path), "data.train.limit=3", "profile.steps=2") == [
+        "command line: data.train.limit: unknown key; it belongs to another data.train.type",
+        "command line: profile.steps: must be a list, e.g. [2]",
+    ]
+
+
 def test_a_dumped_config_loads_as_the_same_config(tmp_path):
     config = load_config(write(tmp_path), ["rollout.stop_token_ids=[7]", "data.eval={type: file, path: a.parquet}"])
     dump_config(config, tmp_path / "resolved.yaml")

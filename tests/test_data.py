@@ -205,7 +205,9 @@ def test_without_shuffling_the_order_is_that_of_the_data():
 
 
 def test_fewer_prompts_than_a_batch_come_equally_often():
-    assert sorted(rows(sampler(3).next(9))) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    prompts = sampler(3).next(9)
+    assert sorted(rows(prompts)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({prompt.uid for prompt in prompts}) == 9, "the same uid would be given the same responses"
 
 
 def test_a_restored_sampler_goes_on_where_the_other_stopped():

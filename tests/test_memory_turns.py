@@ -114,7 +114,7 @@ class Sync:
 
 class Rewards:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [Score(reward=float(i % 2), correct=bool(i % 2), failure=None) for i, _ in enumerate(rollouts)]
+        return [Score(reward=float(i % 2), correctness=float(i % 2)) for i, _ in enumerate(rollouts)]
 
 
 class Shares:

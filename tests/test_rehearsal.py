@@ -28,7 +28,9 @@ def group(correct: list[bool], *, failure: Any = None, reason: Any = "stop") -> 
         prompt=prompt, response_ids=zeros.astype(np.int32), rollout_log_probs=zeros, temperatures=zeros + 1,
         finish_reason=reason, policy_versions=np.zeros(7, np.int32),
     )  # fmt: skip
-    return ScoredGroup([rollout] * len(correct), [Score(reward=float(c), correct=c, failure=failure) for c in correct])
+    return ScoredGroup(
+        [rollout] * len(correct), [Score(reward=float(c), correctness=float(c), failure=failure) for c in correct]
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_log_probs_are_held_to_what_the_dtype_allows(mean: float, dtype: str, ve
 def test_groups_without_differing_rewards_are_a_warning(correct: list[bool], reason: str) -> None:
     first, lengths = group_findings([group(correct)] * 3)
     assert (first.verdict, lengths.verdict) == ("warning", "ok")
-    assert "0 of 3 groups differ" in first.message
+    assert "0 of 3 groups have better and worse" in first.message
     assert reason in first.message
 
 

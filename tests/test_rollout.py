@@ -51,7 +51,7 @@ class Rewards:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         right = [index % 2 == 0 and int(r.prompt.uid) in self.informative for index, r in enumerate(rollouts)]
-        return [Score(reward=1.0 if yes else -1.0, correct=yes) for yes in right]
+        return [Score(reward=1.0 if yes else -1.0, correctness=float(yes)) for yes in right]
 
 
 def collect(informative: set[int], *, num_groups: int = 4, **dynamic: Any):
@@ -86,8 +86,16 @@ def test_generation_goes_on_until_the_batch_is_full_and_the_surplus_is_dropped()
     assert metrics["num_response_tokens"] == 8
 
 
+def test_responses_that_differ_in_length_alone_are_not_informative():
+    """DAPO's condition is on right and wrong; the overlong penalty makes rewards differ among wrong ones too."""
+    rollout = _rollout(Prompt(uid="0", token_ids=np.ones(1, np.int32), ground_truth="", data_source=""))
+    wrong, long = Score(reward=-1.0, correctness=0.0), Score(reward=-1.5, correctness=0.0)
+    assert not ScoredGroup([rollout, rollout], [wrong, long]).informative
+    assert ScoredGroup([rollout, rollout], [wrong, Score(reward=-1.0, correctness=0.5)]).informative
+
+
 def test_generation_is_bounded():
-    with pytest.raises(RolloutError, match="2 of 12 groups had differing rewards after 3 generation batches, 4 are"):
+    with pytest.raises(RolloutError, match="2 of 12 groups had responses of differing correctness after 3 gen"):
         collect({1, 4, 13, 14, 15}, enabled=True, max_generation_batches=3)
     assert collect({1, 4, 9, 11}, enabled=True, max_generation_batches=3)[1] == [1, 4, 9, 11]
 

@@ -33,7 +33,7 @@ class Checkpoints:
         self._folder, self._keep, self._resume = folder, keep, resume
 
     def save(self, state: RunState, trainer: Trainer) -> None:
-        """Write a checkpoint, then drop the oldest beyond `keep`."""
+        """Write a checkpoint, then drop the oldest beyond `keep`, and later ones: of a run that was started over."""
         final = self._folder / f"step_{state.step:08d}"
         partial = final.with_name(final.name + ".partial")
         for leftover in (partial, final):
@@ -42,7 +42,9 @@ class Checkpoints:
         trainer.save_checkpoint(partial)
         (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
         partial.rename(final)
-        for old in self._complete()[: -self._keep]:
+        complete = self._complete()
+        own = complete[: complete.index(final) + 1]
+        for old in (*own[: -self._keep], *complete[len(own) :]):
             shutil.rmtree(old)
 
     def newest(self, trainer: Trainer) -> RunState | None:

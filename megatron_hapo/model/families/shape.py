@@ -65,19 +65,26 @@ def read_shape(model_path: Path) -> Shape:
     """The shape in a model folder's config.json.
 
     Raises:
-        ConfigError: no such folder, no config.json, or a model that this project cannot train, by name.
+        ConfigError: no such folder, no config.json or one that says too little, or a model that this project cannot
+            train, by name.
     """
     path = model_path / "config.json"
     if not path.is_file():
         raise ConfigError([f"model.path: no config.json in {model_path}; it must be a Hugging Face model folder"])
-    config = json.loads(path.read_text())
-    family = config.get("model_type")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError([f"model.path: {path} is not JSON: {error}"]) from error
+    family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:
         raise ConfigError([f"model.path: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"])
-    faults = [f"model.path: {path}: {fault}" for fault in _unsupported(config)]
-    if faults:
-        raise ConfigError(faults)
-    return FAMILIES[family](config)
+    try:
+        faults = [f"model.path: {path}: {fault}" for fault in _unsupported(config)]
+        if faults:
+            raise ConfigError(faults)
+        return FAMILIES[family](config)
+    except KeyError as error:
+        raise ConfigError([f"model.path: {path} has no {error.args[0]}"]) from error
 
 
 def layout_faults(
