@@ -21,6 +21,9 @@ from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turn
 from megatron_hapo.sizing.parameters import model_parameters
 from megatron_hapo.sizing.search import too_large
 
+_OWN_FOLDERS = ("models", "runs")
+"""Where the shipped configs expect models, and what runs have written."""
+
 
 def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config of a run whose files are there and fit it.
@@ -46,7 +49,7 @@ def check_run(config: Config) -> list[Fault]:
 def _model_faults(config: Config) -> Iterator[Fault]:
     folder = config.model.path
     if not folder.is_dir():
-        yield Fault("model.path", f"no such folder: {folder}")
+        yield Fault("model.path", f"no such folder: {folder}{_hub_hint(folder)}")
         return
     if not any(folder.glob("*.safetensors")) and not is_megatron_folder(folder):
         yield Fault("model.path", f"{folder} has no safetensors file")
@@ -67,6 +70,16 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     if (reason := not_served(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)
+
+
+def _hub_hint(folder: Path) -> str:
+    """What to do if the path was meant as a name on the Hugging Face Hub; empty where it was surely not."""
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in ("..", *_OWN_FOLDERS):
+        return ""
+    if folder.parent.is_dir():
+        return ""
+    local = f"models/{folder.name}"
+    return f"; names on the Hub are not taken: hf download {folder} --local-dir {local}, then model.path={local}"
 
 
 def check_layout(config: Config, shape: Shape) -> list[Fault]:

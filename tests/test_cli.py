@@ -112,6 +112,11 @@ BAD_INPUT = {
         "model's 512 positions (max_position_embeddings in its config.json)",
     ),
     "missing model folder": (["model.path=models/none"], "command line: model.path: no such folder: models/none"),
+    "name on the Hub": (
+        ["model.path=Qwen/Qwen3-8B"],
+        "command line: model.path: no such folder: Qwen/Qwen3-8B; names on the Hub are not taken: "
+        "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B, then model.path=models/Qwen3-8B",
+    ),
     "missing data": (["data.train.path=none.parquet"], "command line: data.train.path: no such file: none.parquet"),
     "missing column": (
         ["data.train.path=no_prompt.parquet"],
