@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,12 +39,20 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_run(config: Config) -> list[Fault]:
-    """Why the model folder and the data do not fit the config; empty where they do."""
+    """Why the model folder, the data and the packages do not fit the config; empty where they do."""
     faults = [*_model_faults(config)]
     for name, source in (("train", config.data.train), ("eval", config.data.eval)):
         if source is not None:
             faults += _data_faults(f"data.{name}", source)
+    if config.metrics.wandb_project is not None and not is_installed("wandb"):
+        faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
+
+
+def is_installed(package: str) -> bool:
+    # A plain folder of that name in the current one, such as wandb makes, is found too, but has no file of its own.
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _model_faults(config: Config) -> Iterator[Fault]:

@@ -3,8 +3,11 @@
 import io
 import json
 import math
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -89,6 +92,23 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 3.0), (2, 3.0), (3, 3.0)]
+
+
+def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+    """With a stand-in for the package, which is not among those that tests need."""
+    run, opened = MagicMock(), []
+    run.__enter__.return_value = run
+    stand_in = SimpleNamespace(init=lambda **settings: opened.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for start_step in (0, 2, 0):
+        with MetricsLogger(tmp_path, 3, start_step, console=make_console(), wandb_project="mine") as logger:
+            logger.log(start_step + 1, METRICS)
+    assert [call.kwargs for call in run.log.call_args_list] == [{"step": 1}, {"step": 3}, {"step": 1}]
+    assert all(call.args == (METRICS,) for call in run.log.call_args_list)
+    assert run.__exit__.call_count == 3
+    first, resumed, anew = (settings.pop("id") for settings in opened)
+    assert first == resumed != anew
+    assert opened[0] == {"project": "mine", "name": tmp_path.name, "resume": "allow", "dir": str(tmp_path)}
 
 
 def test_one_plain_line_a_step_where_the_output_is_no_terminal(tmp_path):
