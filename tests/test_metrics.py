@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,25 @@ METRICS = {
     "time/weight_sync": 0.25,
     "time/step": 3.4,
 }
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def documented_metrics() -> set[str]:
+    """Names in the first column of the tables of docs/metrics.md."""
+    lines = (ROOT / "docs/metrics.md").read_text().splitlines()
+    return {name for line in lines if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+
+
+def test_the_metrics_in_the_code_are_documented():
+    """Those whose names are written out; tests/test_loop.py looks at what real runs log."""
+    sources = [
+        ROOT / f"megatron_hapo/{name}.py" for name in ("rollout", "prepare", "trainer", "evaluation", "utilization")
+    ]
+    names = {name for path in sources for name in re.findall(r'^ +"(\w+/\w+)": ', path.read_text(), re.MULTILINE)}
+    assert len(names) > 30
+    assert names | {name for column in COLUMNS for name in column.names} <= documented_metrics()
 
 
 def make_console(*, terminal: bool = False) -> Console:
