@@ -408,6 +408,14 @@ class LaunchConfig(Section):
     """The run fails if ranks, Ray nodes or room for the engines take longer to come."""
 
 
+class MetricsConfig(Section):
+    """Where metrics go beside the console, metrics.jsonl and TensorBoard; docs/metrics.md says what they are."""
+
+    wandb_project: str | None = None
+    """Project of Weights & Biases that gets them too; needs `pip install wandb`. Its own variables apply, such as
+    WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE=offline."""
+
+
 class ProfileConfig(Section):
     """Where the time of a step goes; see docs/profiling.md."""
 
@@ -445,6 +453,7 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     memory_turns: MemoryTurnsConfig = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
+    metrics: MetricsConfig = MetricsConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @property

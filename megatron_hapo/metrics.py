@@ -1,15 +1,18 @@
-"""A run's numbers: seconds of each stage, metrics.jsonl, TensorBoard, one line a step on the console."""
+"""A run's numbers: seconds of each stage, metrics.jsonl, TensorBoard, W&B, one line a step on the console."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +21,7 @@ from megatron_hapo.spans import SpanRecorder, Timeline
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID_FILE = "wandb_id"
 BESIDE_TRAINING = ("eval", "checkpoint")
 """Stages that happen after some steps only: timed, but no part of time/step."""
 LINES_PER_HEADER = 20
@@ -64,9 +68,20 @@ class MetricsLogger:
     Args:
         start_step: the step that the run resumes after; rows of later steps are dropped, and with 0 all of them.
         console: where the lines go; stdout if not given.
+        wandb_project: see config.MetricsConfig.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int = 0, *, console: Console | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        console: Console | None = None,
+        wandb_project: str | None = None,
+    ):
+        self._wandb_project = wandb_project
+        self._wandb: Any = None
         self._path = run_dir / METRICS_FILE
         self._tensorboard_folder = run_dir / TENSORBOARD_FOLDER
         self._total_steps = total_steps
@@ -92,6 +107,9 @@ class MetricsLogger:
         self._tensorboard = self._exit.enter_context(
             SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
         )
+        if self._wandb_project is not None:
+            run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
+            self._wandb = self._exit.enter_context(run)
         if self._console.is_terminal:
             self._progress = progress = self._exit.enter_context(_progress_bar(self._console))
             self._task = progress.add_task("training", total=self._total_steps, completed=self._start_step)
@@ -110,6 +128,8 @@ class MetricsLogger:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
         self._show(step, metrics)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
@@ -129,6 +149,15 @@ class MetricsLogger:
         self._console.print(
             line, style=style, markup=False, no_wrap=to_terminal, soft_wrap=not to_terminal, crop=to_terminal
         )
+
+
+def _wandb_run(project: str, run_dir: Path, *, resumes: bool) -> Any:
+    """A context manager: a new run of Weights & Biases, or the run folder's own where training resumes."""
+    id_file = run_dir / WANDB_ID_FILE
+    if not (resumes and id_file.is_file()):
+        id_file.write_text(uuid.uuid4().hex)
+    wandb = importlib.import_module("wandb")
+    return wandb.init(project=project, name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turn
 from megatron_hapo.sizing.parameters import model_parameters
 from megatron_hapo.sizing.search import too_large
 
+_OWN_FOLDERS = ("models", "runs")
+"""Where the shipped configs expect models, and what runs have written."""
+
 
 def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config of a run whose files are there and fit it.
@@ -34,18 +38,26 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_run(config: Config) -> list[Fault]:
-    """Why the model folder and the data do not fit the config; empty where they do."""
+    """Why the model folder, the data and the packages do not fit the config; empty where they do."""
     faults = [*_model_faults(config)]
     for name, source in (("train", config.data.train), ("eval", config.data.eval)):
         if source is not None:
             faults += _data_faults(f"data.{name}", source)
+    if config.metrics.wandb_project is not None and not is_installed("wandb"):
+        faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
+
+
+def is_installed(package: str) -> bool:
+    # A plain folder of that name in the current one, such as wandb makes, is found too, but has no file of its own.
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _model_faults(config: Config) -> Iterator[Fault]:
     folder = config.model.path
     if not folder.is_dir():
-        yield Fault("model.path", f"no such folder: {folder}")
+        yield Fault("model.path", f"no such folder: {folder}{_hub_hint(folder)}")
         return
     if not any(folder.glob("*.safetensors")) and not is_megatron_folder(folder):
         yield Fault("model.path", f"{folder} has no safetensors file")
@@ -60,6 +72,16 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     if (reason := not_served(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)
+
+
+def _hub_hint(folder: Path) -> str:
+    """What to do if the path was meant as a name on the Hugging Face Hub; empty where it was surely not."""
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in ("..", *_OWN_FOLDERS):
+        return ""
+    if folder.parent.is_dir():
+        return ""
+    local = f"models/{folder.name}"
+    return f"; names on the Hub are not taken: hf download {folder} --local-dir {local}, then model.path={local}"
 
 
 def check_layout(config: Config, shape: Shape) -> list[Fault]:

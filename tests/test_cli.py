@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_hapo import cli
+from megatron_hapo import cli, preflight
 from megatron_hapo.config import Config
 from megatron_hapo.errors import DataError
 
@@ -141,6 +141,11 @@ BAD_INPUT = {
         "model's 512 positions (max_position_embeddings in its config.json)",
     ),
     "missing model folder": (["model.path=models/none"], "command line: model.path: no such folder: models/none"),
+    "name on the Hub": (
+        ["model.path=Qwen/Qwen3-8B"],
+        "command line: model.path: no such folder: Qwen/Qwen3-8B; names on the Hub are not taken: "
+        "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B, then model.path=models/Qwen3-8B",
+    ),
     "missing data": (["data.train.path=none.parquet"], "command line: data.train.path: no such file: none.parquet"),
     "missing column": (
         ["data.train.path=no_prompt.parquet"],
@@ -168,6 +173,16 @@ def test_bad_input_is_told_in_one_line_and_nothing_starts(run_folder, started, c
     assert cli.main(["train", "run.yaml", *overrides]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == message + "\n"
     assert started == []
+
+
+@pytest.mark.skipif(preflight.is_installed("wandb"), reason="wandb is installed")
+def test_a_folder_named_wandb_is_not_taken_for_the_package(run_folder, started, capsys, monkeypatch):
+    (run_folder / "wandb").mkdir()  # as earlier runs of wandb leave it
+    monkeypatch.syspath_prepend(run_folder)
+    assert cli.main(["train", "run.yaml", "metrics.wandb_project=mine"]) == cli.EXIT_FAULT
+    assert capsys.readouterr().err == (
+        "command line: metrics.wandb_project: wandb is not installed: pip install wandb\n"
+    )
 
 
 def test_faults_of_config_model_and_data_come_together(run_folder, started, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,33 @@ def test_scripts_run_torchrun_on_each_host(path: Path, tmp_path: Path) -> None:
         _, _, command = line.partition("-m megatron_hapo ")
         arguments = shlex.split(command) if hosts == 2 else ["train", "a.yaml", "output_dir=/runs/a b"]
         assert _parser().parse_args(arguments).overrides == ["output_dir=/runs/a b"]
+
+
+@pytest.mark.parametrize(("exit_code", "requeued"), [(1, True), (0, False)], ids=["steps remain", "run had ended"])
+def test_the_slurm_job_comes_again_after_its_time_limit(tmp_path: Path, exit_code: int, requeued: bool) -> None:
+    """With stand-ins for Slurm: before the limit the run is told to end, and its checkpoint written in peace."""
+    script, told = EXAMPLES / "slurm/train.sbatch", tmp_path / "told"
+    assert "#SBATCH --signal=B:USR1@" in script.read_text()
+    stand_ins = {
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.calls; echo n1',
+        "srun": f"touch {tmp_path}/running; until [[ -e {told} ]]; do sleep 0.05; done; sleep 0.2; exit {exit_code}",
+        "scancel": f'echo "$@" >> {told}.part; mv {told}.part {told}',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"
+    }  # fmt: skip
+    with subprocess.Popen(["bash", str(script), "a.yaml"], env=environment) as job:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "running").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=30) == exit_code
+    assert told.read_text() == "--signal=TERM 7\n"
+    assert ("requeue 7" in (tmp_path / "scontrol.calls").read_text().splitlines()) == requeued
 
 
 def test_the_kubernetes_job_is_whole() -> None:

@@ -35,6 +35,7 @@ from megatron_hapo.reward_workers import RewardPool
 from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
+from tests.test_metrics import documented_metrics
 
 COLOCATED = {"tp": 2, "placement": "colocated"}
 LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2}]
@@ -186,6 +187,7 @@ def test_metrics_have_every_promised_key(trained: dict[str, Any]) -> None:
     tokens_per_second"""
     for row in steps:
         assert set(promised.split()) <= row.keys()
+        assert row.keys() <= documented_metrics() | {"step"}
         assert all(np.isfinite(value) for value in row.values())
 
 
@@ -330,6 +332,7 @@ def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, ti
     for row in steps:
         assert row["weights/max"] <= 2
         assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
+        assert row.keys() <= documented_metrics() | {"step"}
 
 
 def test_rollouts_in_flight_go_through_syncs(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:

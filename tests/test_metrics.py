@@ -3,8 +3,12 @@
 import io
 import json
 import math
+import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -27,6 +31,25 @@ METRICS = {
     "time/weight_sync": 0.25,
     "time/step": 3.4,
 }
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def documented_metrics() -> set[str]:
+    """Names in the first column of the tables of docs/metrics.md."""
+    lines = (ROOT / "docs/metrics.md").read_text().splitlines()
+    return {name for line in lines if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+
+
+def test_the_metrics_in_the_code_are_documented():
+    """Those whose names are written out; tests/test_loop.py looks at what real runs log."""
+    sources = [
+        ROOT / f"megatron_hapo/{name}.py" for name in ("rollout", "prepare", "trainer", "evaluation", "utilization")
+    ]
+    names = {name for path in sources for name in re.findall(r'^ +"(\w+/\w+)": ', path.read_text(), re.MULTILINE)}
+    assert len(names) > 30
+    assert names | {name for column in COLUMNS for name in column.names} <= documented_metrics()
 
 
 def make_console(*, terminal: bool = False) -> Console:
@@ -89,6 +112,23 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 3.0), (2, 3.0), (3, 3.0)]
+
+
+def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+    """With a stand-in for the package, which is not among those that tests need."""
+    run, opened = MagicMock(), []
+    run.__enter__.return_value = run
+    stand_in = SimpleNamespace(init=lambda **settings: opened.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for start_step in (0, 2, 0):
+        with MetricsLogger(tmp_path, 3, start_step, console=make_console(), wandb_project="mine") as logger:
+            logger.log(start_step + 1, METRICS)
+    assert [call.kwargs for call in run.log.call_args_list] == [{"step": 1}, {"step": 3}, {"step": 1}]
+    assert all(call.args == (METRICS,) for call in run.log.call_args_list)
+    assert run.__exit__.call_count == 3
+    first, resumed, anew = (settings.pop("id") for settings in opened)
+    assert first == resumed != anew
+    assert opened[0] == {"project": "mine", "name": tmp_path.name, "resume": "allow", "dir": str(tmp_path)}
 
 
 def test_one_plain_line_a_step_where_the_output_is_no_terminal(tmp_path):

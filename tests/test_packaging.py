@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -123,6 +125,55 @@ def test_config_and_metrics_need_neither_torch_nor_megatron_nor_sglang():
         f"assert not [name for name in {heavy} if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+SOURCES = {
+    path.relative_to(ROOT): path for name in ("megatron_hapo", "sglang_ext") for path in (ROOT / name).rglob("*.py")
+}
+MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): full for path, full in SOURCES.items()}
+
+
+def listed_modules() -> dict[str, int]:
+    """Module to its row in the list of docs/architecture.md; a folder stands for all that is in it."""
+    lines = (ROOT / "docs/architecture.md").read_text().splitlines()
+    cells = [line.split("|")[1] for line in lines if re.match(r"\| `[^|]*(\.py|/)` \|", line)]
+    listed = {}
+    for row, cell in enumerate(cells):
+        for name in re.findall(r"`([^`]+)`", cell):
+            prefix = name if name.startswith("sglang_ext/") else f"megatron_hapo/{name}"
+            dotted = prefix.removesuffix(".py").rstrip("/").replace("/", ".")
+            assert dotted in MODULES, f"docs/architecture.md names {name}, which is not there"
+            inside = [module for module in MODULES if module.startswith(f"{dotted}.")] if name.endswith("/") else []
+            listed |= dict.fromkeys([dotted, *inside], row)
+    return listed
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Our modules that the code imports, inside functions too; not what only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name in MODULES)
+        elif isinstance(child, ast.ImportFrom) and child.module in MODULES:
+            names = [f"{child.module}.{alias.name}" for alias in child.names]
+            yield from (name if name in MODULES else child.module for name in names)
+        yield from imported(child)
+
+
+def test_every_module_is_listed_and_imports_point_upwards():
+    listed = listed_modules()
+    imports = {module: set(imported(ast.parse(path.read_text()))) for module, path in MODULES.items()}
+    empty_packages = {module for module, path in MODULES.items() if path.stem == "__init__" and not imports[module]}
+    unlisted = sorted(MODULES.keys() - listed.keys() - empty_packages)
+    assert not unlisted
+    downwards = [
+        f"{module} imports {other}"
+        for module, others in imports.items()
+        for other in others - empty_packages
+        if listed[other] > listed[module]
+    ]
+    assert not downwards
 
 
 @pytest.mark.slow

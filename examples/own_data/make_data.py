@@ -1,16 +1,18 @@
-"""Write train.jsonl and eval.jsonl in the DAPO-Math layout: python make_data.py FOLDER."""
+"""Write train.jsonl and eval.jsonl in the DAPO-Math layout."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from megatron_hapo.arithmetic import problems
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, seed in (("train", 2000, 0), ("eval", 200, 1)):
         rows = [

@@ -119,7 +119,12 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
     with contextlib.ExitStack() as stack:
         parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config)))
         metrics = stack.enter_context(
-            MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
+            MetricsLogger(
+                config.run_dir,
+                total_steps=config.steps,
+                start_step=checkpoints.newest_step(),
+                wandb_project=config.metrics.wandb_project,
+            )
         )
         driver = Driver(
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
