@@ -15,6 +15,9 @@ from megatron_hapo.sizing.search import Cluster, Limits, search
 from megatron_hapo.sizing.settings import MEAN_OVER_MAX, MEAN_PROMPT_TOKENS, limits_of, recompute_choices, workload_of
 from megatron_hapo.sizing.throughput import GPUS, Workload
 
+ASSUMED_LAYERS = "Layers: Transformer Engine's are assumed; with a CONFIG model.spec=local plans for torch's."
+"""Whether `model.spec: auto` finds the package is known on the machines of the run only."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` takes."""
@@ -69,9 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
     plans, rejections = search(shape, workload, cluster, limits)
     if arguments.json:
-        print(plans_as_json(plans, rejections, top=arguments.top))
+        print(plans_as_json(plans, rejections, top=arguments.top, spec=limits.spec))
     else:
-        print_plans(plans, rejections, cluster, top=arguments.top)
+        note = ASSUMED_LAYERS if config is None or config.model.spec == "auto" else None
+        print_plans(plans, rejections, cluster, top=arguments.top, note=note)
     if arguments.write is not None:
         write_plan(plans, arguments.write, base=arguments.config, cluster=cluster)
 

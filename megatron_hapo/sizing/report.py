@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hapo.errors import HapoError
-from megatron_hapo.sizing.memory import GIB
+from megatron_hapo.sizing.memory import GIB, Spec
 from megatron_hapo.sizing.parameters import Layout
 from megatron_hapo.sizing.search import Cluster, Plan, Rejection, describe
 from megatron_hapo.sizing.settings import PLANNED_SIZES, inexpressible, plan_settings
@@ -31,11 +31,14 @@ def print_plans(
     cluster: Cluster,
     *,
     top: int,
+    note: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """The best plans with their times and the bytes of each part, then why other layouts do not fit."""
+    """A note, the best plans with their times and the bytes of each part, then why other layouts do not fit."""
     # A table of this width reads better wrapped by a narrow terminal than with its words cut off.
     console = console or Console(width=max(MIN_WIDTH, Console().width))
+    if note is not None:
+        console.print(note, highlight=False)
     console.print(_time_table(plans[:top], title(cluster)), _memory_table(plans[:top]))
     if rejections:
         console.print(f"{len(rejections)} layouts do not fit, among them:")
@@ -95,10 +98,11 @@ def title(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
 
 
-def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int) -> str:
+def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
     """The same as JSON; sizes in bytes, times in seconds."""
+    rejected = [asdict(rejection) for rejection in rejections]
     return json.dumps(
-        {"plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": [asdict(r) for r in rejections]}, indent=1
+        {"spec": spec, "plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": rejected}, indent=1
     )
 
 
