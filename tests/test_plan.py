@@ -236,6 +236,7 @@ BAD_PLANS = {
         "--gpu-memory: must be a size like 80GiB or 141GB, got 'eighty'",
     ),
     "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
+    "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is needed without a CONFIG"),
     "too long": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
         "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",

@@ -57,6 +57,7 @@ class Limits:
     max_cp: int = 1
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     output_head: Literal["logits", "fused"] = "logits"
+    distributed_optimizer: bool = True
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -149,7 +150,8 @@ def _offloaded_if_needed(
         )  # fmt: skip
 
     memory = memory_of(layout)
-    if memory.total <= room or layout.bytes_per_parameter != 2:  # Megatron offloads masters of 16-bit parameters
+    # Megatron offloads masters of 16-bit parameters, and shared ones only.
+    if memory.total <= room or layout.bytes_per_parameter != 2 or not layout.distributed_optimizer:
         return layout, memory
     offloaded = replace(layout, cpu_offload=True)
     return offloaded, memory_of(offloaded)
@@ -298,6 +300,7 @@ def _layouts(
                 grid = Layout(
                     tp=tp, **vars(pipeline), cp=cp, ep=ep, etp=etp, dp=dp,
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
+                    distributed_optimizer=limits.distributed_optimizer,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.
