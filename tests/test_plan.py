@@ -237,6 +237,22 @@ BAD_PLANS = {
     ),
     "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
     "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is needed without a CONFIG"),
+    "a response of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "-5"],
+        "--max-response: must be at least 1, got -5",
+    ),
+    "a prompt of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-prompt", "0"],
+        "--max-prompt: must be at least 1, got 0",
+    ),
+    "a mean of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "0"],
+        "--mean-response: must be at least 1, got 0",
+    ),
+    "a mean above the longest": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "5000", "--max-response", "1000"],
+        "--mean-response: 5000 tokens are more than the longest response of 1000",
+    ),
     "too long": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
         "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",

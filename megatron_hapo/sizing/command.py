@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.config is None and arguments.model is None:
         raise HapoError("plan: name a CONFIG or a model with --model")
-    for name in ("gpus", "nvlink_size", "top"):
+    for name in ("gpus", "nvlink_size", "top", "max_prompt", "max_response", "mean_response"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise HapoError(f"--{name.replace('_', '-')}: must be at least 1, got {given:g}")
     config, gpus = _config_and_gpus(arguments)
@@ -80,6 +80,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise HapoError(
             f"prompt and response of {workload.longest} tokens are more than the model's {shape.max_positions} "
             "positions; lower --max-response"
+        )
+    if workload.mean_response_tokens > workload.max_response_tokens:
+        raise HapoError(
+            f"--mean-response: {workload.mean_response_tokens:g} tokens are more than the longest response of "
+            f"{workload.max_response_tokens}"
         )
     plans, rejections = search(shape, workload, cluster, limits)
     if arguments.write is not None:  # first: whoever reads the tables may stop in their midst
