@@ -57,7 +57,8 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Sizes of the trainer's process grid; the number of trainer ranks is their product."""
+    """Sizes of the trainer's process grid; the number of trainer ranks is their product. `parallel: auto` in the place
+    of the section lets `train` choose them, and the engines, for the GPUs of its machine."""
 
     tp: PositiveInt = 1
     """Tensor parallel size."""

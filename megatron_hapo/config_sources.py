@@ -31,9 +31,27 @@ def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], 
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
         origins |= dict.fromkeys(_dotted_keys(layer), origin)
     return _resolve(merged, path), origins
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, resolved, and all that it builds on, as far as they can be read."""
+    return [Path(name).resolve() for name, _ in _file_layers(path, [], including=())]
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments as the sections of a config file.
+
+    Raises:
+        ConfigError: arguments that cannot be read, all of them at once.
+    """
+    faults: list[str] = []
+    settings = _parse_overrides(overrides, faults)
+    if faults:
+        raise ConfigError(faults)
+    return settings
 
 
 def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
@@ -72,7 +90,7 @@ def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, A
             faults.append(f"{COMMAND_LINE}: {override}: must have the form key=value, e.g. optimizer.lr=1e-6")
             continue
         try:
-            merged = _merge(merged, _to_dict(OmegaConf.from_dotlist([override])))
+            merged = merge(merged, _to_dict(OmegaConf.from_dotlist([override])))
         except (YAMLError, OmegaConfBaseException) as error:
             faults.append(f"{COMMAND_LINE}: {override}: cannot be read: {_one_line(error)}")
     return merged
@@ -97,19 +115,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`. A section that changes its `type` starts afresh: the old variant's keys mean nothing."""
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and not _other_type(old, value):
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged
 
 
-def _other_type(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def _other_type(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "type" in old and "type" in new and old["type"] != new["type"]
 
 

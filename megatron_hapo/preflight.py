@@ -126,12 +126,12 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     gpu_bytes = settings.gpu_memory(config)
     if gpu_bytes is None:
         return
-    rollout = config.rollout
+    rollout, spec = config.rollout, settings.spec_here(config)
     trainer = trainer_memory(
         shape,
         settings.layout_of(config),
         gpu_bytes=gpu_bytes,
-        spec=settings.spec_here(config),
+        spec=spec,
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
     shared = config.placement == "colocated"
@@ -151,10 +151,13 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     )
     if (turns["training"] if shared else trainer.total) > gpu_bytes:
         reason = too_large(trainer, gpu_bytes, beside_engine=turns["training"] - trainer.total if shared else 0)
+        layers = " without Transformer Engine" if spec == "local" else ""
+        # The planner, which may stand on another machine, takes auto for Transformer Engine.
+        command = "plan CONFIG model.spec=local" if layers and config.model.spec == "auto" else "plan"
         yield Fault(
             "parallel",
-            f"does not fit: a trainer rank {reason}; `megatron-hapo plan` finds layouts that do",
-            ("model.path", "trainer", "rollout.max_response_tokens"),
+            f"does not fit: a trainer rank{layers} {reason}; `megatron-hapo {command}` finds layouts that do",
+            ("model.path", "model.spec", "trainer", "rollout.max_response_tokens"),
         )
     elif shared and (turn := max(("weight sync", "generation"), key=turns.__getitem__)) and turns[turn] > gpu_bytes:
         yield Fault(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_hapo.config import Config, load_config
 from megatron_hapo.model.families import FAMILIES, Shape
@@ -49,16 +51,43 @@ def test_names_are_unique_and_no_job_says_more_than_its_parts() -> None:
         assert len(path.read_text().splitlines()) == 2, f"{path.name}: settings belong into configs/parts"
 
 
+@pytest.mark.parametrize("spec", ["te", "local"])
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_job_fits_its_gpus(path: Path) -> None:
-    """With Transformer Engine. A model of a family that the project cannot read yet is only loaded."""
-    config = load_config(path, ["model.spec=te"])
+def test_a_job_fits_its_gpus(path: Path, spec: str) -> None:
+    """With Transformer Engine, which is optional, and without. A model of a family that the project cannot read yet is
+    only loaded."""
+    config = load_config(path, [f"model.spec={spec}"])
     assert config.parallel.gpu_memory == "80GiB"
     model = hf_config(config)
     if is_known(model):
         assert [str(fault) for fault in check_layout(config, shape_at(model))] == []
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     assert config.trainer.max_tokens_per_microbatch >= longest
+
+
+def commands_of_the_examples() -> dict[str, list[str]]:
+    """Config and overrides of each example for two nodes, of which each gives 4 of 8 GPUs to trainer ranks."""
+    examples = ROOT / "examples"
+    comments = {
+        "slurm": (examples / "slurm/train.sbatch").read_text().replace(" \\\n#", ""),
+        "ssh": (examples / "ssh/train.sh").read_text(),
+    }
+    found = {name: re.findall(r"\S*qwen3_8b\S*|\w+\.\w+=\d+", text) for name, text in comments.items()}
+    _, job = yaml.safe_load_all((examples / "kubernetes/train.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return {**found, "kubernetes": container["args"][container["args"].index("train") + 1 :]}
+
+
+@pytest.mark.parametrize("spec", ["te", "local"])
+@pytest.mark.parametrize("example", ["slurm", "ssh", "kubernetes"])
+def test_an_example_of_two_nodes_has_as_many_ranks_as_its_nodes_and_fits(example: str, spec: str) -> None:
+    path, *overrides = commands_of_the_examples()[example]
+    assert any(override.startswith("parallel.dp=") for override in overrides)
+    config = load_config(ROOT / path, [*overrides, f"model.spec={spec}"])
+    assert config.parallel.world_size == 2 * 4
+    if example != "ssh":  # whose command ends in dots
+        assert config.rollout.engines * config.rollout.tp == 2 * 4
+    assert check_layout(config, shape_at(hf_config(config))) == []
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -236,6 +236,23 @@ BAD_PLANS = {
         "--gpu-memory: must be a size like 80GiB or 141GB, got 'eighty'",
     ),
     "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
+    "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is needed without a CONFIG"),
+    "a response of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "-5"],
+        "--max-response: must be at least 1, got -5",
+    ),
+    "a prompt of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-prompt", "0"],
+        "--max-prompt: must be at least 1, got 0",
+    ),
+    "a mean of no length": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "0"],
+        "--mean-response: must be at least 1, got 0",
+    ),
+    "a mean above the longest": (
+        ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "5000", "--max-response", "1000"],
+        "--mean-response: 5000 tokens are more than the longest response of 1000",
+    ),
     "too long": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
         "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",
@@ -264,13 +281,51 @@ def test_train_refuses_what_cannot_fit(
     assert check_run(load_config("run.yaml", ["device=cuda", "parallel.gpu_memory=80GiB", *fits])) == []
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=80GiB"]) == cli.EXIT_FAULT
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("command line: parallel: does not fit: a trainer rank needs 2")
+    assert line.startswith("command line: parallel: does not fit: a trainer rank")
     assert "GiB a GPU of 80.0 GiB; the largest part is activations with" in line
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=9GiB", *fits]) == cli.EXIT_FAULT
     first, second = capsys.readouterr().err.splitlines()
     assert "parallel: does not fit" in first
     assert "rollout.tp: does not fit: at tp=2 the weights take 7.6 GiB of a GPU of 9.0 GiB" in second
     assert check_run(load_config("run.yaml", ["device=cpu", "rollout.kv_cache_tokens=600", "rollout.tp=8"])) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "installed", "rank", "command"),
+    [
+        ("auto", False, "a trainer rank without Transformer Engine needs", "plan CONFIG model.spec=local"),
+        ("auto", True, "a trainer rank needs", "plan"),
+        ("local", True, "a trainer rank without Transformer Engine needs", "plan"),
+        ("te", False, "a trainer rank needs", "plan"),
+    ],
+)
+def test_the_refusal_says_which_layers_it_counted(
+    run_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    installed: bool,
+    rank: str,
+    command: str,
+) -> None:
+    write_model(run_folder)
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: installed or None)
+    asked = ["device=cuda", "parallel.gpu_memory=80GiB", f"model.spec={spec}"]
+    (fault,) = check_run(load_config("run.yaml", asked))
+    assert fault.message.startswith(f"does not fit: {rank} ")
+    assert fault.message.endswith(f"; `megatron-hapo {command}` finds layouts that do")
+
+
+def test_the_plan_says_which_layers_it_assumes(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_model(run_folder)
+    word = "Layers: Transformer Engine's are assumed"
+    for asked, line in (([], True), (["model.spec=te"], False), (["model.spec=local"], False)):
+        assert cli.main(["plan", "run.yaml", *asked, "--gpus", "8", "--top", "1"]) == 0
+        assert capsys.readouterr().out.startswith(word) is line
+    assert cli.main(["plan", "run.yaml", "model.spec=local", "--gpus", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["spec"] == "local"
 
 
 def test_train_refuses_a_model_that_no_engine_can_serve(run_folder: Path) -> None:  # noqa: F811

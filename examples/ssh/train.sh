@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on hosts that ssh reaches without a password, one torchrun a host:
 #
-#   HOSTS="node1 node2" RANKS_PER_HOST=4 examples/ssh/train.sh configs/recipe/qwen3_8b_hapo.yaml parallel.dp=4 ...
+#   HOSTS="node1 node2" RANKS_PER_HOST=4 examples/ssh/train.sh configs/recipe/qwen3_8b_hapo.yaml parallel.dp=2 ...
 #
 # This folder, the environment (VENV), model, data and output_dir have the same paths on every host. Ctrl-C ends the run
 # at once; the same command goes on from its last checkpoint. SIGTERM to a torchrun ends it with a checkpoint.

@@ -64,6 +64,6 @@ def check_gpus(config: Config, *, here: int, everywhere: int) -> None:
         raise ConfigError(
             [
                 f"rollout.engines: {rollout.engines} engines of tp={rollout.tp} need {engines} GPUs beside the "
-                f"{ranks} of the trainer, and Ray has {everywhere} in all; take fewer, placement=colocated or more nodes"
+                f"{ranks} of the trainer, and Ray has {everywhere} in all; take fewer, colocated ones or more nodes"
             ]
         )

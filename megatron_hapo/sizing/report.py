@@ -1,24 +1,20 @@
-"""Plans as a table, as JSON, and as a config file."""
+"""Plans as a table and as JSON."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hapo.errors import HapoError
-from megatron_hapo.sizing.memory import GIB
+from megatron_hapo.sizing.memory import GIB, Spec
 from megatron_hapo.sizing.parameters import Layout
-from megatron_hapo.sizing.search import Cluster, Plan, Rejection, describe
-from megatron_hapo.sizing.settings import PLANNED_SIZES, inexpressible, plan_settings
+from megatron_hapo.sizing.search import Cluster, Plan, Rejection
+from megatron_hapo.sizing.settings import PLANNED_SIZES
 
 MIN_WIDTH = 120
 TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
@@ -31,11 +27,14 @@ def print_plans(
     cluster: Cluster,
     *,
     top: int,
+    note: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """The best plans with their times and the bytes of each part, then why other layouts do not fit."""
+    """A note, the best plans with their times and the bytes of each part, then why other layouts do not fit."""
     # A table of this width reads better wrapped by a narrow terminal than with its words cut off.
     console = console or Console(width=max(MIN_WIDTH, Console().width))
+    if note is not None:
+        console.print(note, highlight=False)
     console.print(_time_table(plans[:top], title(cluster)), _memory_table(plans[:top]))
     if rejections:
         console.print(f"{len(rejections)} layouts do not fit, among them:")
@@ -95,28 +94,12 @@ def title(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
 
 
-def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int) -> str:
+def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
     """The same as JSON; sizes in bytes, times in seconds."""
+    rejected = [asdict(rejection) for rejection in rejections]
     return json.dumps(
-        {"plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": [asdict(r) for r in rejections]}, indent=1
+        {"spec": spec, "plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": rejected}, indent=1
     )
-
-
-def write_plan(plans: Sequence[Plan], path: Path, *, base: Path | None, cluster: Cluster) -> Plan:
-    """Write the best plan that a config can express, on top of `base`; returns it.
-
-    Raises:
-        HapoError: no plan can be expressed.
-    """
-    plan = next((plan for plan in plans if not inexpressible(plan)), None)
-    if plan is None:
-        raise HapoError(f"--write: every plan needs what the config has no setting for, e.g. {inexpressible(plans[0])}")
-    settings: dict[str, Any] = {"placement": cluster.placement, **plan_settings(plan)}
-    if base is not None:
-        settings = {"base": os.path.relpath(base, path.parent), **settings}
-    header = f"# {title(cluster)}: {describe(plan.layout)}; {plan.trainer.total / GIB:.1f} GiB a trainer GPU.\n"
-    path.write_text(header + OmegaConf.to_yaml(OmegaConf.create(settings)))
-    return plan
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:

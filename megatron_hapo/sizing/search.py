@@ -57,6 +57,7 @@ class Limits:
     max_cp: int = 1
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     output_head: Literal["logits", "fused"] = "logits"
+    distributed_optimizer: bool = True
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -103,6 +104,8 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
     """
     engines = _Engines(shape, workload, cluster, limits)
     shared = cluster.placement == "colocated"
+    if cluster.gpus < 2 and not shared:
+        raise HapoError("trainer and engines on GPUs of their own need two at least; placement=colocated shares one")
     rejections: list[Rejection] = []
     best: dict[tuple[int, ...], Plan] = {}
     nearest: tuple[int, str] | None = None
@@ -122,6 +125,7 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
             for choice in engines.beside(memory if shared else None):
                 left = cluster.gpus if shared else cluster.gpus - trainer_gpus
                 if left < choice.tp:
+                    engines.reject(choice.tp, f"{left} GPUs are left beside {trainer_gpus} of the trainer")
                     continue
                 plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
                 key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, choice.tp)
@@ -149,7 +153,8 @@ def _offloaded_if_needed(
         )  # fmt: skip
 
     memory = memory_of(layout)
-    if memory.total <= room or layout.bytes_per_parameter != 2:  # Megatron offloads masters of 16-bit parameters
+    # Megatron offloads masters of 16-bit parameters, and shared ones only.
+    if memory.total <= room or layout.bytes_per_parameter != 2 or not layout.distributed_optimizer:
         return layout, memory
     offloaded = replace(layout, cpu_offload=True)
     return offloaded, memory_of(offloaded)
@@ -233,7 +238,7 @@ class _Engines:
 
     def __init__(self, shape: Shape, workload: Workload, cluster: Cluster, limits: Limits):
         self._shape, self._workload, self._cluster, self._limits = shape, workload, cluster, limits
-        self.rejections: list[Rejection] = []
+        self._rejections: dict[Rejection, None] = {}  # in their order, each once
         self._known: dict[int, list[_EngineChoice]] = {}
 
     def beside(self, trainer: TrainerMemory | None) -> list[_EngineChoice]:
@@ -244,17 +249,27 @@ class _Engines:
             self._known[rest] = [choice for tp in sizes if (choice := self._choice(tp, rest))]
         if trainer is None:
             return self._known[rest]
-        gpu_bytes = self._cluster.gpu_bytes
-        return [
-            choice
-            for choice in self._known[rest]
-            if max(turns_on_shared_gpu(trainer, choice.memory).values()) <= gpu_bytes
-        ]
+        gpu_bytes, fitting = self._cluster.gpu_bytes, []
+        for choice in self._known[rest]:
+            turn, needed = max(turns_on_shared_gpu(trainer, choice.memory).items(), key=lambda item: item[1])
+            if needed <= gpu_bytes:
+                fitting.append(choice)
+            else:
+                needs = f"{needed / GIB:.1f} GiB of {gpu_bytes / GIB:.1f} GiB beside a trainer rank ({turn})"
+                self.reject(choice.tp, f"a shared GPU needs {needs}")
+        return fitting
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        return list(self._rejections)
+
+    def reject(self, tp: int, reason: str) -> None:
+        self._rejections[Rejection(f"rollout.tp={tp}", reason)] = None
 
     def _choice(self, tp: int, rest: int) -> _EngineChoice | None:
         shape, workload, limits, gpu_bytes = self._shape, self._workload, self._limits, self._cluster.gpu_bytes
         if fault := _tp_fault(shape, tp, engine=True):
-            self.rejections.append(Rejection(f"rollout.tp={tp}", fault))
+            self.reject(tp, fault)
             return None
         fraction = limits.memory_fraction if rest == 0 else int(100 * (limits.memory_fraction - rest / gpu_bytes)) / 100
         memory = engine_memory(
@@ -268,7 +283,7 @@ class _Engines:
                 f"cache in {fraction:.0%} of {gpu_bytes / GIB:.1f} GiB{beside}; one response may need "
                 f"{workload.longest}"
             )
-            self.rejections.append(Rejection(f"rollout.tp={tp}", reason))
+            self.reject(tp, reason)
             return None
         # While they run, responses are half done on average.
         in_cache = workload.mean_prompt_tokens + workload.token_mean_length / 2
@@ -298,6 +313,7 @@ def _layouts(
                 grid = Layout(
                     tp=tp, **vars(pipeline), cp=cp, ep=ep, etp=etp, dp=dp,
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
+                    distributed_optimizer=limits.distributed_optimizer,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
                     # The budget must hold the longest sequence; a whole number of ranks' shares.

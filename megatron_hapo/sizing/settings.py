@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import Spec
 from megatron_hapo.sizing.parameters import Layout
-from megatron_hapo.sizing.search import Cluster, Limits, Plan, search
+from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
 from megatron_hapo.sizing.throughput import GPUS, Workload
 
 MEAN_OVER_MAX = 0.25
@@ -24,6 +25,9 @@ MEAN_OVER_MAX = 0.25
 tokens in the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
 PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "etp", "ep", "dp")
+STAND_INS = ("parallel={tp: 2, dp: 2}", "rollout.engines=1", "rollout.tp=1", "rollout.ep=1")
+"""Sizes of a config that leaves them to the planner, while it is read: they contradict nothing, and no setting that
+needs several ranks is without effect."""
 UNEVEN_STAGES = ("first_stage_layers", "last_stage_layers")
 
 
@@ -62,7 +66,9 @@ def workload_of(config: Config, *, mean_response_tokens: float | None = None) ->
 def limits_of(config: Config) -> Limits:
     """What a plan for this run may use."""
     return Limits(
-        max_cp=8,
+        # Entropy statistics of a micro-batch need whole sequences on a rank.
+        max_cp=1 if config.algorithm.entropy.source == "micro_batch" else 8,
+        distributed_optimizer=config.trainer.distributed_optimizer,
         recompute=recompute_choices(),
         output_head=config.trainer.output_head,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
@@ -87,7 +93,8 @@ def spec_here(config: Config) -> Spec:
 
 
 def plan_settings(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The settings of a config that make this plan, beside its placement.
+    """The settings of a config that make this plan, beside its placement: all of them, since the config that they come
+    on top of may have others in their place, e.g. uneven stages.
 
     Raises:
         HapoError: the plan needs a size that the config has no setting for.
@@ -99,12 +106,28 @@ def plan_settings(plan: Plan) -> dict[str, dict[str, Any]]:
     return {
         "parallel": {
             **{name: getattr(layout, name) for name in sizes},
-            **{name: value for name in UNEVEN_STAGES if (value := getattr(layout, name)) is not None},
+            **{name: getattr(layout, name) for name in UNEVEN_STAGES},
             "sequence_parallel": layout.sequence_parallel,
         },
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
         "optimizer": {"cpu_offload": layout.cpu_offload},
-        "rollout": {"engines": plan.engines, "tp": plan.rollout_tp, "memory_fraction": plan.memory_fraction},
+        "rollout": {
+            "engines": plan.engines, "tp": plan.rollout_tp,
+            "ep": 1,  # the planner counts experts that are cut over an engine's ranks
+            "memory_fraction": plan.memory_fraction,
+        },
+    }  # fmt: skip
+
+
+def placement_settings(placement: Placement) -> dict[str, Any]:
+    """The placement, and the settings that it leaves no choice about."""
+    if placement == "disaggregated":
+        return {"placement": placement}
+    return {
+        "placement": placement,
+        "async": {"max_staleness": 0},
+        "weight_sync": {"in_flight": "finish"},
+        "launch": {"engines": "trainer_nodes"},
     }
 
 
@@ -147,6 +170,11 @@ def _nvidia_smi(field: str) -> list[str]:
     return [line.strip() for line in answer.splitlines()]
 
 
+def is_automatic(path: Path, overrides: Sequence[str]) -> bool:
+    """Whether the config says `parallel: auto`."""
+    return read_sources(path, overrides)[0].get("parallel") == "auto"
+
+
 def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     """What `parallel: auto` stands for on this machine, as key=value settings; nothing where a config does not say so.
 
@@ -155,11 +183,9 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     Raises:
         HapoError: no GPU is visible here, or nothing fits; ConfigError: the config has faults.
     """
-    if read_sources(Path(path), overrides)[0].get("parallel") != "auto":
+    if not is_automatic(Path(path), overrides):
         return []
-    # The sizes that are to be found must not contradict each other before.
-    engines = [f"rollout.{name}=1" for name in ("engines", "tp", "ep")]
-    config = load_config(path, [*overrides, "parallel={}", *engines])
+    config = load_config(path, [*overrides, *STAND_INS])
     gpus = local_gpus()
     if not gpus:
         raise HapoError(
@@ -176,7 +202,7 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     if plan is None:
         raise HapoError(f"{path}: parallel: auto: every layout that fits needs {', '.join(inexpressible(plans[0]))}")
     return [
-        f"{section}.{key}={str(value).lower()}"
+        f"{section}.{key}={json.dumps(value)}"
         for section, values in plan_settings(plan).items()
         for key, value in values.items()
         # A setting of the command line must have an effect.
