@@ -267,6 +267,35 @@ def test_what_cannot_be_planned_is_one_line(case: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == message + "\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--placement", "colocated"], "rollout.tp=1: a shared GPU needs 10.9 GiB of 10.0 GiB beside a trainer rank"),
+        ([], "trainer and engines on GPUs of their own need two at least; placement=colocated shares one\n"),
+    ],
+)
+def test_one_small_gpu_is_told_what_is_missing(
+    run_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    sizes = [
+        "--gpus",
+        "1",
+        "--nvlink-size",
+        "1",
+        "--gpu-memory",
+        "10GiB",
+        "--max-response",
+        "300",
+        "--max-prompt",
+        "100",
+    ]
+    assert cli.main(["plan", "--model", "model", *sizes, *arguments]) == cli.EXIT_FAULT
+    assert message in capsys.readouterr().err
+
+
 def write_model(folder: Path) -> None:
     (folder / "model/config.json").write_text(Path(QWEN3_8B_CONFIG).read_text())
 

@@ -33,7 +33,9 @@ ASSUMED_LAYERS = "Layers: Transformer Engine's are assumed; with a CONFIG model.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` takes."""
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of a run")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the file's"
+    )
     parser.add_argument(
         "--model", type=Path, metavar="HF_CONFIG", help="model folder or config.json; replaces the config's model.path"
     )
