@@ -138,15 +138,21 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+class Code:
+    """Whose pickle makes a folder."""
+
+    def __init__(self, parent: Path):
+        self._parent = parent
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._parent / "it ran"),)
+
+
 def test_metadata_that_would_run_code_are_refused(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    class Code:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, (str(tmp_path / "it ran"),)
-
     source = shutil.copytree(megatron, tmp_path / "source")
-    (source / ".metadata").write_bytes(pickle.dumps(Code()))
+    (source / ".metadata").write_bytes(pickle.dumps(Code(tmp_path)))
     assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
     assert f"{source}/.metadata is no metadata of a checkpoint, and was not used: it names posix.mkdir" in (
         capsys.readouterr().err
@@ -158,16 +164,11 @@ def test_other_objects_that_would_run_code_are_refused(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """What is no tensor torch loads as a pickle of any kind."""
-
-    class Code:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, (str(tmp_path / "it ran"),)
-
     source = shutil.copytree(megatron, tmp_path / "source")
     metadata = read_metadata(source)
     index = next(index for index in metadata.storage_data if index.fqn.startswith("common_state"))
     content = io.BytesIO()
-    torch.save([Code()], content)
+    torch.save([Code(tmp_path)], content)
     (source / "common.distcp").write_bytes(content.getvalue())
     metadata.storage_data[index] = _StorageInfo("common.distcp", 0, len(content.getvalue()))
     (source / ".metadata").write_bytes(pickle.dumps(metadata))

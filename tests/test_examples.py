@@ -18,6 +18,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 
 
+def write_commands(folder: Path, bodies: dict[str, str]) -> None:
+    """Shell scripts under the names of a cluster's own commands."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -32,9 +39,7 @@ def test_scripts_run_torchrun_on_each_host(path: Path, tmp_path: Path) -> None:
         "srun": f'shift; echo "$@" >> {calls}',
         "ssh": f'shift; echo "$@" >> {calls}',
     }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    write_commands(tmp_path, stand_ins)
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
         "HOSTS": "n1 n2", "RANKS_PER_HOST": "4", "VENV": "/venv",
@@ -61,9 +66,7 @@ def test_the_slurm_job_comes_again_after_its_time_limit(tmp_path: Path, exit_cod
         "srun": f"touch {tmp_path}/running; until [[ -e {told} ]]; do sleep 0.05; done; sleep 0.2; exit {exit_code}",
         "scancel": f'echo "$@" >> {told}.part; mv {told}.part {told}',
     }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    write_commands(tmp_path, stand_ins)
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"
     }  # fmt: skip
