@@ -26,8 +26,6 @@ from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
 from megatron_hapo.parallel import ParallelLayout
 
-_EXTRA_STATE = "_extra_state"
-
 
 def load_weights(
     model: Sequence[GPTModel],
@@ -109,17 +107,22 @@ def sharded_weights(
             # What Transformer Engine keeps beside weights is for its float8, and other layers do not have it.
             name: entry
             for name, entry in chunk.sharded_state_dict(metadata=metadata).items()
-            if not name.endswith(_EXTRA_STATE)
+            if not _is_extra(name)
         }
         for number, chunk in enumerate(model)
     }
+
+
+def _is_extra(name: str) -> bool:
+    """`_extra_state`, and of grouped experts `_extra_state1` and so on."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def set_weights(model: Sequence[GPTModel], state: Mapping[str, Any]) -> None:
     """Take what was loaded for `sharded_weights`."""
     for number, chunk in enumerate(model):
         missing, unexpected = chunk.load_state_dict(state[str(number)], strict=False)
-        faults = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
+        faults = [name for name in (*missing, *unexpected) if not _is_extra(name)]
         assert not faults, f"not loaded, or not known: {faults}"
 
 
