@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +40,6 @@ def config_for(model: Path, *, dtype: str, spec: str) -> Config:
 
 
 def train(config: Config, rendezvous: str) -> dict[str, Any]:
-    import sys
-
     from megatron_hapo.launch.rank import start_rank
 
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
@@ -86,3 +86,18 @@ def test_a_rank_scores_as_transformers_and_learns(tmp_path: Path, spec: str, dty
     change = result["after"].log_probs - result["before"].log_probs
     assert (change * np.sign(advantages)).mean() > 0
     assert not result["cpu_module"], "the CPU compatibility module was imported on a GPU"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_rank_reads_what_convert_wrote(tmp_path: Path, spec: str) -> None:
+    """Conversion builds the model of local layers on CPUs; Transformer Engine's keep more in a checkpoint than they do."""
+    model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
+    megatron = tmp_path / "megatron"
+    command = [sys.executable, "-m", "megatron_hapo", "convert", "hf-to-megatron", str(model), str(megatron)]
+    subprocess.run(command, check=True, timeout=300)
+    scores = []
+    for folder in (model, megatron):
+        (tmp_path / folder.name / "run").mkdir()
+        config = config_for(folder, dtype="bfloat16", spec=spec)
+        scores.append(in_own_process(config, tmp_path / folder.name / "run")["before"].log_probs)
+    assert np.array_equal(*scores)
