@@ -90,7 +90,7 @@ def test_a_rank_scores_as_transformers_and_learns(tmp_path: Path, spec: str, dty
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_rank_reads_what_convert_wrote(tmp_path: Path, spec: str) -> None:
-    """Conversion builds the model of local layers on CPUs; Transformer Engine's keep more in a checkpoint than they do."""
+    """Conversion builds the model of local layers, on CPUs; Transformer Engine would keep more in a checkpoint."""
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
     megatron = tmp_path / "megatron"
     command = [sys.executable, "-m", "megatron_hapo", "convert", "hf-to-megatron", str(model), str(megatron)]
