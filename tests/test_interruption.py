@@ -8,9 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
+import pytest
 
+from megatron_hapo.launch.run import _graceful_stop
+from megatron_hapo.launch.watch import WISH_TO_STOP
 from tests.test_loop import make_config
 
 
@@ -27,6 +32,25 @@ def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_p
     assert "SIGTERM received" not in errors  # the stack that Ray prints
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+
+
+@pytest.mark.parametrize("own_comes_first", [True, False])
+def test_a_wish_of_another_rank_is_no_second_signal(own_comes_first: bool) -> None:
+    """torchrun tells all ranks to end; rank 0 hears it from its agent and from the others, in either order."""
+    driver: Any = SimpleNamespace(stop_requested=False)
+    first, second = (signal.SIGTERM, WISH_TO_STOP) if own_comes_first else (WISH_TO_STOP, signal.SIGTERM)
+    previous = signal.getsignal(WISH_TO_STOP)
+    try:
+        with _graceful_stop(driver):
+            signal.raise_signal(first)
+            assert driver.stop_requested
+            signal.raise_signal(second)
+            signal.raise_signal(WISH_TO_STOP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(WISH_TO_STOP)
+    finally:
+        signal.signal(WISH_TO_STOP, previous)
 
 
 def _wait_for_an_actor(pid: int) -> list[psutil.Process]:

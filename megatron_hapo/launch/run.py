@@ -26,6 +26,7 @@ from megatron_hapo.launch import ray_cluster
 from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
 from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
+from megatron_hapo.launch.watch import WISH_TO_STOP
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
@@ -290,21 +291,29 @@ def _end_on_sigterm() -> None:
 
 @contextlib.contextmanager
 def _graceful_stop(driver: Driver) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; the second at once."""
+    """The first Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; the second at once.
+
+    What other ranks wish does not count: they are mostly told together with this one.
+    """
+    asked_here = False
 
     def on_signal(number: int, frame: object) -> None:
-        if driver.stop_requested:
+        nonlocal asked_here
+        if asked_here and number != WISH_TO_STOP:
             raise KeyboardInterrupt
-        name = signal.strsignal(number)
-        logger.warning("%s: stopping after this step, with a checkpoint; once more to stop at once", name)
-        driver.stop_requested = True
+        asked_here = asked_here or number != WISH_TO_STOP
+        if not driver.stop_requested:
+            name = "another rank is to end" if number == WISH_TO_STOP else signal.strsignal(number)
+            logger.warning("%s: stopping after this step, with a checkpoint; once more to stop at once", name)
+            driver.stop_requested = True
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, WISH_TO_STOP)}
     try:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # A wish that comes late is fulfilled already.
+            signal.signal(number, signal.SIG_IGN if number == WISH_TO_STOP else handler)
 
 
 def _tell_what_is_left(config: Config) -> None:

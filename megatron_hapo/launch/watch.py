@@ -28,6 +28,8 @@ from megatron_hapo.errors import ConfigError, HapoError, TrainingError
 
 logger = logging.getLogger(__name__)
 
+WISH_TO_STOP = signal.SIGUSR2
+"""What another rank's wish to stop is in rank 0's process: a SIGTERM of its own would mean more the second time."""
 SIGN_SECONDS = 1.0
 SILENT_SECONDS = 30.0
 """Without a sign for so long a rank counts as lost."""
@@ -123,7 +125,8 @@ class Watch:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within it a failure elsewhere is raised, whatever the main thread waits for; a wish to stop is a SIGTERM."""
+        """Within it a failure elsewhere is raised, whatever the main thread waits for. Another rank's wish to stop is a
+        KeyboardInterrupt, unless somebody within it handles WISH_TO_STOP."""
 
         raised: list[BaseException] = []
 
@@ -133,7 +136,8 @@ class Watch:
                 raised.append(self._error)
                 raise self._error
 
-        previous = signal.signal(signal.SIGUSR1, on_failure)
+        handlers = {signal.SIGUSR1: on_failure, WISH_TO_STOP: signal.default_int_handler}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         self._interrupts = True
         try:
             if self._error is not None:
@@ -145,7 +149,8 @@ class Watch:
             raise
         finally:
             self._interrupts = False
-            signal.signal(signal.SIGUSR1, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     # ----- the thread
 
@@ -186,7 +191,7 @@ class Watch:
             return self._first_report()
         if self._rank == 0 and int(stops) and not self._stop_asked and self._interrupts:
             self._stop_asked = True
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), WISH_TO_STOP)
         silent = signs.silent(counts)
         if not silent:
             return None

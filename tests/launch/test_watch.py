@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 from megatron_hapo.errors import HapoError, TrainingError
 from megatron_hapo.launch import watch as module
-from megatron_hapo.launch.watch import Watch
+from megatron_hapo.launch.watch import WISH_TO_STOP, Watch
 
 
 @pytest.fixture
@@ -112,14 +112,17 @@ def test_the_end_of_the_agent_ends_the_rank(watches, monkeypatch: pytest.MonkeyP
 def test_a_wish_to_stop_arrives_as_a_signal_at_the_driver_only_while_it_runs(watches) -> None:
     driver, second = watches(2)
     stops: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: stops.append(number))
-    try:
-        second.ask_to_stop()
-        second.ask_to_stop()
-        time.sleep(0.3)
-        assert not stops
-        with driver.interrupting():
-            time.sleep(0.5)
-        assert len(stops) == 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    second.ask_to_stop()
+    second.ask_to_stop()
+    time.sleep(0.3)
+    with driver.interrupting():
+        signal.signal(WISH_TO_STOP, lambda number, frame: stops.append(number))
+        time.sleep(0.5)
+    assert stops == [WISH_TO_STOP]
+
+
+def test_a_wish_to_stop_ends_what_has_no_answer_to_it(watches) -> None:
+    driver, second = watches(2)
+    second.ask_to_stop()
+    with pytest.raises(KeyboardInterrupt), driver.interrupting():
+        time.sleep(5)
