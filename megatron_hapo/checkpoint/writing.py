@@ -27,12 +27,15 @@ def writing(folder: Path) -> Iterator[None]:
     except (AssertionError, CheckpointException) as error:
         # Megatron's writer (0.19) keeps of the error its class only, and rank 0 alone tells it to the caller.
         failures = [str(failure[0]) for failure in getattr(error, "failures", {}).values()]
-        reason = " ".join(failures) or str(error)
+        told_elsewhere = isinstance(error, CheckpointException) and not failures
+        reason = "another rank could not write" if told_elsewhere else " ".join(failures) or str(error)
         if isinstance(error, AssertionError) and "OSError" not in reason:
             raise
         raise _told(folder, reason) from error
 
 
 def _told(folder: Path, reason: str) -> HapoError:
-    free = shutil.disk_usage(folder).free / 1e9
+    # The rank that made the folder may have removed it already.
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free / 1e9
     return HapoError(f"{folder}: cannot be written, {free:.1f} GB are free on its disk: {' '.join(reason.split())}")
