@@ -175,14 +175,21 @@ def test_bad_input_is_told_in_one_line_and_nothing_starts(run_folder, started, c
     assert started == []
 
 
-@pytest.mark.skipif(preflight.is_installed("wandb"), reason="wandb is installed")
-def test_a_folder_named_wandb_is_not_taken_for_the_package(run_folder, started, capsys, monkeypatch):
-    (run_folder / "wandb").mkdir()  # as earlier runs of wandb leave it
-    monkeypatch.syspath_prepend(run_folder)
+def test_a_package_that_is_asked_for_and_not_installed_is_one_line(run_folder, started, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "is_installed", lambda package: package != "wandb")  # it may be, on this machine
     assert cli.main(["train", "run.yaml", "metrics.wandb_project=mine"]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == (
         "command line: metrics.wandb_project: wandb is not installed: pip install wandb\n"
     )
+    assert started == []
+
+
+def test_a_folder_is_not_taken_for_a_package_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "left_by_earlier_runs").mkdir()  # as runs of wandb leave a folder of that name
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not preflight.is_installed("left_by_earlier_runs")
+    assert not preflight.is_installed("no_such_package")
+    assert preflight.is_installed("pytest")
 
 
 def test_faults_of_config_model_and_data_come_together(run_folder, started, capsys):
