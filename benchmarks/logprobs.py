@@ -30,8 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_hapo.fused_head import fused_log_probs_and_entropy
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
+from megatron_hapo.logprobs.fused_head import fused_log_probs_and_entropy
 from tests.distributed import run_ranks
 from tests.storage import PeakStorage
 

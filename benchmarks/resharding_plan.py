@@ -92,7 +92,7 @@ def main() -> None:
 
 def figures(case: Case) -> dict[str, float]:
     start = time.process_time()
-    config = json.loads((ROOT / f"tests/data/hf_configs/Qwen--{case.model}.json").read_text())
+    config = json.loads((ROOT / f"tests/fixtures/hf_configs/Qwen--{case.model}.json").read_text())
     shape, parallel = FAMILIES[config["model_type"]](config), case.parallel
     plan = make_plan(
         # Ranks of one context hold the same weights, as replicas do.

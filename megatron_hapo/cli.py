@@ -132,11 +132,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from megatron_hapo.launch.torchrun import train
+        from megatron_hapo.launch.torchrun.torchrun_rank import train
 
         train(arguments.config, arguments.overrides)
         return
-    from megatron_hapo.preflight import load_checked_config
+    from megatron_hapo.checks.preflight import load_checked_config
 
     config = load_checked_config(arguments.config, arguments.overrides)
 
@@ -146,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.preflight import load_checked_config
+    from megatron_hapo.checks.preflight import load_checked_config
 
     config = load_checked_config(arguments.config, arguments.overrides)
 
@@ -160,7 +160,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.preflight import load_checked_config
+    from megatron_hapo.checks.preflight import load_checked_config
 
     config = load_checked_config(arguments.config, arguments.overrides)
     if config.data.eval is None:
@@ -183,7 +183,7 @@ def _positive(text: str) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.launch.convert import Conversion, convert
+    from megatron_hapo.checkpoint.convert import Conversion, convert
 
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     convert(Conversion(**settings))
@@ -191,7 +191,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.launch.quantize import Quantization, quantize
+    from megatron_hapo.checkpoint.quantize import Quantization, quantize
 
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     agreement = quantize(Quantization(**settings))
@@ -203,6 +203,6 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.report import write_report
+    from megatron_hapo.observe.report import write_report
 
     print(write_report(*arguments.run_dirs))

@@ -6,14 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
-from megatron_hapo.config import Config
-from megatron_hapo.data import PromptSampler
-from megatron_hapo.entropy import EntropyStats
-from megatron_hapo.evaluation import evaluate
-from megatron_hapo.memory_turns import MemoryTurns
-from megatron_hapo.metrics import MetricsLogger, StepClock
-from megatron_hapo.prepare import (
+from megatron_hapo.algorithm.prepare import (
     entropy_metrics,
     minibatches,
     mismatch_metrics,
@@ -21,13 +14,19 @@ from megatron_hapo.prepare import (
     with_advantages,
     with_scores,
 )
-from megatron_hapo.profiling import StepProfiler
-from megatron_hapo.protocols import RolloutPool, Trainer
-from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.rollout import collect_groups, staleness, steering
-from megatron_hapo.rollout_source import Collected, Generation, RolloutSource
+from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
+from megatron_hapo.config import Config
+from megatron_hapo.data.prompts import PromptSampler
+from megatron_hapo.entropy import EntropyStats
+from megatron_hapo.memory_turns import MemoryTurns
+from megatron_hapo.observe.metrics import MetricsLogger, StepClock
+from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
+from megatron_hapo.rollout.collect import collect_groups, staleness, steering
+from megatron_hapo.rollout.evaluation import evaluate
+from megatron_hapo.rollout.source import Collected, Generation, RolloutSource
+from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt, Sampling
-from megatron_hapo.utilization import Utilization
 
 
 @dataclass(kw_only=True)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
+from megatron_hapo.types import Prompt, Rollout, Sampling, Score, TokenScores, TrainBatch
 
 if TYPE_CHECKING:
+    from megatron_hapo.observe.spans import Timeline
     from megatron_hapo.resharding.plan import Parameter, SendingTask
+    from megatron_hapo.resharding.receiving import ReceiveRequest
     from megatron_hapo.resharding.transfer import Transfer
-    from megatron_hapo.spans import Timeline
-    from sglang_ext.receive import Request
 
 
 class Trainer(Protocol):
@@ -93,10 +93,10 @@ class RolloutPool(Protocol):
         ...
 
     def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
-        """Give every engine its ranks' parts of the plan (`sglang_ext.receive.receiver_plan`)."""
+        """Give every engine its ranks' parts of the plan (`resharding.receiving.receiver_plan`)."""
         ...
 
-    def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+    def receive_weights(self, requests: Sequence[ReceiveRequest], *, timeout_seconds: float) -> None:
         """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
         ...
 
@@ -122,6 +122,22 @@ class RolloutPool(Protocol):
 
     def finish_profile(self) -> list[Timeline]:
         """What each engine did."""
+        ...
+
+
+class RewardPool(Protocol):
+    """Whatever scores responses."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """A score for each rollout, in their order."""
+        ...
+
+    def start_profile(self) -> None:
+        """Start recording what each worker does."""
+        ...
+
+    def finish_profile(self) -> list[Timeline]:
+        """What each worker did since `start_profile`."""
         ...
 
 

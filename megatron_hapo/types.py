@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_hapo.entropy import EntropyStats
 
 FinishReason = Literal["stop", "length", "abort"]
+ScoringFailure = Literal["timeout", "crash"]
 InFlight = Literal["finish", "pause", "abort"]
 """What a weight sync does with unfinished responses; see config.WeightSyncConfig.in_flight."""
 
@@ -78,6 +79,36 @@ class Rollout:
     def policy_version(self) -> int:
         """The oldest of its tokens' versions."""
         return int(self.policy_versions[0])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one response earned."""
+
+    reward: float
+    """With the overlong penalty."""
+    correctness: float
+    """In [0, 1]; says nothing about length."""
+    failure: ScoringFailure | None = None
+    """Why the response could not be scored; it then counts as wrong."""
+
+    @property
+    def correct(self) -> bool:
+        """Fully."""
+        return self.correctness >= 1.0
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The rollouts of one prompt with their scores."""
+
+    rollouts: list[Rollout]
+    scores: list[Score]
+
+    @property
+    def informative(self) -> bool:
+        """Whether some responses are more right than others; that some are longer tells the policy nothing of that."""
+        return len({score.correctness for score in self.scores}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

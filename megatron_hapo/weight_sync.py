@@ -23,8 +23,8 @@ from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, SendingTask, make_plan
 from megatron_hapo.resharding.process_group import open_store
+from megatron_hapo.resharding.receiving import ReceiveRequest, receiver_plan
 from megatron_hapo.resharding.transfer import Meeting, Transfer, TransferStoppedError
-from sglang_ext.receive import Request, receiver_plan
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class DirectSync:
             deadline_seconds=self._settings.timeout_seconds,
             meeting=self._meeting,
         )
-        requests = [Request(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
+        requests = [ReceiveRequest(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
         late = self._settings.timeout_seconds + _GRACE_SECONDS
         parts, _ = _together(
             transfer,

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.types import AdaptiveTemperature, FinishReason, InFlight, Prompt, Rollout, Sampling, WeightBucket
-from sglang_ext import receive, self_test, temperature, weights
+from sglang_ext import receive, self_test, temperature, verify
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
 logger = logging.getLogger(__name__)
@@ -183,13 +184,14 @@ class Engine:
         """Take each rank's part of the plan (`receive.receiver_plan`), for all `receive_weights` to come."""
         receive.write_plans(Path(self._scratch.name), plans)
 
-    def receive_weights(self, request: receive.Request) -> None:
+    def receive_weights(self, request: ReceiveRequest) -> None:
         """Every rank fills its own parameters from the trainer ranks; between begin and end.
 
         Raises:
             WeightSyncError: names what did not come, from whom, or does not fit.
         """
-        self._update(request.payload(Path(self._scratch.name)), receive.RECEIVE, "receiving weights", flush=True)
+        payload = receive.payload(request, Path(self._scratch.name))
+        self._update(payload, receive.RECEIVE, "receiving weights", flush=True)
 
     def verify(self, checksums: dict[str, list[int]]) -> None:
         """Compares what every rank's parameters hold with the trainer's checksums; between begin and end.
@@ -202,7 +204,7 @@ class Engine:
         for name, sums in checksums.items():
             if len(sums) != self._config.tp:
                 raise WeightSyncError(f"{name}: {len(sums)} checksums for an engine with tp={self._config.tp}")
-        self._update(weights.checksum_payload(checksums), weights.VERIFY, "verifying weights")
+        self._update(verify.checksum_payload(checksums), verify.VERIFY, "verifying weights")
 
     def end_weight_update(self, policy_version: int) -> None:
         """Last call of an update: the engine now holds this version, and nothing cached from another.
@@ -409,7 +411,7 @@ def _server_arguments(config: EngineConfig) -> dict[str, Any]:
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
         "weight_version": "0",
-        "custom_weight_loader": [weights.VERIFY, receive.RECEIVE],
+        "custom_weight_loader": [verify.VERIFY, receive.RECEIVE],
         # The prefix cache stays on: the samples of a group share their prompt. Weight updates flush it.
         "disable_radix_cache": False,
         # An idle scheduler would otherwise poll on a whole core, which the trainer can use.

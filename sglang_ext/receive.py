@@ -7,7 +7,7 @@ comes with `load_format=RECEIVE`. The rank reads its part of the plan once, from
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.resharding.plan import Parameter, Piece
+from megatron_hapo.resharding.plan import Piece
+from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.resharding.transfer import Meeting, Transfer, as_matrix
 from megatron_hapo.resharding.transports import Receiver
 
 RECEIVE = "sglang_ext.receive.receive"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the engine's ranks need to know of one sync."""
-
-    transfer: Transfer
-    engine: int
-
-    def payload(self, plans: Path) -> list[tuple[str, Tensor]]:
-        """The request as the named tensors that SGLang carries; `plans` is the folder of `write_plans`."""
-        request = json.dumps({**asdict(self), "plans": str(plans)})
-        return [("request", torch.frombuffer(bytearray(request.encode()), dtype=torch.uint8))]
-
-
-def receiver_plan(parameters: Sequence[Parameter], sources: Mapping[int, Sequence[Piece]]) -> str:
-    """An engine rank's part of the plan.
-
-    Args:
-        parameters: of the rank, as the plan believes; the rank compares them with its model's.
-        sources: for each trainer rank, where its pieces go.
-    """
-    index = {parameter.name: number for number, parameter in enumerate(parameters)}
-    plan = {
-        "parameters": [(p.name, p.rows, p.columns) for p in parameters],
-        "sources": {
-            rank: [(index[piece.parameter], *piece[1:]) for piece in pieces] for rank, pieces in sources.items()
-        },
-    }
-    return json.dumps(plan)
+def payload(request: ReceiveRequest, plans: Path) -> list[tuple[str, Tensor]]:
+    """The request as the named tensors that SGLang carries; `plans` is the folder of `write_plans`."""
+    text = json.dumps({**asdict(request), "plans": str(plans)})
+    return [("request", torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))]
 
 
 def write_plans(folder: Path, plans: Sequence[str]) -> None:

@@ -42,22 +42,22 @@ def _rank_main(
     rank: int, world_size: int, rendezvous: str, timeout_seconds: float, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"
-    from megatron_hapo.launch.rank import importing
+    from megatron_hapo.model.rank_environment import importing
 
     with importing():
         import torch
 
-        from megatron_hapo.model import cpu
+        from megatron_hapo.model import megatron_on_cpu
 
-        cpu.install()
-        from megatron_hapo import parallel
+        megatron_on_cpu.install()
+        from megatron_hapo.model import parallel_layout
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    parallel.init_distributed(
+    parallel_layout.init_distributed(
         rank=rank, world_size=world_size, init_method=rendezvous, device=device, timeout_seconds=timeout_seconds
     )
     try:
         return fn(rank, *args)
     finally:
-        parallel.shutdown()
+        parallel_layout.shutdown()

@@ -1,4 +1,4 @@
-"""The golden vectors of HAPO's released code; see tests/data/README.md."""
+"""The golden vectors of HAPO's released code; see tests/fixtures/README.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RTOL, ATOL, GRAD_ATOL = 2e-5, 1e-6, 1e-7
 
 @cache
 def load() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "data/hapo_golden.npz") as file:
+    with np.load(Path(__file__).parent / "fixtures/hapo_golden.npz") as file:
         return dict(file)
 
 

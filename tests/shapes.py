@@ -23,4 +23,4 @@ TINY = Shape(
     rope_base=1e6,
     max_positions=512,
 )
-QWEN3_8B = shape_at(Path(__file__).parent / "data/hf_configs/Qwen--Qwen3-8B.json")
+QWEN3_8B = shape_at(Path(__file__).parent / "fixtures/hf_configs/Qwen--Qwen3-8B.json")

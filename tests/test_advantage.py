@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hapo.advantage import group_mean_advantage, token_level_group_average
-from megatron_hapo.reward import overlong_penalty
+from megatron_hapo.reward.scorers import overlong_penalty
 from tests import golden
 
 ADVANTAGES = (token_level_group_average, group_mean_advantage)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_hapo import cli, preflight
+from megatron_hapo import cli
+from megatron_hapo.checks import preflight
 from megatron_hapo.config import Config
 from megatron_hapo.errors import DataError
 

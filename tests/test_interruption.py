@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_hapo.launch.run import _graceful_stop
-from megatron_hapo.launch.watch import WISH_TO_STOP
+from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP
 from tests.test_loop import make_config
 
 

@@ -19,23 +19,23 @@ import ray
 import torch
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config, ProfileConfig
-from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
-from megatron_hapo.launch.engines import RayRolloutPool
+from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
+from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
 from megatron_hapo.launch.run import local_ray
-from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
-from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
-from megatron_hapo.profiling import StepProfiler
-from megatron_hapo.rehearsal import rehearse
-from megatron_hapo.reward_workers import RewardPool
+from megatron_hapo.observe.metrics import MetricsLogger
+from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.reward.pool import ProcessRewardPool
+from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt, Sampling, pack_rollouts
-from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
-from tests.test_metrics import documented_metrics
+from tests.observe.test_metrics import documented_metrics
 
 COLOCATED = {"tp": 2, "placement": "colocated"}
 LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2}]
@@ -117,7 +117,9 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
     )
     recorder = Recorder(pool)
     with ExitStack() as stack:
-        rewards = stack.enter_context(RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens))
+        rewards = stack.enter_context(
+            ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens)
+        )
         make_room_for_trainer(config, recorder, device="cpu")
         trainer = RayTrainer(config, RankProcesses(config, device="cpu"))
         stack.callback(trainer.close)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config
-from megatron_hapo.data import PromptSampler
+from megatron_hapo.data.prompts import PromptSampler
 from megatron_hapo.driver import Driver
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
-from megatron_hapo.metrics import MetricsLogger
-from megatron_hapo.profiling import StepProfiler
-from megatron_hapo.rehearsal import rehearse
-from megatron_hapo.reward_workers import Score
+from megatron_hapo.observe.metrics import MetricsLogger
+from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.reward.pool import Score
 from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
 
 SIZES = {"engine weights": 1, "engine kv_cache": 10, "trainer gradients": 4, "trainer optimizer": 8}

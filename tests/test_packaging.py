@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def test_the_demos_differ_in_the_method_only():
 def test_config_and_metrics_need_neither_torch_nor_megatron_nor_sglang():
     heavy = ("torch", "megatron", "sglang", "ray", "transformers")
     script = (
-        "import sys, megatron_hapo.config, megatron_hapo.types, megatron_hapo.metrics, megatron_hapo.arithmetic\n"
+        "import sys, megatron_hapo.config, megatron_hapo.types, megatron_hapo.observe.metrics\n"
+        "import megatron_hapo.data.arithmetic\n"
         f"assert not [name for name in {heavy} if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -133,18 +135,24 @@ SOURCES = {
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): full for path, full in SOURCES.items()}
 
 
-def listed_modules() -> dict[str, int]:
-    """Module to its row in the list of docs/architecture.md; a folder stands for all that is in it."""
-    lines = (ROOT / "docs/architecture.md").read_text().splitlines()
-    cells = [line.split("|")[1] for line in lines if re.match(r"\| `[^|]*(\.py|/)` \|", line)]
+def listed_rooms() -> dict[str, int]:
+    """Each module's row in the table of docs/architecture.md; a folder stands for all that is in it."""
+    rows = [
+        [re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:4]]
+        for line in (ROOT / "docs/architecture.md").read_text().splitlines()
+        if re.match(r"\| `[^|]*(\.py|/)`[^|]*\|[^|]*\|[^|]*\|$", line)
+    ]
     listed = {}
-    for row, cell in enumerate(cells):
-        for name in re.findall(r"`([^`]+)`", cell):
-            prefix = name if name.startswith("sglang_ext/") else f"megatron_hapo/{name}"
-            dotted = prefix.removesuffix(".py").rstrip("/").replace("/", ".")
-            assert dotted in MODULES, f"docs/architecture.md names {name}, which is not there"
-            inside = [module for module in MODULES if module.startswith(f"{dotted}.")] if name.endswith("/") else []
-            listed |= dict.fromkeys([dotted, *inside], row)
+    for row, (names, _, inside) in enumerate(rows):
+        for name in [f"{names[0]}{module}" for module in inside] or names:
+            path = name if name.startswith("sglang_ext/") else f"megatron_hapo/{name}"
+            dotted = path.removesuffix(".py").rstrip("/").replace("/", ".")
+            assert dotted in MODULES, f"docs/architecture.md names {name}, which does not exist"
+            within = [module for module in MODULES if module.startswith(f"{dotted}.")] if name.endswith("/") else []
+            listed |= dict.fromkeys([dotted, *within], row)
+        if inside:
+            face = ("" if names[0].startswith("sglang_ext/") else "megatron_hapo.") + names[0].rstrip("/")
+            listed[face] = row
     return listed
 
 
@@ -161,19 +169,54 @@ def imported(node: ast.AST) -> Iterator[str]:
         yield from imported(child)
 
 
-def test_every_module_is_listed_and_imports_point_upwards():
-    listed = listed_modules()
-    imports = {module: set(imported(ast.parse(path.read_text()))) for module, path in MODULES.items()}
-    empty_packages = {module for module, path in MODULES.items() if path.stem == "__init__" and not imports[module]}
-    unlisted = sorted(MODULES.keys() - listed.keys() - empty_packages)
-    assert not unlisted
-    downwards = [
+def our_imports() -> dict[str, set[str]]:
+    """What each module imports of ours."""
+    return {module: set(imported(ast.parse(path.read_text()))) for module, path in MODULES.items()}
+
+
+def test_every_module_is_in_a_room_and_rooms_import_one_way():
+    listed, imports = listed_rooms(), our_imports()
+    entry_points = {"megatron_hapo", "megatron_hapo.__main__"}
+    assert not sorted(MODULES.keys() - listed.keys() - entry_points)
+    backwards = [
         f"{module} imports {other}"
         for module, others in imports.items()
-        for other in others - empty_packages
-        if listed[other] > listed[module]
+        for other in others - entry_points
+        if module not in entry_points and listed[other] > listed[module]
     ]
-    assert not downwards
+    assert not backwards
+
+
+def test_there_are_few_rooms_and_few_modules_beside_them():
+    folder = ROOT / "megatron_hapo"
+    assert len([path for path in folder.glob("*.py") if not path.stem.startswith("__")]) <= 12
+    assert len([path for path in folder.iterdir() if (path / "__init__.py").is_file()]) <= 14
+
+
+def test_module_names_are_unique():
+    names = [path.stem for path in SOURCES if path.stem not in ("__init__", "__main__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_there_is_no_import_circle():
+    graph = {module: sorted(others - {module}) for module, others in our_imports().items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_only_launch_imports_ray_and_sglang_ext():
+    def outside_of_launch(package: str) -> list[str]:
+        found = []
+        for module, path in MODULES.items():
+            if module.startswith("megatron_hapo.launch"):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                found += [f"{module} imports {name}" for name in names if name.split(".")[0] == package]
+        return found
+
+    assert not outside_of_launch("ray")
+    assert not [line for line in outside_of_launch("sglang_ext") if not line.startswith("sglang_ext")]
 
 
 @pytest.mark.slow

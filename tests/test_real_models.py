@@ -23,7 +23,7 @@ from megatron_hapo.model.families import (
     read_shape,
 )
 
-CONFIGS = Path(__file__).parent / "data" / "hf_configs"
+CONFIGS = Path(__file__).parent / "fixtures" / "hf_configs"
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,21 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tup
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_hapo.model import cpu
+    from megatron_hapo.model import megatron_on_cpu
 
-    cpu.install()
-    from megatron_hapo import parallel
+    megatron_on_cpu.install()
+    from megatron_hapo.model import parallel_layout
     from megatron_hapo.model.build import build_model
 
     seen, frequencies = [], []
     for rank in (0, world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        layout = parallel.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
+        layout = parallel_layout.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
         (model,) = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
         seen.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
         frequencies = model.rotary_pos_emb.inv_freq.tolist()
         del model
-        parallel.shutdown()
+        parallel_layout.shutdown()
     return seen, frequencies
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_hapo.demo_model import make_demo_model
+from megatron_hapo.data.demo_model import make_demo_model
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_hapo.arithmetic import problems
+from megatron_hapo.data.arithmetic import problems
 
 
 def main() -> None:

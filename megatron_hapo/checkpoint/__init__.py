@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out, and resumable checkpoints."""
+"""Folders of weights: Hugging Face's, Megatron's, resumable ones, and the ways between them."""

@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_hapo.checkpoint.metadata import read_metadata
 from megatron_hapo.checkpoint.weights import loading, prepare_to_save, set_weights, sharded_weights
 from megatron_hapo.checkpoint.writing import writing
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
 def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:

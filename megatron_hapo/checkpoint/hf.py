@@ -15,7 +15,7 @@ from megatron_hapo.checkpoint.hf_reader import HfReader
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 SHARD_BYTES = 4 << 30
 

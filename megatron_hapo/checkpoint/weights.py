@@ -24,7 +24,7 @@ from megatron_hapo.checkpoint.metadata import read_metadata
 from megatron_hapo.checkpoint.writing import writing
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
 def load_weights(

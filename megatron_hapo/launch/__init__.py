@@ -1,1 +1,1 @@
-"""Processes: Ray actors around plain objects, and the run that puts them together."""
+"""Processes: who starts what, and the run that puts them together."""

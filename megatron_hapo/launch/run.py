@@ -18,26 +18,26 @@ import torch
 from ray._private import ray_constants
 
 from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checks.rehearsal import Finding, rehearse
 from megatron_hapo.config import Config, dump_config
-from megatron_hapo.data import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
-from megatron_hapo.evaluation import evaluate
-from megatron_hapo.launch import ray_cluster
-from megatron_hapo.launch.engines import RayRolloutPool
 from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
-from megatron_hapo.launch.trainer import RankProcesses, RayTrainer
-from megatron_hapo.launch.watch import WISH_TO_STOP
+from megatron_hapo.launch.ray import cluster
+from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
+from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
+from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
-from megatron_hapo.metrics import MetricsLogger
 from megatron_hapo.model.families import read_shape
-from megatron_hapo.profiling import StepProfiler
+from megatron_hapo.observe.metrics import MetricsLogger
+from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.report import write_report
 from megatron_hapo.protocols import RolloutPool, Trainer
-from megatron_hapo.rehearsal import Finding, rehearse
-from megatron_hapo.report import write_report
-from megatron_hapo.reward_workers import RewardPool
-from megatron_hapo.sizing.settings import peak_flops
+from megatron_hapo.reward.pool import ProcessRewardPool
+from megatron_hapo.rollout.evaluation import evaluate
+from megatron_hapo.sizing.from_config import peak_flops
+from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt
-from megatron_hapo.utilization import Utilization
 from megatron_hapo.weight_sync import open_weight_sync
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Parts:
     trainer: Trainer
     pool: RolloutPool
     turns: MemoryTurns
-    rewards: RewardPool
+    rewards: ProcessRewardPool
 
 
 @contextlib.contextmanager
@@ -194,14 +194,14 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
 @contextlib.contextmanager
 def open_rollouts(
     config: Config, places: Sequence[Place] | None = None, *, read_weights: bool = False
-) -> Iterator[tuple[RayRolloutPool, RewardPool]]:
+) -> Iterator[tuple[RayRolloutPool, ProcessRewardPool]]:
     """Engines, which are still starting, and reward workers.
 
     Args:
         places: of each engine; None leaves it to Ray.
         read_weights: the engines are to read the model folder; else a sync must bring the weights.
     """
-    with RewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
+    with ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
         pool = RayRolloutPool(config, device=_device(config), places=places, read_weights=read_weights)
         try:
             yield pool, rewards
@@ -242,7 +242,7 @@ def local_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     _end_on_sigterm()
-    with _own_ray() if address is None else ray_cluster.connected(address):
+    with _own_ray() if address is None else cluster.connected(address):
         _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
         yield
 

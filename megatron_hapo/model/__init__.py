@@ -1,1 +1,1 @@
-"""HF config to Megatron-Core model."""
+"""Hugging Face config to Megatron-Core model, and the process that holds a part of it."""

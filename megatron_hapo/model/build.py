@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
 from megatron_hapo.model.layers import PackedAttention, RMSNorm
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
 

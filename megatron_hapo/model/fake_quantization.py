@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import is_expert
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 # Embeddings, output head, norms and the experts' router keep their precision, as in modelopt's FP8 presets.
 _LINEAR = re.compile(r".*\.linear_(qkv|proj|fc1|fc2)\.weight\d*")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hapo.model.families import Shape
 from megatron_hapo.model.layers import packed_params
-from megatron_hapo.parallel import ParallelLayout
+from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
 @torch.no_grad()

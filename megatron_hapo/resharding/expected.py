@@ -1,7 +1,7 @@
 """What the engines are to hold, in checksums, without a whole tensor anywhere: each rank adds what it answers for.
 
 The cut comes from `checksum.engine_slices`, not from the plan, and the engine compares with what its own layers say
-(`sglang_ext.weights`): a fault of the plan cannot confirm itself.
+(`sglang_ext.verify`): a fault of the plan cannot confirm itself.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_hapo.checksum import add_checksums, block_checksum
+from megatron_hapo.resharding.checksum import add_checksums, block_checksum
 from megatron_hapo.resharding.layouts import matrix_size
 from megatron_hapo.resharding.plan import OwnBlock
-from megatron_hapo.weight_buckets import EngineCut
+from megatron_hapo.resharding.weight_buckets import EngineCut
 
 
 def partial_checksums(

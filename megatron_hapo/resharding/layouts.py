@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, padded_vocab_size, placement
-from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
 if TYPE_CHECKING:

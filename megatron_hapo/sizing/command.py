@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, parse_bytes
-from megatron_hapo.config_sources import merge, settings_of
+from megatron_hapo.config.sources import merge, settings_of
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import Shape, read_shape
-from megatron_hapo.sizing.report import plans_as_json, print_plans
-from megatron_hapo.sizing.search import Cluster, Limits, search
-from megatron_hapo.sizing.settings import (
+from megatron_hapo.sizing.from_config import (
     MEAN_OVER_MAX,
     MEAN_PROMPT_TOKENS,
     STAND_INS,
@@ -23,6 +21,8 @@ from megatron_hapo.sizing.settings import (
     recompute_choices,
     workload_of,
 )
+from megatron_hapo.sizing.search import Cluster, Limits, search
+from megatron_hapo.sizing.tables import plans_as_json, print_plans
 from megatron_hapo.sizing.throughput import GPUS, Workload
 from megatron_hapo.sizing.written import write_plan
 

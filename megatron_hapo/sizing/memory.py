@@ -32,7 +32,7 @@ ENGINE_RESTING_BYTES = 3 * GIB
 HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds together."""
 FUSED_CHUNK_BYTES = 256 << 20
-"""Logits that megatron_hapo.fused_head holds at a time."""
+"""Logits that megatron_hapo.logprobs.fused_head holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
-from megatron_hapo.pipeline import Pipeline
 
 Recompute = Literal["none", "selective", "full"]
 

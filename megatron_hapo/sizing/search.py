@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import MoeShape, Shape
-from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.sizing.memory import (
     ENGINE_RESTING_BYTES,
     GIB,

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_hapo.config import load_config
-from megatron_hapo.config_sources import files_of, merge
+from megatron_hapo.config.sources import files_of, merge
 from megatron_hapo.errors import ConfigError, HapoError
+from megatron_hapo.sizing.from_config import inexpressible, placement_settings, plan_settings
 from megatron_hapo.sizing.memory import GIB
-from megatron_hapo.sizing.report import title
 from megatron_hapo.sizing.search import Cluster, Plan, describe
-from megatron_hapo.sizing.settings import inexpressible, placement_settings, plan_settings
+from megatron_hapo.sizing.tables import title
 
 
 def write_plan(

@@ -22,8 +22,8 @@ from megatron_hapo.memory_turns import GRADIENTS, KV_CACHE, OPTIMIZER, WEIGHTS
 from megatron_hapo.types import Prompt, Sampling, merge_scores
 from tests.gpu.test_trainer import config_for
 from tests.test_loop import make_config as make_run_config
-from tests.test_trainer import make_batch
 from tests.tiny_model import write_tiny_qwen3
+from tests.trainer.test_trainer import make_batch
 
 LARGE: dict[str, Any] = {"layers": 24, "hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 64, "intermediate": 4096}
 """0.4 billion parameters."""
@@ -41,7 +41,7 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from megatron_hapo.model.families import read_shape
-    from megatron_hapo.weight_buckets import BucketBuilder, engine_cut
+    from megatron_hapo.resharding.weight_buckets import BucketBuilder, engine_cut
     from sglang_ext.engine import Engine, EngineConfig
     from tests.sglang_ext.engine_process import generate
 
@@ -100,8 +100,8 @@ def turns_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
     """Bytes that torch has reserved of the GPU, and whether the optimizer's state came back as it was."""
     import torch
 
-    from megatron_hapo.launch.rank import start_rank
-    from megatron_hapo.offload import optimizer_tensors
+    from megatron_hapo.trainer.offload import optimizer_tensors
+    from megatron_hapo.trainer.rank_process import start_rank
 
     def reserved() -> int:
         torch.cuda.synchronize()
@@ -188,8 +188,8 @@ def updates_of(config: Config, rendezvous: str, folder: Path, source: Path | Non
     """Three updates, the third from a checkpoint; where the optimizer's state is, and the weights."""
     import torch
 
-    from megatron_hapo.launch.rank import start_rank
-    from megatron_hapo.offload import optimizer_tensors
+    from megatron_hapo.trainer.offload import optimizer_tensors
+    from megatron_hapo.trainer.rank_process import start_rank
 
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
     batch = make_batch()

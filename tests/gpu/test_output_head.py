@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_hapo.fused_head import fused_log_probs_and_entropy
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
-from tests.test_fused_head import MAX_GRADIENT_ERROR, in_buffer, make_case
-from tests.test_logprobs import relative_error
-from tests.test_row_statistics import compare_with_twin
+from megatron_hapo.logprobs.fused_head import fused_log_probs_and_entropy
+from tests.logprobs.test_fused_head import MAX_GRADIENT_ERROR, in_buffer, make_case
+from tests.logprobs.test_logprobs import relative_error
+from tests.logprobs.test_row_statistics import compare_with_twin
 
 
 def test_the_kernel_equals_its_twin() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.launch.quantize import Agreement, Quantization, quantize
+from megatron_hapo.checkpoint.quantize import Agreement, Quantization, quantize
 from megatron_hapo.types import Prompt, Rollout, Sampling
 from tests.quantized_model import write_prompts
 from tests.sglang_ext.engine_process import generate

@@ -16,8 +16,8 @@ import pytest
 
 from megatron_hapo.config import Config
 from megatron_hapo.types import merge_scores
-from tests.test_trainer import make_batch, make_config
 from tests.tiny_model import write_tiny_qwen3
+from tests.trainer.test_trainer import make_batch, make_config
 
 SPECS = [
     "local",
@@ -40,7 +40,7 @@ def config_for(model: Path, *, dtype: str, spec: str) -> Config:
 
 
 def train(config: Config, rendezvous: str) -> dict[str, Any]:
-    from megatron_hapo.launch.rank import start_rank
+    from megatron_hapo.trainer.rank_process import start_rank
 
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
     batch = make_batch()
@@ -52,7 +52,7 @@ def train(config: Config, rendezvous: str) -> dict[str, Any]:
         "before": before,
         "after": after,
         "updates": updates,
-        "cpu_module": "megatron_hapo.model.cpu" in sys.modules,
+        "cpu_module": "megatron_hapo.model.megatron_on_cpu" in sys.modules,
     }
 
 

@@ -10,8 +10,8 @@ from torch.distributed import HashStore
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, TrainingError
-from megatron_hapo.launch import attempt
-from megatron_hapo.launch.attempt import Facts, RefusedError
+from megatron_hapo.launch.torchrun import attempt
+from megatron_hapo.launch.torchrun.attempt import Facts, RefusedError
 
 CONFIG = {"seed": 1, "optimizer": {"lr": 1e-6}}
 

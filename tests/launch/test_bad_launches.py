@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hapo.config import LaunchConfig
-from megatron_hapo.launch.ray_cluster import RayNode
+from megatron_hapo.launch.ray.cluster import RayNode
 from tests.launch.test_torchrun import run_config
 from tests.launch.torchrun_process import launched, torchrun, train_command, write_config
 

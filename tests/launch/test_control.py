@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_hapo.errors import TrainingError, WeightSyncError
-from megatron_hapo.launch.control import Commander, ControlGroup, serve, serve_driver
-from megatron_hapo.launch.ranks import RankObject
+from megatron_hapo.launch.torchrun.control import Commander, ControlGroup, serve, serve_driver
 from megatron_hapo.resharding.transfer import TransferStoppedError
+from megatron_hapo.trainer.over_ranks import RankObject
 from tests.distributed import run_ranks
 
 

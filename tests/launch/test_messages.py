@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_hapo.entropy import EntropyStats
-from megatron_hapo.launch.messages import decode, encode
+from megatron_hapo.launch.torchrun.messages import decode, encode
+from megatron_hapo.observe.spans import Span, Timeline
 from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Meeting, Transfer
-from megatron_hapo.spans import Span, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
 BATCH = TrainBatch(

@@ -8,10 +8,10 @@ import pytest
 
 from megatron_hapo.config import load_config
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.launch import attempt
-from megatron_hapo.launch.engines import _actor_options
-from megatron_hapo.launch.host import is_alone
 from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
+from megatron_hapo.launch.ray.engine_pool import _actor_options
+from megatron_hapo.launch.torchrun import attempt
+from megatron_hapo.launch.torchrun.host import is_alone
 
 _CONFIG = Path(__file__).parents[2] / "configs/demo_cpu.yaml"
 TWO_NODES = [Place(node, (str(gpu),)) for node in ("a", "b") for gpu in (4, 5, 6, 7)]

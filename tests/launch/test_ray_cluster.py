@@ -11,8 +11,8 @@ from ray._private import ray_constants
 
 from megatron_hapo.config import LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
-from megatron_hapo.launch import ray_node
-from megatron_hapo.launch.ray_cluster import (
+from megatron_hapo.launch.ray import node as ray_node
+from megatron_hapo.launch.ray.cluster import (
     RayNode,
     address_to_join,
     cluster_token,

@@ -35,7 +35,7 @@ FAULT = """
 import os
 
 if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-    from megatron_hapo.launch.ranks import RankObject
+    from megatron_hapo.trainer.over_ranks import RankObject
 
     results = RankObject.results
 

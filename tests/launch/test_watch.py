@@ -12,8 +12,8 @@ import pytest
 from torch.distributed import HashStore
 
 from megatron_hapo.errors import HapoError, TrainingError
-from megatron_hapo.launch import watch as module
-from megatron_hapo.launch.watch import WISH_TO_STOP, Watch
+from megatron_hapo.launch.torchrun import watch as module
+from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP, Watch
 
 
 @pytest.fixture

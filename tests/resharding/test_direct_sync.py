@@ -13,8 +13,8 @@ import pytest
 from megatron_hapo.config import WeightSyncConfig
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.weight_sync import DirectSync
-from sglang_ext.receive import Request
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
@@ -38,7 +38,7 @@ class OneEngine:
     def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
         self.engine.prepare_receiving(plans[0])
 
-    def receive_weights(self, requests: Sequence[Request], *, timeout_seconds: float) -> None:
+    def receive_weights(self, requests: Sequence[ReceiveRequest], *, timeout_seconds: float) -> None:
         self.engine.begin_weight_update()
         self.engine.receive_weights(requests[0])
 

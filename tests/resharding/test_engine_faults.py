@@ -16,7 +16,7 @@ import ray
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
-from megatron_hapo.launch.engines import RayRolloutPool
+from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.run import local_ray
 from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.types import Sampling

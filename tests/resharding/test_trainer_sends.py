@@ -15,11 +15,11 @@ from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, sh
 from megatron_hapo.resharding.plan import SendingTask, make_plan
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Receiver
-from megatron_hapo.weight_buckets import engine_cut
+from megatron_hapo.resharding.weight_buckets import engine_cut
 from tests.distributed import run_ranks
 from tests.resharding.test_plan import cut
-from tests.test_trainer import make_config, make_grid
 from tests.tiny_families import write_family
+from tests.trainer.test_trainer import make_config, make_grid
 
 LAYOUTS = [
     {"dp": 2, "ep": 2},
@@ -40,7 +40,7 @@ def send_everything(rank: int, model: Path, layouts: list[dict[str, Any]], folde
     from megatron.core import parallel_state
     from safetensors.torch import load_file
 
-    from megatron_hapo.trainer import TrainerRank
+    from megatron_hapo.trainer.trainer_rank import TrainerRank
 
     state = load_file(model / "model.safetensors")
     for number, layout in enumerate(layouts):

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hapo.checksum import tensor_checksum
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.model.families import Shape, hf_tensor_shapes
 from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.checksum import tensor_checksum
 from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, make_plan
 from megatron_hapo.resharding.transfer import Meeting, SlotMemory, Transfer, as_matrix, receive, send
 from megatron_hapo.resharding.transports import Receiver, Sender
-from megatron_hapo.weight_buckets import engine_cut
+from megatron_hapo.resharding.weight_buckets import engine_cut
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE, cut, random_tensors
 
 _numbers = itertools.count()

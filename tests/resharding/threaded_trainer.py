@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
-from megatron_hapo.pipeline import Pipeline
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Parameter, SendingTask
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Sender
-from megatron_hapo.weight_buckets import engine_cut
+from megatron_hapo.resharding.weight_buckets import engine_cut
 from tests.resharding.test_plan import cut
 
 

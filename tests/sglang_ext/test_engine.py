@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hapo.checksum import engine_slices, tensor_checksum
 from megatron_hapo.entropy import EntropyStats, adaptive_temperature, entropy_from_logits, entropy_stats
 from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.resharding.checksum import engine_slices, tensor_checksum
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext import temperature
 from sglang_ext.engine import Engine, EngineConfig

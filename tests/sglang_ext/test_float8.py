@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.launch.quantize import Quantization, quantize
+from megatron_hapo.checkpoint.quantize import Quantization, quantize
 from megatron_hapo.types import Sampling
 from tests.quantized_model import quantized_logits, write_prompts
 from tests.sglang_ext.engine_process import running_engine

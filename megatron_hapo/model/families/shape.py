@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Scored groups to training batches and their loss: everything that a method chooses."""

@@ -1,0 +1,190 @@
+"""What is wrong with a run before it starts, as far as its files tell. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
+from megatron_hapo.config.faults import Fault
+from megatron_hapo.data.prompts import file_faults
+from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.families import Shape, layout_faults, read_shape
+from megatron_hapo.resharding.layouts import not_served
+from megatron_hapo.sizing import from_config
+from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
+from megatron_hapo.sizing.parameters import model_parameters
+from megatron_hapo.sizing.search import too_large
+
+_OWN_FOLDERS = ("models", "runs")
+"""Where the shipped configs expect models, and what runs have written."""
+
+
+def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run whose files are there and fit it.
+
+    Raises:
+        ConfigError: with all faults at once, those of the config and those of the files.
+    """
+    draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
+    if draft.config is not None:
+        draft = draft.with_checks(check_run(draft.config))
+    return draft.accept()
+
+
+def check_run(config: Config) -> list[Fault]:
+    """Why the model folder, the data and the packages do not fit the config; empty where they do."""
+    faults = [*_model_faults(config)]
+    for name, source in (("train", config.data.train), ("eval", config.data.eval)):
+        if source is not None:
+            faults += _data_faults(f"data.{name}", source)
+    if config.metrics.wandb_project is not None and not is_installed("wandb"):
+        faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
+    return faults
+
+
+def is_installed(package: str) -> bool:
+    # A plain folder of that name in the current one, such as wandb makes, is found too, but has no file of its own.
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def _model_faults(config: Config) -> Iterator[Fault]:
+    folder = config.model.path
+    if not folder.is_dir():
+        yield Fault("model.path", f"no such folder: {folder}{_hub_hint(folder)}")
+        return
+    if not any(folder.glob("*.safetensors")) and not is_megatron_folder(folder):
+        yield Fault("model.path", f"{folder} has no safetensors file")
+    if not (folder / "tokenizer_config.json").is_file():
+        yield Fault("model.path", f"{folder} has no tokenizer (tokenizer_config.json)")
+    try:
+        shape = read_shape(folder)
+    except ConfigError as error:
+        for line in error.faults:
+            yield Fault("model.path", line.removeprefix("model.path: "))
+        return
+    if (reason := not_served(shape)) is not None:
+        yield Fault("model.path", f"no engine can serve {folder}: {reason}")
+    yield from check_layout(config, shape)
+
+
+def _hub_hint(folder: Path) -> str:
+    """What to do if the path was meant as a name on the Hugging Face Hub; empty where it was surely not."""
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in ("..", *_OWN_FOLDERS):
+        return ""
+    if folder.parent.is_dir():
+        return ""
+    local = f"models/{folder.name}"
+    return f"; names on the Hub are not taken: hf download {folder} --local-dir {local}, then model.path={local}"
+
+
+def check_layout(config: Config, shape: Shape) -> list[Fault]:
+    """Why a model of this shape does not split over the layout, or does not fit its GPUs; empty where it does."""
+    return [*_layout_faults(config, shape)] or [*_memory_faults(config, shape)]
+
+
+def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
+    parallel = config.parallel
+    for name, message in layout_faults(
+        shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep, etp=parallel.etp
+    ):
+        yield Fault(f"parallel.{name}", message, ("model.path",))
+    rollout = config.rollout
+    # On a GPU SGLang gives several ranks the same key-value head.
+    replicates = config.device != "cpu" and rollout.tp % shape.num_kv_heads == 0
+    engine_shape = replace(shape, num_kv_heads=rollout.tp) if replicates else shape
+    for name, message in layout_faults(engine_shape, tp=rollout.tp, ep=rollout.ep):
+        yield Fault(f"rollout.{name}", message, ("model.path",))
+    expert_tp = rollout.tp // rollout.ep
+    if shape.moe is not None and expert_tp and shape.moe.ffn_size % expert_tp:
+        message = f"{shape.moe.ffn_size} feed-forward units of an expert do not split over tp={expert_tp}"
+        yield Fault("rollout.tp", message, ("model.path",))
+    if shape.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
+        yield Fault(
+            "parallel.sequence_parallel",
+            f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron trains it in no other way",
+            ("model.path", "parallel.tp"),
+        )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        yield Fault(
+            "rollout.max_response_tokens",
+            f"max_prompt_tokens + max_response_tokens = {longest} is more than the model's {shape.max_positions} "
+            "positions (max_position_embeddings in its config.json)",
+            ("model.path", "rollout.max_prompt_tokens"),
+        )
+
+
+def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
+    """Why trainer or engines cannot fit their GPUs; nothing on a CPU, or where the size of a GPU is not known."""
+    gpu_bytes = from_config.gpu_memory(config)
+    if gpu_bytes is None:
+        return
+    rollout, spec = config.rollout, from_config.spec_here(config)
+    trainer = trainer_memory(
+        shape,
+        from_config.layout_of(config),
+        gpu_bytes=gpu_bytes,
+        spec=spec,
+        bucket_bytes=config.weight_sync.bucket_bytes,
+    )
+    shared = config.placement == "colocated"
+    engine = engine_memory(
+        shape,
+        tp=rollout.tp,
+        gpu_bytes=gpu_bytes,
+        memory_fraction=rollout.memory_fraction,
+        num_parameters=model_parameters(shape),
+        bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
+    )
+    turns = turns_on_shared_gpu(
+        trainer,
+        engine,
+        keeps_optimizer=config.memory_turns.trainer == "gradients",
+        keeps_weights=config.memory_turns.engines == "kv_cache",
+    )
+    if (turns["training"] if shared else trainer.total) > gpu_bytes:
+        reason = too_large(trainer, gpu_bytes, beside_engine=turns["training"] - trainer.total if shared else 0)
+        layers = " without Transformer Engine" if spec == "local" else ""
+        # The planner, which may stand on another machine, takes auto for Transformer Engine.
+        command = "plan CONFIG model.spec=local" if layers and config.model.spec == "auto" else "plan"
+        yield Fault(
+            "parallel",
+            f"does not fit: a trainer rank{layers} {reason}; `megatron-hapo {command}` finds layouts that do",
+            ("model.path", "model.spec", "trainer", "rollout.max_response_tokens"),
+        )
+    elif shared and (turn := max(("weight sync", "generation"), key=turns.__getitem__)) and turns[turn] > gpu_bytes:
+        yield Fault(
+            "rollout.memory_fraction",
+            f"does not fit: an engine with {rollout.memory_fraction} of a GPU of {gpu_bytes / GIB:.1f} GiB needs "
+            f"{turns[turn] / GIB:.1f} GiB together with a resting trainer rank ({turn}); "
+            "`megatron-hapo plan --placement colocated` finds a share that fits",
+            ("model.path", "parallel", "rollout.tp"),
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if engine.kv_tokens < longest:
+        yield Fault(
+            "rollout.tp",
+            f"does not fit: at tp={rollout.tp} the weights take {engine.weights / GIB:.1f} GiB of a GPU of "
+            f"{gpu_bytes / GIB:.1f} GiB, which leaves a KV cache of {max(0, engine.kv_tokens)} tokens at "
+            f"rollout.memory_fraction={rollout.memory_fraction}; one response may need {longest}",
+            ("model.path", "rollout.memory_fraction", "rollout.max_response_tokens"),
+        )
+
+
+def _data_faults(key: str, source: DataSource) -> Iterator[Fault]:
+    if isinstance(source, FileData):
+        for message in file_faults(source.path):
+            yield Fault(f"{key}.path", message)
+    elif isinstance(source, TaskData):
+        names = import_reasoning_gym().factory.DATASETS
+        if source.name not in names:
+            near = difflib.get_close_matches(source.name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield Fault(f"{key}.name", f"reasoning-gym has no dataset {source.name!r}{hint}")

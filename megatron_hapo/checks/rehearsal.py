@@ -1,0 +1,112 @@
+"""The rehearsal of a run, `megatron-hapo check`: every part once, on a few prompts, and what would go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from megatron_hapo.algorithm.prepare import entropy_metrics, mismatch_metrics, with_advantages, with_scores
+from megatron_hapo.config import Config
+from megatron_hapo.memory_turns import MemoryTurns
+from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
+from megatron_hapo.rollout.collect import generate_scored, steering
+from megatron_hapo.types import Prompt, Sampling, ScoredGroup
+
+LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
+"""Mean |engine - trainer| of a sampled token's log-prob; at bfloat16 two sets of kernels round differently."""
+
+Verdict = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: Verdict
+    message: str
+
+
+def rehearse(
+    config: Config,
+    trainer: Trainer,
+    pool: RolloutPool,
+    turns: MemoryTurns,
+    rewards: RewardPool,
+    prompts: Sequence[Prompt],
+) -> list[Finding]:
+    """A verified sync, rollouts with and without the adaptive temperature, rewards and the trainer's scores.
+
+    Raises:
+        HapoError: a part failed, e.g. an engine does not hold the trainer's weights.
+    """
+    clock = StepClock()
+    turns.to_engines(policy_version=0)  # the first sync is always verified
+    findings = [Finding("ok", "every engine holds the trainer's weights, compared by checksums")]
+    sampling = Sampling(
+        samples=config.batch.samples_per_prompt,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=config.rollout.stop_token_ids,
+        seed=config.seed,
+    )
+    groups = generate_scored(pool, rewards, prompts, sampling, clock)
+    batch = with_advantages(groups, config.algorithm)
+    turns.to_trainer()
+    scores = trainer.log_probs(batch)
+    _, stats = with_scores(batch, scores, config.algorithm, group_size=sampling.samples)
+    findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
+    entropy = entropy_metrics(scores, stats)
+    findings.append(
+        Finding("ok", f"entropy: mean {entropy['entropy/mean']:.3f} nats, pivot {entropy['entropy/pivot']:.3f}")
+    )
+    findings += group_findings(groups)
+    if steered := steering(config.algorithm, stats):
+        turns.to_engines(policy_version=0)
+        groups = generate_scored(pool, rewards, prompts, replace(sampling, adaptive=steered), clock)
+        turns.to_trainer()
+        batch = with_advantages(groups, config.algorithm)
+        low, high = batch.temperatures.min(), batch.temperatures.max()
+        findings.append(Finding("ok", f"adaptive temperature: tokens were sampled at {low:.3f} to {high:.3f}"))
+        steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)
+        findings += [Finding(f.verdict, f"at the adaptive temperature, {f.message}") for f in steered_findings]
+    return findings
+
+
+def logprob_findings(mismatch: Mapping[str, float], dtype: str) -> Iterator[Finding]:
+    """Do engine and trainer give a sampled token the same probability?"""
+    mean, limit = mismatch["rollout/logprob_abs_diff"], LARGEST_LOGPROB_DIFFERENCE[dtype]
+    figures = (
+        f"log-probs of engine and trainer differ by {mean:.2g} on average, by "
+        f"{mismatch['rollout/logprob_abs_diff_max']:.2g} at most (mismatch KL {mismatch['rollout/mismatch_kl']:.2g})"
+    )
+    if mean <= limit:
+        yield Finding("ok", figures)
+    else:
+        yield Finding(
+            "fault",
+            f"{figures}; at {dtype} the average should be at most {limit:g}. The importance ratios would be wrong from "
+            "the first step: look for a model option that one side ignores, or set algorithm.importance_correction",
+        )
+
+
+def group_findings(groups: Sequence[ScoredGroup]) -> Iterator[Finding]:
+    """Is there anything to learn from these responses?"""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = [score for group in groups for score in group.scores]
+    accuracy, informative = np.mean([s.correct for s in scores]), sum(group.informative for group in groups)
+    right = f"{accuracy:.0%} of {len(scores)} responses are correct"
+    learned = f"{right}; {informative} of {len(groups)} groups have better and worse ones"
+    if informative:
+        yield Finding("ok", learned)
+    else:
+        reason = "too easy" if accuracy > 0.5 else "too hard, or the answers are not found in the responses"
+        yield Finding("warning", f"{learned}, so no gradient: the problems are {reason}")
+    failures = [score.failure for score in scores if score.failure is not None]
+    if failures:
+        yield Finding("warning", f"{len(failures)} rewards failed, e.g. {failures[0]}; they count as wrong")
+    truncated = np.mean([rollout.finish_reason == "length" for rollout in rollouts])
+    longest = max(len(rollout.response_ids) for rollout in rollouts)
+    lengths = f"responses have up to {longest} tokens; {truncated:.0%} end at rollout.max_response_tokens"
+    yield Finding("warning" if truncated > 0.3 else "ok", lengths)

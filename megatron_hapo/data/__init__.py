@@ -1,0 +1,1 @@
+"""Prompts: read from files or generated, rendered, and put in order."""

@@ -1,0 +1,172 @@
+"""The demo's starting point: a small Qwen3 with a tokenizer, after a short supervised warm-up on the arithmetic task.
+
+Plain torch and transformers, one process. The warm-up's demonstrations forget most carries
+(arithmetic.demonstration), so the model writes well-formed solutions that are often wrong: work for reinforcement
+learning, and tokens whose entropies differ.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_hapo.data import arithmetic
+
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
+    "{% else %}<|user|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+IGNORED_LABEL = -100
+
+
+def make_demo_model(
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int = 800,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    slip: float = 0.65,
+    min_terms: int = 3,
+    max_terms: int = 4,
+    max_number: int = 9,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
+    """Write model and tokenizer as a Hugging Face folder; the same weights for the same seed on the same machine.
+
+    Args:
+        steps: updates of the warm-up; 0 writes the untrained model.
+        slip: probability that a demonstration forgets a carry.
+        min_terms, max_terms, max_number: see arithmetic.problems; the questions are those of even seeds.
+        progress: called with the step's number and its loss.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = Qwen3ForCausalLM(make_config(tokenizer))
+    examples = _examples(
+        tokenizer,
+        arithmetic.problems(
+            size=4000, seed=2 * seed, min_terms=min_terms, max_terms=max_terms, max_number=max_number
+        ),
+        rng=random.Random(seed),
+        slip=slip,
+        count=steps * batch_size,
+    )  # fmt: skip
+    pad_id = _token_id(tokenizer, PAD)
+    _warm_up(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
+    model.save_pretrained(out)
+    GenerationConfig(eos_token_id=_token_id(tokenizer, END), pad_token_id=pad_id).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be encoded; every character of a sum is a token, the answer's marker is one."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = []
+    for end in range(2, len(arithmetic.ANSWER_MARKER) + 1):
+        merges.append((arithmetic.ANSWER_MARKER[: end - 1], arithmetic.ANSWER_MARKER[end - 1]))
+        pieces.append(arithmetic.ANSWER_MARKER[:end])
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (PAD, END, USER, ASSISTANT)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE, model_max_length=512
+    )
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Half a million parameters; heads and KV heads split over two tensor parallel ranks."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=_token_id(tokenizer, END),
+        pad_token_id=_token_id(tokenizer, PAD),
+        dtype="float32",
+    )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"{token} is no token of its own"
+    return found
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[arithmetic.Problem],
+    *,
+    rng: random.Random,
+    slip: float,
+    count: int,
+) -> list[tuple[list[int], int]]:
+    """Token ids of question and demonstration, and how many of them are the question's."""
+    examples = []
+    for _ in range(count):
+        problem = rng.choice(problems)
+        messages = [{"role": "user", "content": problem.question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer.encode(str(prompt), add_special_tokens=False)
+        solution = arithmetic.demonstration(problem, rng, slip=slip) + END
+        examples.append((prompt_ids + tokenizer.encode(solution, add_special_tokens=False), len(prompt_ids)))
+    return examples
+
+
+def _warm_up(
+    model: Qwen3ForCausalLM,
+    examples: Sequence[tuple[list[int], int]],
+    *,
+    pad_id: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    """Supervised learning on each example once; the rate rises over a tenth of the steps and falls by a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains little from more, and its weights must not depend on them
+    model.train()
+    for step in range(steps):
+        warm, cool = (step + 1) / max(steps / 10, 1), 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, warm) * cool
+        input_ids, labels = _collate(examples[step * batch_size : (step + 1) * batch_size], pad_id)
+        loss = model(input_ids=input_ids, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, loss.item())
+    model.eval()
+    torch.set_num_threads(threads)
+
+
+def _collate(examples: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded input ids and labels (solutions only); causal attention needs no mask for padding on the right."""
+    longest = max(len(ids) for ids, _ in examples)
+    input_ids = torch.full((len(examples), longest), pad_id)
+    labels = torch.full((len(examples), longest), IGNORED_LABEL)
+    for row, (ids, num_prompt) in enumerate(examples):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:])
+    return input_ids, labels

@@ -1,0 +1,1 @@
+"""Ray: actors around ranks and engines, and Ray's own nodes."""

@@ -1,0 +1,228 @@
+"""Ray under torchrun: each node's first rank keeps a Ray node, and rank 0's is the head, or all join RAY_ADDRESS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hapo.config import Config, LaunchConfig
+from megatron_hapo.errors import ConfigError, RolloutError
+from megatron_hapo.launch.places import Place
+from megatron_hapo.launch.ray.node import FaultError, reach
+
+_END_SECONDS = 20.0
+_HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
+
+
+def cluster_token() -> str:
+    """Rank 0: Ray's token, of the environment or of the cluster to join, else a new one."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    paths = [Path(os.environ["RAY_AUTH_TOKEN_PATH"])] if "RAY_AUTH_TOKEN_PATH" in os.environ else []
+    if "RAY_ADDRESS" in os.environ:
+        paths.append(Path.home() / ".ray/auth_token")
+    for path in paths:
+        if path.is_file():
+            return path.read_text().strip()
+    return secrets.token_hex(32)
+
+
+def address_to_join() -> str | None:
+    """Of the cluster that the user runs; None where there is none.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is no host and port.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None and _HOST_AND_PORT.fullmatch(address) is None:
+        raise ConfigError([f"RAY_ADDRESS must be HOST:PORT of the cluster's head under torchrun, got {address!r}"])
+    return address
+
+
+def prepare_environment(token: str, *, host: str, loopback: bool) -> None:
+    """What this process and every Ray process that it starts need; Ray reads it when it is imported.
+
+    Args:
+        loopback: nothing of Ray is to be reached from another host.
+    Raises:
+        ConfigError: the environment has another.
+    """
+    own = os.environ.get("RAY_AUTH_TOKEN")
+    if own is not None and own != token:
+        raise ConfigError(
+            [f"RAY_AUTH_TOKEN of {host} is not that of rank 0; set the same on every node, or on none of them"]
+        )
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    if loopback:
+        # Ray's switch for one node on loopback, which it turns on by itself only on Windows and macOS.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+class RayNode:
+    """The Ray node of this host, in a process of its own that ends with this one."""
+
+    def __init__(self, settings: LaunchConfig, *, ip: str, head_address: str | None, gpus: Sequence[str] = ()):
+        """Starts it.
+
+        Args:
+            head_address: None makes this node the head.
+            gpus: for engines; none on a CPU.
+        Raises:
+            RolloutError: it did not start.
+        """
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        request = {
+            "head": head_address is None,
+            "address": head_address or "",
+            "ip": ip,
+            "port": settings.ray_port,
+            "ports": settings.ray_worker_ports,
+            "num_gpus": len(gpus),
+        }
+        deadline = time.monotonic() + settings.start_timeout_seconds
+        answer: dict[str, Any] = {"fault": "", "late": True}
+        # Ray's processes give each other 15 to 30 s, which is too short on a busy machine.
+        while answer.get("late") and time.monotonic() < deadline:
+            self._process = _start_process(environment)
+            try:
+                answer = _ask(self._process, request, deadline - time.monotonic())
+            except BaseException:
+                self.close()
+                raise
+            if "fault" in answer:
+                self.close()
+        if "fault" in answer:
+            raise RolloutError(answer["fault"])
+        self.address, self.node_id = answer["address"], answer["node_id"]
+
+    def close(self) -> None:
+        """End what was started; by force what does not end in time."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the kernel ends Ray's own processes with it
+            self._process.wait()
+
+
+def _start_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_hapo.launch.ray.node"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # a signal to the rank's process group must not take Ray away under the driver
+    )
+
+
+def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    line = process.stdout.readline() if select.select([process.stdout], [], [], timeout_seconds)[0] else b""
+    if not line:
+        return {"fault": f"Ray did not start on {request['ip']} within launch.start_timeout_seconds"}
+    return json.loads(line)
+
+
+@contextlib.contextmanager
+def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
+    """This process as a driver of the cluster.
+
+    Args:
+        ip: of this node, where Ray would find another.
+    Raises:
+        RolloutError: the cluster is not there, or refuses it.
+    """
+    import ray
+    from ray._private import ray_constants, services
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ip is not None:
+        options["_node_ip_address"] = ip
+    if _HOST_AND_PORT.fullmatch(address) is not None:
+        try:
+            # Ray would try for minutes, and where the address is loopback, at this host's other address.
+            reach(services.canonicalize_bootstrap_address(address) or address)
+        except FaultError as fault:
+            raise RolloutError(str(fault)) from None
+        # The head is there: it would refuse another token 20 times, a second each.
+        ray_constants.NUM_REDIS_GET_RETRIES = 5
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises all sorts
+        reason = " ".join(str(error).split())
+        raise RolloutError(
+            f"cannot join Ray at {address}: {type(error).__name__}: {reason}; this process must have the cluster's "
+            "token (RAY_AUTH_TOKEN) and its version of Ray"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) -> list[Place]:
+    """Of engines with GPUs of their own, spread as `launch.engines` says; waits for nodes that have yet to come.
+
+    Args:
+        trainer_nodes: Ray's ids of the nodes with trainer ranks.
+    Raises:
+        ConfigError: the nodes cannot hold the engines.
+    """
+    import ray
+
+    rollout, settings = config.rollout, config.launch
+    deadline = time.monotonic() + settings.start_timeout_seconds
+    while True:
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        own = settings.engines == "own_nodes"
+        chosen = [name for name in nodes if name not in trainer_nodes] if own else list(trainer_nodes)
+        gpus = {name: int(nodes[name]["Resources"].get("GPU", 0)) for name in chosen if name in nodes}
+        places = spread(gpus, engines=rollout.engines, tp=rollout.tp, on_gpus=device == "cuda")
+        if places is not None:
+            return [Place(name) for name in places]
+        if not own or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    where = ", ".join(f"{nodes[name]['NodeManagerAddress']} ({count} GPUs free)" for name, count in gpus.items())
+    wanted = f"{rollout.engines} engines of tp={rollout.tp}"
+    if own:
+        hint = f"no room came within {settings.start_timeout_seconds:g} s; join nodes with `ray start --address`"
+    else:
+        hint = "start fewer ranks a node, or set launch.engines=own_nodes"
+    raise ConfigError([f"launch.engines: {settings.engines} cannot hold {wanted}: {where or 'no such node'}; {hint}"])
+
+
+def spread(gpus: dict[str, int], *, engines: int, tp: int, on_gpus: bool) -> list[str] | None:
+    """Node of each engine, as even as the GPUs allow; None where they do not fit. An engine's ranks share a node."""
+    free, count = dict(gpus), dict.fromkeys(gpus, 0)
+    places = []
+    for _ in range(engines):
+        fitting = [name for name in free if not on_gpus or free[name] >= tp]
+        if not fitting:
+            return None
+        name = min(fitting, key=lambda name: (count[name], -free[name] if on_gpus else 0))
+        free[name] -= tp
+        count[name] += 1
+        places.append(name)
+    return places

@@ -1,0 +1,115 @@
+"""One Ray node as long as the trainer rank that started it lives: `python -m megatron_hapo.launch.ray.node`.
+
+It reads a line of JSON (`start`'s arguments) and answers with one: address and node id; or a fault, and whether Ray was
+only late. Then it waits for the end of its input, which comes when the rank closes it or dies of whatever cause, and
+ends what it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+# What an earlier attempt left needs a moment to end.
+_BUSY_SECONDS = 5.0
+_CONNECT_SECONDS = 10.0
+
+
+class FaultError(Exception):
+    """Why the node cannot start, in a line for the user."""
+
+
+def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | None, num_gpus: int) -> Any:
+    """The started node.
+
+    Args:
+        address: of the head, unless this is the head.
+        ip: of this node.
+        port: of the head; 0: any that is free.
+        ports: first and last of those for everything else; None: any that are free.
+        num_gpus: for engines.
+    Raises:
+        FaultError: a port is in use, or the head cannot be reached.
+    """
+    if head and port:
+        _wait_until_free(ip, port)
+    if not head:
+        reach(address)
+    import ray._private.node
+    import ray._private.parameter
+
+    first, last = ports or (None, None)
+    parameters = ray._private.parameter.RayParams(
+        gcs_address=None if head else address,
+        gcs_server_port=port if head else None,
+        node_ip_address=ip,
+        # Nothing here asks Ray for CPUs, and it would start a worker for each. What else is left out (autoscaler, log
+        # collector) would only slow a start down, in which Ray's processes wait 15 s for each other and no longer.
+        num_cpus=0,
+        include_log_monitor=False,  # type: ignore[arg-type]  # Ray calls it a string
+        no_monitor=True,
+        num_gpus=num_gpus,
+        node_manager_port=first or 0,
+        object_manager_port=None if first is None else first + 1,
+        min_worker_port=0 if first is None else first + 2,
+        max_worker_port=0 if last is None else last,
+        dashboard_agent_listen_port=None,
+        include_dashboard=False,
+    )
+    return ray._private.node.Node(parameters, head=head, shutdown_at_exit=True, spawn_reaper=True)
+
+
+def _wait_until_free(ip: str, port: int) -> None:
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((ip, port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise FaultError(
+                        f"launch.ray_port: {ip}:{port} cannot be used ({error.strerror}); choose another, or 0 for any"
+                    ) from None
+        time.sleep(0.5)
+
+
+def reach(address: str) -> None:
+    """Raises FaultError if nobody answers at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise FaultError(
+            f"no route to the Ray head at {address} ({error.strerror or error}); it must be running, and its port "
+            "(launch.ray_port, or that of RAY_ADDRESS) open between the nodes"
+        ) from None
+
+
+def main() -> int:
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray writes to stdout too
+    request = json.loads(sys.stdin.readline())
+    try:
+        node = start(**request)
+    except FaultError as fault:
+        print(json.dumps({"fault": str(fault)}), file=answer, flush=True)
+        return 1
+    except Exception as error:  # whatever it is, the rank is told
+        reason = " ".join(str(error).split())
+        fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": "timed out" in reason}
+        print(json.dumps(fault), file=answer, flush=True)
+        return 1
+    print(json.dumps({"address": node.gcs_address, "node_id": node.node_id}), file=answer, flush=True)
+    sys.stdin.read()
+    node.kill_all_processes(check_alive=False, allow_graceful=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

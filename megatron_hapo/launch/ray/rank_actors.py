@@ -1,0 +1,104 @@
+"""The trainer as Ray actors, one a rank."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import TrainingError
+from megatron_hapo.launch.places import Place
+from megatron_hapo.launch.ray.remote import gather
+from megatron_hapo.model import rank_environment
+from megatron_hapo.trainer import rank_process
+from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
+from megatron_hapo.types import TrainBatch, WeightBucket
+
+
+class TrainerActor:
+    """Holds a trainer rank and forwards."""
+
+    def place(self) -> Place:
+        """With the one GPU that Ray has given to this process."""
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Place(ray.get_runtime_context().get_node_id(), (gpus,) if gpus else ())
+
+    def start(self, config: Config, device: str, rank: int, world_size: int, init_method: str) -> None:
+        self._rank = RankObject(
+            rank_process.start_rank(config, device=device, rank=rank, world_size=world_size, init_method=init_method),
+            rank,
+        )
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return next(self._rank.results(method, args, kwargs))
+
+    def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
+        yield from self._rank.results("weight_buckets", (), {"verify": verify})
+
+
+class RankProcesses:
+    """A Ray actor a rank, with its GPU, before it builds anything; all on this node, where they meet through a file."""
+
+    def __init__(self, config: Config, *, device: str):
+        actor: Any = ray.remote(TrainerActor).options(
+            num_cpus=0,
+            num_gpus=1 if device == "cuda" else 0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+            runtime_env={"env_vars": rank_environment.environment(device, loopback="RAY_ADDRESS" not in os.environ)},
+        )
+        self.device = device
+        self.actors: list[Any] = [actor.remote() for _ in range(config.parallel.world_size)]
+        self._timeout_seconds = config.trainer.timeout_seconds
+
+    def gather(self, references: list[ray.ObjectRef], what: str) -> list[Any]:
+        """A result of each rank."""
+        calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
+        return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError)
+
+    def places(self) -> list[Place]:
+        """Of each rank."""
+        return self.gather([actor.place.remote() for actor in self.actors], "starting the trainer's processes")
+
+
+class RayTrainer(TrainerOverRanks):
+    """protocols.Trainer over Ray actors, whose ranks have been built when the constructor returns."""
+
+    def __init__(self, config: Config, processes: RankProcesses):
+        super().__init__(config)
+        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
+        self._actors, self._gather = processes.actors, processes.gather
+        init_method, world_size = rank_environment.rendezvous_file(Path(self._scratch.name)), len(self._actors)
+        self._gather(
+            [
+                actor.start.remote(config, processes.device, rank, world_size, init_method)
+                for rank, actor in enumerate(self._actors)
+            ],
+            "starting the trainer",
+        )
+
+    def weight_buckets(self, *, verify: bool) -> Iterator[ray.ObjectRef]:
+        # Generators start together and stop after two buckets each until those are taken.
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
+        streams = [actor.weight_buckets.options(**streaming).remote(verify=verify) for actor in self._actors]
+        for stream in streams:
+            yield from stream
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._scratch.cleanup()
+
+    def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
+        # one copy of a batch for all ranks of a node
+        arguments = tuple(ray.put(value) if isinstance(value, TrainBatch) else value for value in arguments)
+        return self._gather([actor.call.remote(method, *arguments, **options) for actor in self._actors], method)
+
+    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        calls = [actor.call.remote(method, *own) for actor, own in zip(self._actors, arguments, strict=True)]
+        return self._gather(calls, method)

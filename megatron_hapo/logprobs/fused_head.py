@@ -1,0 +1,270 @@
+"""Log-probs and entropies from hidden states and the output weight: logits exist for one chunk of tokens at a time.
+
+`N` tokens, `H` hidden size, `V` this rank's rows of the weight, `C` tokens of a chunk. The forward keeps a few numbers
+of each token; the backward makes a chunk's logits again, overwrites them with their gradient, and adds what follows to
+the gradients of hidden states and weight. Formulas are in `row_statistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hapo.logprobs.row_statistics import (
+    RowStatistics,
+    Shard,
+    check_results,
+    combine,
+    local_statistics,
+    overwrite_with_gradient,
+    row_gradient,
+    slices,
+    statistics_dtype,
+    temperature_of_rows,
+)
+
+CHUNK_BYTES = 256 << 20
+"""Logits that exist at a time: at a vocabulary of 151,936 in bfloat16 883 tokens, enough for efficient products."""
+WEIGHT_BLOCKS = 16
+"""Parts in which a gradient is widened where a product cannot add to a wider matrix by itself."""
+
+
+def fused_log_probs_and_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+    reduce_hidden_gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What `vocab_parallel_log_probs_and_entropy` gives for the logits hidden @ weight^T, without those logits.
+
+    Logits have the dtype of the hidden states, as a linear layer's would. Two all-reduces, first the maxima, then the
+    packed sums; with `reduce_hidden_gradient` one a chunk in the backward; every rank of the group must call both.
+
+    A weight that Megatron's DistributedDataParallel manages gets its gradient added straight to `main_grad`, in the
+    dtype of that buffer, and is marked as done; any other gets an ordinary gradient.
+
+    Args:
+        hidden_NH: [N, H] floating point, equal on all ranks of the group.
+        weight_VH: [V, H] of the same dtype: rank r holds the token ids [r V, (r + 1) V).
+        targets_N, tp_group, vocab_size, temperature: as there.
+        chunk_bytes: the logits of a chunk take at most this, but a chunk has at least one token.
+        reduce_hidden_gradient: sum the ranks' gradients of the hidden states. False where the caller's own gather does
+            so (sequence parallelism).
+    Returns:
+        log_probs [N] and entropies [N], as there, both differentiable in hidden states and weight.
+    Raises:
+        ValueError: as there.
+    """
+    shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
+    temperature_N = temperature_of_rows(temperature, hidden_NH)
+    log_probs_N, entropies_N = _FusedHead.apply(  # type: ignore[misc]
+        hidden_NH, weight_VH, targets_N, temperature_N, shard, chunk_bytes, reduce_hidden_gradient
+    )
+    _check_results(hidden_NH, weight_VH, targets_N, temperature_N, entropies_N, shard)
+    return log_probs_N, entropies_N
+
+
+@torch.no_grad()
+def fused_scores(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperatures: Sequence[float | Tensor],
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[tuple[Tensor, Tensor]]:
+    """Log-probs and entropies [N] at each of several temperatures from the same logits, without gradient.
+
+    Two all-reduces a temperature. Arguments and errors are those of `fused_log_probs_and_entropy`.
+    """
+    shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
+    of_rows = [temperature_of_rows(temperature, hidden_NH) for temperature in temperatures]
+    scores = []
+    for temperature_N, statistics in zip(
+        of_rows, _statistics(hidden_NH, weight_VH, targets_N, of_rows, shard, chunk_bytes), strict=True
+    ):
+        scores.append((statistics.log_probs, statistics.entropies))
+        _check_results(hidden_NH, weight_VH, targets_N, temperature_N, statistics.entropies, shard)
+    return scores
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        temperature_N: Tensor | None,
+        shard: Shard,
+        chunk_bytes: int,
+        reduce_hidden_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        [statistics] = _statistics(hidden_NH, weight_VH, targets_N, [temperature_N], shard, chunk_bytes)
+        temperature = () if temperature_N is None else (temperature_N,)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, *statistics.tensors, *temperature)
+        ctx.shard, ctx.chunk_bytes, ctx.reduce_hidden_gradient = shard, chunk_bytes, reduce_hidden_gradient
+        ctx.set_materialize_grads(False)
+        return statistics.log_probs, statistics.entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_log_probs_N: Tensor | None, grad_entropies_N: Tensor | None):  # type: ignore[override]
+        hidden_NH, weight_VH, targets_N, maximum_N, sum_exp_N, mean_x_N, target_x_N, *rest = ctx.saved_tensors
+        statistics = RowStatistics(maximum_N, sum_exp_N, mean_x_N, target_x_N)
+        gradient = row_gradient(statistics, rest[0] if rest else None, grad_log_probs_N, grad_entropies_N)
+        shard: Shard = ctx.shard
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+        weight_gradient = _WeightGradient(weight_VH) if needs_weight else None
+
+        local_targets_N = targets_N - shard.first_column
+        real_VH = weight_VH[: shard.real_columns]
+        reductions = []
+        buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, ctx.chunk_bytes)
+        for rows in chunks:
+            logits_CV = _logits(hidden_NH[rows], real_VH, out=buffer_CV)
+            overwrite_with_gradient(logits_CV, local_targets_N[rows], gradient.of_rows(rows))
+            if hidden_gradient_NH is not None:
+                torch.mm(logits_CV, real_VH, out=hidden_gradient_NH[rows])
+                if ctx.reduce_hidden_gradient and shard.tp_group is not None:
+                    # Under way while the weight's gradient is computed.
+                    reductions.append(dist.all_reduce(hidden_gradient_NH[rows], group=shard.tp_group, async_op=True))
+            if weight_gradient is not None:
+                weight_gradient.add(logits_CV, hidden_NH[rows])
+        for reduction in reductions:
+            reduction.wait()
+        ordinary = None if weight_gradient is None else weight_gradient.finish()
+        return hidden_gradient_NH, ordinary, None, None, None, None, None
+
+
+def _statistics(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    temperatures: Sequence[Tensor | None],
+    shard: Shard,
+    chunk_bytes: int,
+) -> list[RowStatistics]:
+    """At each temperature; a chunk's logits are made once for all of them."""
+    local_targets_N = targets_N - shard.first_column
+    found = [hidden_NH.new_empty(4, len(hidden_NH), dtype=statistics_dtype(hidden_NH.dtype)) for _ in temperatures]
+    buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, chunk_bytes)
+    for rows in chunks:
+        logits_CV = _logits(hidden_NH[rows], weight_VH[: shard.real_columns], out=buffer_CV)
+        for local_4N, temperature_N in zip(found, temperatures, strict=True):
+            part_C = None if temperature_N is None else temperature_N[rows]
+            local_4N[:, rows] = local_statistics(logits_CV, local_targets_N[rows], part_C)
+    return [
+        combine(local_4N, local_targets_N, temperature_N, shard)
+        for local_4N, temperature_N in zip(found, temperatures, strict=True)
+    ]
+
+
+# ----- chunks
+
+
+def _chunks(hidden_NH: Tensor, weight_VH: Tensor, shard: Shard, chunk_bytes: int) -> tuple[Tensor, list[slice]]:
+    """Room for the logits of the largest chunk, and the chunks: the same on all ranks, and of nearly equal size."""
+    most = max(1, chunk_bytes // (len(weight_VH) * weight_VH.element_size()))
+    number = max(1, -(-len(hidden_NH) // most))
+    size = -(-len(hidden_NH) // number)
+    return hidden_NH.new_empty(size, shard.real_columns), list(slices(len(hidden_NH), max(1, size)))
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, *, out: Tensor) -> Tensor:
+    return torch.mm(hidden_CH, weight_VH.t(), out=out[: len(hidden_CH)])
+
+
+class _WeightGradient:
+    """The weight's gradient, summed over chunks in place: in Megatron's buffer where there is one, else in its own."""
+
+    def __init__(self, weight_VH: Tensor):
+        self._weight_VH = weight_VH
+        # DistributedDataParallel gives a parameter both attributes.
+        self._in_buffer = hasattr(weight_VH, "main_grad") and hasattr(weight_VH, "grad_added_to_main_grad")
+        if self._in_buffer:
+            self._sum_VH: Tensor = weight_VH.main_grad  # type: ignore[attr-defined]
+        else:
+            self._sum_VH = torch.zeros_like(weight_VH, dtype=statistics_dtype(weight_VH.dtype))
+
+    def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
+        """Add gradient^T @ hidden to the rows that are no padding."""
+        sum_VH = self._sum_VH[: gradient_CV.shape[1]]
+        if sum_VH.dtype == gradient_CV.dtype:
+            sum_VH.addmm_(gradient_CV.t(), hidden_CH)
+        elif sum_VH.dtype == torch.float32 and sum_VH.device.type == "cuda":
+            torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, out_dtype=torch.float32, out=sum_VH)
+        else:  # only CUDA has products of 16-bit matrices that add to a float32 one
+            wide_CH = hidden_CH.to(sum_VH.dtype)
+            for columns in slices(len(sum_VH), max(1, -(-len(sum_VH) // WEIGHT_BLOCKS))):
+                sum_VH[columns].addmm_(gradient_CV[:, columns].t().to(sum_VH.dtype), wide_CH)
+
+    def finish(self) -> Tensor | None:
+        """The gradient for autograd; None where Megatron has it."""
+        weight: Any = self._weight_VH
+        if not self._in_buffer:
+            return self._sum_VH.to(weight.dtype)
+        weight.grad_added_to_main_grad = True
+        # With overlapped reduction the hook of Megatron 0.19 insists on a gradient, though it then does not read it:
+        # one number that looks like a whole matrix. A weight with zero_out_wgrad is the embedding too, and gets a real
+        # gradient from there.
+        if weight.grad is None and not getattr(weight, "zero_out_wgrad", False):
+            weight.grad = weight.new_zeros(()).expand_as(weight)
+        return None
+
+
+# ----- arguments and results
+
+
+def _check_arguments(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    tp_group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+    chunk_bytes: int,
+) -> Shard:
+    shapes = tuple(hidden_NH.shape), tuple(weight_VH.shape), tuple(targets_N.shape)
+    if (
+        hidden_NH.dim() != 2
+        or weight_VH.dim() != 2
+        or hidden_NH.shape[1] != weight_VH.shape[1]
+        or targets_N.shape != hidden_NH.shape[:1]
+    ):
+        raise ValueError(
+            f"hidden states must be [N, H], the weight [V, H] and targets [N], got {shapes[0]}, {shapes[1]} "
+            f"and {shapes[2]}"
+        )
+    if not hidden_NH.is_floating_point() or hidden_NH.dtype != weight_VH.dtype:
+        raise ValueError(
+            f"hidden states and weight must have one floating point dtype, got {hidden_NH.dtype} and {weight_VH.dtype}"
+        )
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    return Shard.of(len(weight_VH), tp_group=tp_group, vocab_size=vocab_size)
+
+
+def _check_results(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    temperature_N: Tensor | None,
+    entropies_N: Tensor,
+    shard: Shard,
+) -> None:
+    def logits_of(token: int) -> Tensor:
+        return torch.mv(weight_VH.detach()[: shard.real_columns], hidden_NH.detach()[token])
+
+    check_results(targets_N, temperature_N, entropies_N, shard, logits_of)

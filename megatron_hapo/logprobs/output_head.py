@@ -1,0 +1,133 @@
+"""From the last layer's hidden states to log-probs and entropies of the response tokens: GPTModel's output processors.
+
+Only the positions that predict a response token reach a head. `N` such tokens of a micro-batch, `V` vocabulary columns
+of a rank, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from torch import Tensor
+
+from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
+from megatron_hapo.logprobs.fused_head import CHUNK_BYTES, fused_log_probs_and_entropy, fused_scores
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """What is to be scored of a micro-batch: the context of an output head."""
+
+    positions: Tensor
+    """[N] int64, in the packed sequence: those that predict the tokens."""
+    targets: Tensor
+    """[N] int64 token ids."""
+    temperatures: tuple[float | Tensor, ...]
+    """Numbers or [N]. A backward pass through `FusedHead` needs exactly one."""
+
+
+@dataclass(frozen=True)
+class OutputHead(ABC):
+    """An output processor of GPTModel; all ranks that share the vocabulary run it together."""
+
+    tp_group: dist.ProcessGroup | None
+    """Ranks that share the vocabulary. None: not sharded."""
+    vocab_size: int
+    """Real size, without padding."""
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: ScoredTokens,
+        **_: Any,
+    ) -> Tensor:
+        """Log-probs and entropies in nats at each temperature, equal on all ranks of tp_group. [temperatures, 2, N]
+
+        float32. Log-probs have a gradient; entropies have none, since no loss takes one through them.
+        """
+        if output_layer.sequence_parallel:
+            # All rows first, then the choice. The gather's backward reduce-scatters the partial gradients of the
+            # vocabulary shards, so no head has to sum them.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
+        weight_VH = output_layer.weight if output_weight is None else output_weight
+        scores = self._score(hidden_states[:, 0][context.positions], weight_VH, output_layer, context)
+        return torch.stack([torch.stack([log_probs_N, entropies_N.detach()]) for log_probs_N, entropies_N in scores])
+
+    @abstractmethod
+    def _score(
+        self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Log-probs and entropies [N] at each temperature."""
+
+
+class LogitsHead(OutputHead):
+    """Makes the logits of all tokens; the backward overwrites them with their gradient."""
+
+    def _score(
+        self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
+    ) -> list[tuple[Tensor, Tensor]]:
+        logits_NV = linear_with_grad_accumulation_and_async_allreduce(
+            input=hidden_NH,
+            weight=weight_VH,
+            bias=None,
+            gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion,
+            allreduce_dgrad=not output_layer.sequence_parallel and self.tp_group is not None,
+            sequence_parallel=False,
+            tp_group=output_layer.tp_group,
+        )
+        return [
+            vocab_parallel_log_probs_and_entropy(
+                logits_NV,
+                tokens.targets,
+                tp_group=self.tp_group,
+                vocab_size=self.vocab_size,
+                temperature=temperature,
+            )
+            for temperature in tokens.temperatures
+        ]
+
+
+@dataclass(frozen=True)
+class FusedHead(OutputHead):
+    """Makes the logits of a chunk of tokens at a time, in the forward and again in the backward pass."""
+
+    chunk_bytes: int = CHUNK_BYTES
+
+    def _score(
+        self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not torch.is_grad_enabled():
+            return fused_scores(
+                hidden_NH,
+                weight_VH,
+                tokens.targets,
+                temperatures=tokens.temperatures,
+                tp_group=self.tp_group,
+                vocab_size=self.vocab_size,
+                chunk_bytes=self.chunk_bytes,
+            )
+        [temperature] = tokens.temperatures
+        scores = fused_log_probs_and_entropy(
+            hidden_NH,
+            weight_VH,
+            tokens.targets,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            chunk_bytes=self.chunk_bytes,
+            reduce_hidden_gradient=not output_layer.sequence_parallel,
+        )
+        return [scores]
+
+
+OUTPUT_HEADS: dict[str, type[OutputHead]] = {"logits": LogitsHead, "fused": FusedHead}
+"""By the values of `trainer.output_head`."""

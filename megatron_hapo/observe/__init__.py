@@ -1,0 +1,1 @@
+"""What a run reports: spans of time, metrics, traces and curves."""

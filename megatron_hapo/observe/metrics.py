@@ -1,0 +1,223 @@
+"""A run's numbers: seconds of each stage, metrics.jsonl, TensorBoard, W&B, one line a step on the console."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_hapo.observe.spans import SpanRecorder, Timeline
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID_FILE = "wandb_id"
+BESIDE_TRAINING = ("eval", "checkpoint")
+"""Stages that happen after some steps only: timed, but no part of time/step."""
+LINES_PER_HEADER = 20
+
+
+class StepClock:
+    """Seconds of each stage of one step; the step begins when the clock is made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._spans = SpanRecorder("driver")
+        self._spans.start()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to the stage's."""
+        begin = time.perf_counter()
+        try:
+            with self._spans(stage):
+                yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    def training_seconds(self) -> float:
+        """Wall time since the step began, without evaluation and checkpoints."""
+        beside = sum(self._seconds.get(stage, 0.0) for stage in BESIDE_TRAINING)
+        return time.perf_counter() - self._start - beside
+
+    def timeline(self) -> Timeline:
+        """The stages so far; the last call of a clock."""
+        return self._spans.finish()
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<stage>` of every stage, and `time/step`, which is training_seconds."""
+        return {f"time/{stage}": seconds for stage, seconds in self._seconds.items()} | {
+            "time/step": self.training_seconds()
+        }
+
+
+class MetricsLogger:
+    """Writes every step's metrics to the run folder and shows them; a context manager.
+
+    Args:
+        start_step: the step that the run resumes after; rows of later steps are dropped, and with 0 all of them.
+        console: where the lines go; stdout if not given.
+        wandb_project: see config.MetricsConfig.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        console: Console | None = None,
+        wandb_project: str | None = None,
+    ):
+        self._wandb_project = wandb_project
+        self._wandb: Any = None
+        self._path = run_dir / METRICS_FILE
+        self._tensorboard_folder = run_dir / TENSORBOARD_FOLDER
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._console = console or Console(highlight=False)
+        self._exit = ExitStack()
+        self._progress: Progress | None = None
+        self._num_lines = 0
+        self._accuracy: float | None = None
+
+    def __enter__(self) -> MetricsLogger:
+        from torch.utils.tensorboard import SummaryWriter  # imports torch, which StepClock's users may not need
+
+        rows = [row for row in read_metrics(self._path) if row["step"] <= self._start_step] if self._start_step else []
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._accuracy = next((row["eval/accuracy"] for row in reversed(rows) if "eval/accuracy" in row), None)
+        # Complete rows go to a new file that takes the old one's place: a kill here must not lose them.
+        rewritten = self._path.with_suffix(".jsonl.new")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewritten.replace(self._path)
+        self._file = self._exit.enter_context(self._path.open("a"))
+        purge_step = self._start_step + 1 if self._start_step else 0
+        self._tensorboard = self._exit.enter_context(
+            SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+        )
+        if self._wandb_project is not None:
+            run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
+            self._wandb = self._exit.enter_context(run)
+        if self._console.is_terminal:
+            self._progress = progress = self._exit.enter_context(_progress_bar(self._console))
+            self._task = progress.add_task("training", total=self._total_steps, completed=self._start_step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of metrics.jsonl, one line on the console. Numbers that JSON cannot hold (NaN) become null."""
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        self._accuracy = metrics.get("eval/accuracy", self._accuracy)
+        shown = metrics if self._accuracy is None else metrics | {"eval/accuracy": self._accuracy}
+        if self._num_lines % LINES_PER_HEADER == 0:
+            self._print("  ".join(column.title.rjust(column.width) for column in COLUMNS), style="bold")
+        cells = [f"{step}/{self._total_steps}", *(column.cell(shown) for column in COLUMNS[1:])]
+        self._print("  ".join(cell.rjust(column.width) for column, cell in zip(COLUMNS, cells, strict=True)))
+        self._num_lines += 1
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def _print(self, line: str, style: str = "") -> None:
+        # A terminal cuts what does not fit, a file keeps the whole line.
+        to_terminal = self._console.is_terminal
+        self._console.print(
+            line, style=style, markup=False, no_wrap=to_terminal, soft_wrap=not to_terminal, crop=to_terminal
+        )
+
+
+def _wandb_run(project: str, run_dir: Path, *, resumes: bool) -> Any:
+    """A context manager: a new run of Weights & Biases, or the run folder's own where training resumes."""
+    id_file = run_dir / WANDB_ID_FILE
+    if not (resumes and id_file.is_file()):
+        id_file.write_text(uuid.uuid4().hex)
+    wandb = importlib.import_module("wandb")
+    return wandb.init(project=project, name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics.jsonl; none if there is no file. A last row that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the console's table."""
+
+    title: str
+    width: int
+    names: tuple[str, ...]
+    """Metrics whose values the cell shows."""
+    show: Callable[..., str]
+
+    def cell(self, metrics: dict[str, float]) -> str:
+        values = [metrics.get(name) for name in self.names]
+        return "-" if None in values else self.show(*values)
+
+
+def _digits(number: int) -> Callable[..., str]:
+    return lambda value: f"{value:.{number}f}"
+
+
+def _seconds(stage: str, title: str) -> Column:
+    return Column(title, max(len(title), 6), (f"time/{stage}",), lambda value: f"{value:.2f}s")
+
+
+COLUMNS = (
+    Column("step", 9, (), _digits(0)),
+    Column("reward", 6, ("reward/mean",), _digits(3)),
+    Column("eval acc", 8, ("eval/accuracy",), _digits(3)),
+    Column("entropy", 7, ("entropy/mean",), _digits(3)),
+    Column("length", 7, ("response_length/mean",), _digits(1)),
+    Column("temp min-max", 12, ("temperature/min", "temperature/max"), lambda low, high: f"{low:.2f}-{high:.2f}"),
+    Column(
+        "clip low/high", 13, ("loss/clip_fraction_low", "loss/clip_fraction_high"),
+        lambda low, high: f"{100 * low:.1f}/{100 * high:.1f}%",
+    ),
+    Column("tokens/s", 8, ("tokens_per_second",), _digits(0)),
+    _seconds("step", "step"),
+    _seconds("rollout", "rollout"),
+    _seconds("reward", "reward"),
+    _seconds("log_probs", "log-probs"),
+    _seconds("update", "update"),
+    _seconds("weight_sync", "sync"),
+)  # fmt: skip
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""Plans as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hapo.sizing.from_config import PLANNED_SIZES
+from megatron_hapo.sizing.memory import GIB, Spec
+from megatron_hapo.sizing.parameters import Layout
+from megatron_hapo.sizing.search import Cluster, Plan, Rejection
+
+MIN_WIDTH = 120
+TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
+ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
+
+
+def print_plans(
+    plans: Sequence[Plan],
+    rejections: Sequence[Rejection],
+    cluster: Cluster,
+    *,
+    top: int,
+    note: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """A note, the best plans with their times and the bytes of each part, then why other layouts do not fit."""
+    # A table of this width reads better wrapped by a narrow terminal than with its words cut off.
+    console = console or Console(width=max(MIN_WIDTH, Console().width))
+    if note is not None:
+        console.print(note, highlight=False)
+    console.print(_time_table(plans[:top], title(cluster)), _memory_table(plans[:top]))
+    if rejections:
+        console.print(f"{len(rejections)} layouts do not fit, among them:")
+        for rejection in rejections[:top]:
+            console.print(f"  {rejection.what}: {rejection.reason}", highlight=False)
+
+
+def _time_table(plans: Sequence[Plan], heading: str) -> Table:
+    table = Table(
+        title=heading,
+        caption="seconds of a step; engines as number x tp",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    table.add_column("#")
+    table.add_column("trainer", no_wrap=True)
+    for name in ("tokens", "recomp.", "engines", "gener.", "score", "update", "step", "bubble", "MFU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, plan in enumerate(plans, 1):
+        layout, time = plan.layout, plan.time
+        seconds = (f"{value:.0f}" for value in (time.generate, time.log_probs, time.update, time.total))
+        table.add_row(
+            str(number), short(layout), str(layout.tokens_per_microbatch), layout.recompute,
+            f"{plan.engines}x{plan.rollout_tp}", *seconds, f"{time.bubble_share:.0%}", f"{time.mfu:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _memory_table(plans: Sequence[Plan]) -> Table:
+    caption = "GiB of the fullest trainer rank, at most one phase's temporaries at a time | of an engine rank"
+    table = Table(caption=caption, box=SIMPLE_HEAD)
+    table.add_column("#")
+    for name in ("weights", "grads", "optim.", "activ.", "logits", "sync", "reserve", "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("| weights", "KV", "running"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, plan in enumerate(plans, 1):
+        trainer = (f"{getattr(plan.trainer, name) / GIB:.1f}" for name in TRAINER_PARTS)
+        engine = (f"{getattr(plan.engine, name) / GIB:.1f}" for name in ("weights", "kv_cache"))
+        table.add_row(str(number), *trainer, *engine, str(plan.running_requests))
+    return table
+
+
+def short(layout: Layout) -> str:
+    """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven;
+    offload: of the optimizer."""
+    sizes = {name: str(size) for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1}
+    if layout.first_stage_layers is not None:
+        sizes["pp"] += f"[{layout.first_stage_layers}..{layout.last_stage_layers}]"
+    words = [f"{name}{size}" for name, size in sizes.items()] or ["dp1"]
+    return " ".join([*words, "offload"] if layout.cpu_offload else words)
+
+
+def title(cluster: Cluster) -> str:
+    """64 x h100 of 80 GiB, disaggregated."""
+    return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
+
+
+def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
+    """The same as JSON; sizes in bytes, times in seconds."""
+    rejected = [asdict(rejection) for rejection in rejections]
+    return json.dumps(
+        {"spec": spec, "plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": rejected}, indent=1
+    )
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "layout": asdict(plan.layout),
+        "rollout": {
+            "engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests,
+            "memory_fraction": plan.memory_fraction,
+        },
+        "trainer_bytes": {name: getattr(plan.trainer, name) for name in (*TRAINER_PARTS, "optimizer_step")},
+        "engine_bytes": {name: getattr(plan.engine, name) for name in ENGINE_PARTS},
+        "kv_tokens": plan.engine.kv_tokens,
+        "seconds": {**asdict(plan.time), "total": plan.time.total},
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""One trainer rank, and the trainer as the driver sees it."""

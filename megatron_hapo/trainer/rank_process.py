@@ -1,0 +1,65 @@
+"""A process becomes a trainer rank, whoever started it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.rank_environment import importing
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+    from megatron_hapo.trainer.trainer_rank import TrainerRank
+
+
+def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:
+    """Join the trainer's world and build this rank's shard. All ranks call it together.
+
+    Args:
+        init_method: where the ranks meet: torch's URL, or a store that only they use.
+    Raises:
+        ConfigError: the config needs GPUs, and `device: auto` found none.
+    """
+    with importing():
+        import torch
+
+        if device == "cpu":
+            if config.optimizer.cpu_offload:
+                raise ConfigError(["optimizer.cpu_offload: needs GPUs, and this machine shows none; set it to false"])
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            from megatron_hapo.model import megatron_on_cpu
+
+            megatron_on_cpu.install()
+            torch_device = torch.device("cpu")
+        else:
+            # Ray shows an actor its own GPU only; under torchrun every rank sees all of its node.
+            torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(torch_device)
+
+        from megatron_hapo.model import parallel_layout
+        from megatron_hapo.trainer.trainer_rank import TrainerRank
+
+    parallel_layout.init_distributed(
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        device=torch_device,
+        timeout_seconds=config.trainer.timeout_seconds,
+    )
+    layout = parallel_layout.initialize(
+        tp=config.parallel.tp,
+        pp=config.parallel.pp,
+        vpp=config.parallel.vpp,
+        first_stage_layers=config.parallel.first_stage_layers,
+        last_stage_layers=config.parallel.last_stage_layers,
+        cp=config.parallel.cp,
+        ep=config.parallel.ep,
+        etp=config.parallel.etp,
+        device=torch_device,
+        seed=config.seed,
+        timeout_seconds=config.trainer.timeout_seconds,
+    )
+    return TrainerRank(config, layout)

@@ -1,0 +1,101 @@
+"""Checks what an engine's parameters hold, inside each of its ranks; SGLang's `custom_weight_loader` extension point.
+
+`verify` is named in the engine's `custom_weight_loader` list and runs in every tensor parallel rank when an update
+comes with `load_format=VERIFY`. It finds the Hugging Face tensors inside SGLang's fused parameters from the layers' own
+metadata, not from the formula that the trainer used to cut them (`megatron_hapo.resharding.checksum.engine_slices`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding.checksum import tensor_checksum
+
+VERIFY = "sglang_ext.verify.verify"
+_SHOWN = 5  # of many mismatches
+
+
+def checksum_payload(checksums: dict[str, list[int]]) -> list[tuple[str, Tensor]]:
+    """The checksums as the named tensors that SGLang carries; one tensor, since each takes a shared memory file."""
+    return [("checksums", torch.frombuffer(bytearray(json.dumps(checksums).encode()), dtype=torch.uint8))]
+
+
+def verify(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Compares this rank's parameters with the expected checksums of its slices.
+
+    Raises:
+        WeightSyncError: names the tensors that differ, that the model lacks, or that were not given.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    rank = get_parallel().tp_rank
+    expected: dict[str, list[int]] = json.loads(bytes(named_tensors[0][1].cpu().numpy()).decode())
+    faults = []
+    for name, tensor in hugging_face_slices(model):
+        sums = expected.pop(name, None)
+        if sums is None:
+            faults.append(f"{name}: no checksum was given for it")
+        elif tensor_checksum(tensor) != sums[rank]:
+            faults.append(f"{name}: the engine's rank {rank} holds other values than the trainer sent")
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        expected.pop("lm_head.weight", None)
+    # Of another rank's experts this rank holds no element, whose checksum is 0.
+    faults += [f"{name}: the engine's model has no such tensor" for name, sums in expected.items() if sums[rank]]
+    if faults:
+        more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise WeightSyncError("; ".join(faults[:_SHOWN]) + more)
+
+
+def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of an SGLang model as (Hugging Face name, this rank's slice), fused ones in their parts."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:  # an output head tied to the embedding
+                continue
+            seen.add(id(parameter))
+            yield from _parts(module_name, module, name, parameter.data)
+
+
+def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+    parent, _, leaf = module_name.rpartition(".")
+    if name in ("w13_weight", "w2_weight"):
+        yield from _experts(module_name, module, name, data)
+        return
+    if leaf == "qkv_proj":
+        sizes = (module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size)
+        names = ("q_proj", "k_proj", "v_proj")
+    elif leaf == "gate_up_proj":
+        sizes = (data.shape[0] // 2,) * 2
+        names = ("gate_proj", "up_proj")
+    else:
+        # Rows that only pad the vocabulary belong to no tensor of the trainer.
+        indices = getattr(module, "shard_indices", None)
+        full_name = f"{module_name}.{name}" if module_name else name
+        yield full_name, data if indices is None else data[: indices.num_org_elements]
+        return
+    if sum(sizes) != data.shape[0]:
+        raise WeightSyncError(f"{module_name}: {data.shape[0]} rows, but its parts {names} have {sizes}")
+    for part_name, part in zip(names, data.split(sizes), strict=True):
+        yield f"{parent}.{part_name}.{name}", part
+
+
+def _experts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a FusedMoE layer's experts, which it stacks, w13 with gate and up in an order of its own."""
+    if len(data) != module.num_local_experts:
+        raise WeightSyncError(f"{module_name}.{name}: {len(data)} experts, the layer says {module.num_local_experts}")
+    names = ["down_proj"]
+    if name == "w13_weight":
+        method = getattr(module, "weight_load_method", None) or module.quant_method
+        up_first = getattr(method, "load_up_proj_weight_first", False)
+        names = ["up_proj", "gate_proj"] if up_first else ["gate_proj", "up_proj"]
+    first = module.moe_ep_rank * module.num_local_experts
+    for index, expert in enumerate(data):
+        for part_name, part in zip(names, expert.chunk(len(names)), strict=True):
+            yield f"{module_name}.{first + index}.{part_name}.weight", part

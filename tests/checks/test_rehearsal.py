@@ -1,0 +1,57 @@
+"""What the rehearsal says about figures that a sound run does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_hapo.checks.rehearsal import group_findings, logprob_findings
+from megatron_hapo.reward.pool import Score
+from megatron_hapo.types import Prompt, Rollout, ScoredGroup
+
+
+def mismatch(mean: float) -> dict[str, float]:
+    return {
+        "rollout/logprob_abs_diff": mean,
+        "rollout/logprob_abs_diff_max": 10 * mean,
+        "rollout/mismatch_kl": mean**2,
+    }
+
+
+def group(correct: list[bool], *, failure: Any = None, reason: Any = "stop") -> ScoredGroup:
+    prompt = Prompt(uid="0", token_ids=np.zeros(3, np.int32), ground_truth="1", data_source="sums")
+    zeros = np.zeros(7, np.float32)
+    rollout = Rollout(
+        prompt=prompt, response_ids=zeros.astype(np.int32), rollout_log_probs=zeros, temperatures=zeros + 1,
+        finish_reason=reason, policy_versions=np.zeros(7, np.int32),
+    )  # fmt: skip
+    return ScoredGroup(
+        [rollout] * len(correct), [Score(reward=float(c), correctness=float(c), failure=failure) for c in correct]
+    )
+
+
+@pytest.mark.parametrize(
+    ("mean", "dtype", "verdict"),
+    [(1e-5, "float32", "ok"), (0.01, "float32", "fault"), (0.01, "bfloat16", "ok"), (0.2, "bfloat16", "fault")],
+)
+def test_log_probs_are_held_to_what_the_dtype_allows(mean: float, dtype: str, verdict: str) -> None:
+    (finding,) = logprob_findings(mismatch(mean), dtype)
+    assert finding.verdict == verdict
+    assert f"{mean:.2g} on average" in finding.message
+
+
+@pytest.mark.parametrize(("correct", "reason"), [([True, True], "too easy"), ([False, False], "too hard")])
+def test_groups_without_differing_rewards_are_a_warning(correct: list[bool], reason: str) -> None:
+    first, lengths = group_findings([group(correct)] * 3)
+    assert (first.verdict, lengths.verdict) == ("warning", "ok")
+    assert "0 of 3 groups have better and worse" in first.message
+    assert reason in first.message
+
+
+def test_failed_rewards_and_truncated_responses_are_warnings() -> None:
+    first, failed, lengths = group_findings([group([True, False], failure="timed out", reason="length")])
+    assert [first.verdict, failed.verdict, lengths.verdict] == ["ok", "warning", "warning"]
+    assert "2 rewards failed, e.g. timed out" in failed.message
+    assert "100% end at rollout.max_response_tokens" in lengths.message

@@ -1,0 +1,223 @@
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_hapo.config import ArithmeticData, FileData, TaskData
+from megatron_hapo.data.prompts import PromptSampler, encode_messages, file_faults, load_prompts, load_tokenizer
+from megatron_hapo.errors import DataError
+from megatron_hapo.reward.scorers import score
+from megatron_hapo.types import Prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_qwen3):
+    return load_tokenizer(tiny_qwen3)
+
+
+def row(question: str, answer: str | int = "7", source: str = "math_dapo") -> dict:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "reward_model": {"ground_truth": answer, "style": "rule"},
+        "data_source": source,
+        "extra": 1,
+    }
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def load(path: Path, tokenizer, *, limit=None, chat_template=True, max_prompt_tokens=100):
+    source = FileData(type="file", path=path, limit=limit)
+    return load_prompts(source, tokenizer, chat_template=chat_template, max_prompt_tokens=max_prompt_tokens)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_jsonl])
+def test_a_file_gives_prompts_ready_for_an_engine(tmp_path, tokenizer, write):
+    path = write(tmp_path / f"math.{write.__name__.removeprefix('write_')}", [row("1+1"), row("2+2", "4", "aime24")])
+    prompts = load(path, tokenizer).prompts
+    assert [(p.uid, p.ground_truth, p.data_source) for p in prompts] == [
+        ("math/0", "7", "math_dapo"),
+        ("math/1", "4", "aime24"),
+    ]
+    assert prompts[0].token_ids.dtype == np.int32
+    text = tokenizer.decode(prompts[0].token_ids)
+    assert text == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts[0].token_ids.tolist() == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1"}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_plain_text_prompt_is_a_users_message(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "plain.jsonl", [{**row(""), "prompt": "1+1"}])
+    (prompt,) = load(path, tokenizer).prompts
+    assert "user\n1+1<|im_end|>" in tokenizer.decode(prompt.token_ids)
+
+
+def test_without_the_chat_template_contents_are_taken_as_they_are(tmp_path, tokenizer):
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
+    path = write_jsonl(tmp_path / "two.jsonl", [{**row(""), "prompt": messages}])
+    (prompt,) = load(path, tokenizer, chat_template=False).prompts
+    assert tokenizer.decode(prompt.token_ids) == "Add.\n1+1="
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error_that_says_what_to_do(tiny_qwen3):
+    tokenizer = load_tokenizer(tiny_qwen3)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"has no chat template: set data\.chat_template=false"):
+        encode_messages([[{"role": "user", "content": "x"}]], tokenizer, chat_template=True)
+
+
+def test_the_limit_takes_the_first_rows(tmp_path, tokenizer):
+    path = write_parquet(tmp_path / "many.parquet", [row(str(i)) for i in range(5)])
+    assert [p.uid for p in load(path, tokenizer, limit=2).prompts] == ["many/0", "many/1"]
+
+
+def test_long_prompts_are_left_out_counted_and_reported(tmp_path, tokenizer, caplog):
+    path = write_jsonl(tmp_path / "long.jsonl", [row("x" * 200), row("1+1"), row("y" * 300)])
+    with caplog.at_level(logging.WARNING, logger="megatron_hapo"):
+        loaded = load(path, tokenizer)
+    assert (len(loaded), loaded.num_too_long) == (1, 2)
+    assert [p.uid for p in loaded.prompts] == ["long/1"]
+    assert "2 of 3 prompts are longer than rollout.max_prompt_tokens=100 and are left out" in caplog.text
+
+
+def test_nothing_left_is_an_error(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "long.jsonl", [row("x" * 200)])
+    with pytest.raises(DataError, match=r"1 of 1 prompts are longer than rollout\.max_prompt_tokens=100; nothing is"):
+        load(path, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_jsonl
+    path = write(tmp_path / name, [{"question": "1+1", "reward_model": {"style": "rule"}, "data_source": "x"}])
+    there = "its columns: question, reward_model, data_source, reward_model.style"
+    assert file_faults(path) == [
+        f"{path} has no column prompt; {there}",
+        f"{path} has no column reward_model.ground_truth; {there}",
+    ]
+
+
+def test_files_that_cannot_be_used_are_told_apart(tmp_path):
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    fake = tmp_path / "fake.parquet"
+    fake.write_text("no parquet")
+    other = tmp_path / "data.csv"
+    other.touch()
+    faults = [file_faults(path)[0] for path in (tmp_path / "none.jsonl", empty, broken, fake, other)]
+    assert faults[0] == f"no such file: {tmp_path}/none.jsonl"
+    assert faults[1] == f"{empty} has no rows"
+    assert faults[2].startswith(f"{broken}: line 1 is not JSON")
+    assert faults[3].startswith(f"{fake} cannot be read: ")
+    assert faults[4] == f"{other} cannot be read: the name must end in .parquet or .jsonl, not '.csv'"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"prompt": [{"content": "x"}]}, "prompt must be a text or a list of messages"),
+        ({"reward_model": {"ground_truth": ""}}, r"reward_model\.ground_truth is missing"),
+        ({"data_source": None}, "data_source must be a text"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, tokenizer, change, fault):
+    path = write_jsonl(tmp_path / "bad.jsonl", [row("1+1"), {**row("2+2"), **change}])
+    with pytest.raises(DataError, match=rf"bad\.jsonl: row 1: {fault}"):
+        load(path, tokenizer)
+
+
+def test_arithmetic_needs_no_file(tokenizer):
+    source = ArithmeticData(type="arithmetic", size=20, seed=1)
+    loaded = load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=100)
+    assert len({p.uid for p in loaded.prompts}) == 20
+    assert {p.data_source for p in loaded.prompts} == {"arithmetic"}
+    assert score(f"Answer: {loaded.prompts[0].ground_truth}", loaded.prompts[0].ground_truth, "arithmetic") == 1.0
+
+
+def test_impossible_arithmetic_is_an_error(tokenizer):
+    source = ArithmeticData(type="arithmetic", size=100, min_terms=2, max_terms=2, max_number=1)
+    with pytest.raises(DataError, match="arithmetic: found only"):
+        load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=100)
+
+
+def test_tasks_of_reasoning_gym_carry_what_their_scorer_needs(tokenizer):
+    source = TaskData(type="reasoning_gym", name="chain_sum", size=5, seed=3, options={"max_terms": 3})
+    prompt = load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300).prompts[4]
+    answer = json.loads(prompt.ground_truth)["answer"]
+    assert (prompt.uid, prompt.data_source) == ("chain_sum/4", "reasoning_gym/chain_sum")
+    assert score(f"so\nAnswer: {answer}", prompt.ground_truth, prompt.data_source) == 1.0
+    assert score(f"<answer>{answer}</answer> done", prompt.ground_truth, prompt.data_source) == 1.0
+    assert score("Answer: none", prompt.ground_truth, prompt.data_source) < 1.0
+    assert score(f"Answer: {answer}", prompt.ground_truth, prompt.data_source, scorer="exact") == 1.0
+
+
+def test_options_that_a_task_does_not_take_are_an_error(tokenizer):
+    source = TaskData(type="reasoning_gym", name="chain_sum", size=5, options={"terms": 3})
+    with pytest.raises(DataError, match=r"reasoning_gym/chain_sum: .*unexpected keyword argument 'terms'"):
+        load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300)
+
+
+def sampler(size: int, *, shuffle: bool = True, seed: int = 0) -> PromptSampler:
+    prompts = [
+        Prompt(uid=f"x/{i}", token_ids=np.array([i], dtype=np.int32), ground_truth="", data_source="x")
+        for i in range(size)
+    ]
+    return PromptSampler(prompts, seed=seed, shuffle=shuffle)
+
+
+def rows(prompts: list[Prompt]) -> list[int]:
+    return [int(p.token_ids[0]) for p in prompts]
+
+
+def test_an_epoch_sees_every_prompt_once_and_each_epoch_has_its_own_order():
+    order = sampler(12)
+    first, second = [rows(order.next(4)) + rows(order.next(4)) + rows(order.next(4)) for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert rows(sampler(12).next(12)) == first
+    assert rows(sampler(12, seed=1).next(12)) != first
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_no_batch_holds_a_prompt_twice(shuffle):
+    order = sampler(10, shuffle=shuffle)
+    for count in [4, 4, 4, 7, 10, 3, 9] * 20:
+        assert len(set(rows(order.next(count)))) == count
+
+
+def test_without_shuffling_the_order_is_that_of_the_data():
+    order = sampler(5, shuffle=False)
+    assert [rows(order.next(3)) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+
+
+def test_fewer_prompts_than_a_batch_come_equally_often():
+    prompts = sampler(3).next(9)
+    assert sorted(rows(prompts)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({prompt.uid for prompt in prompts}) == 9, "the same uid would be given the same responses"
+
+
+def test_a_restored_sampler_goes_on_where_the_other_stopped():
+    one, other = sampler(10), sampler(10)
+    one.next(4)
+    one.next(4)
+    other.restore(one.state())
+    assert [rows(one.next(4)) for _ in range(5)] == [rows(other.next(4)) for _ in range(5)]
+
+
+def test_no_prompts_is_an_error():
+    with pytest.raises(DataError, match="no prompts"):
+        sampler(0)

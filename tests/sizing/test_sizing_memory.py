@@ -1,0 +1,265 @@
+"""The memory model against real Megatron ranks: what they hold, and what a forward and backward pass needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from megatron_hapo.config import parse_bytes
+from megatron_hapo.model.families import read_shape
+from megatron_hapo.sizing.memory import (
+    GIB,
+    activation_bytes,
+    engine_memory,
+    head_bytes,
+    microbatches_in_flight,
+    optimizer_bytes_per_element,
+    optimizer_elements,
+    trainer_memory,
+)
+from megatron_hapo.sizing.parameters import Layout, Recompute, model_parameters, stage_parameters
+from tests.distributed import run_ranks
+from tests.shapes import QWEN3_8B
+from tests.tiny_families import write_family
+from tests.tiny_model import write_tiny_qwen3
+from tests.trainer.test_trainer import make_batch, make_config, make_grid
+
+SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 32, "intermediate": 768}
+"""Query heads are narrower than the hidden size, so that a formula that takes one for the other is seen."""
+HELD = [
+    {"tp": 2, "dtype": "bfloat16"},
+    {"pp": 2, "dtype": "float32"},
+    {"pp": 2, "vpp": 2, "model": "tied", "dtype": "bfloat16"},
+    {"pp": 2, "first_stage_layers": 1, "dtype": "float32"},
+    {"dp": 2, "dtype": "bfloat16"},
+    {"dp": 2, "dtype": "bfloat16", "distributed_optimizer": False},
+    {"dp": 2, "dtype": "float32"},
+    {"tp": 2, "etp": 2, "model": "experts", "dtype": "bfloat16"},
+    {"tp": 2, "ep": 2, "model": "experts", "dtype": "bfloat16"},
+    {"tp": 2, "model": "experts", "dtype": "float32"},
+]
+"""Layouts of two ranks with the model, dense and untied unless named, and its dtype."""
+EXPERTS = {"hidden_size": 256, "moe_intermediate_size": 96, "vocab_size": 1021}
+SEQUENCE, SEQUENCES = 250, 4
+
+
+def layout_of(case: dict[str, Any]) -> Layout:
+    sizes = {name: value for name, value in case.items() if name not in ("model", "dtype")}
+    return Layout(**sizes, bytes_per_parameter=2 if case["dtype"] == "bfloat16" else 4)
+
+
+def bytes_held(rank: int, models: Path, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Weights, gradients and optimizer state of this rank's real trainer after one update, for each layout."""
+    from megatron.core import parallel_state
+
+    from megatron_hapo.trainer.trainer_rank import TrainerRank
+
+    def size(storages: dict[int, int]) -> int:
+        return sum(storages.values())
+
+    def storages(tensors: Any) -> dict[int, int]:
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    found = []
+    for case in cases:
+        layout = {name: value for name, value in case.items() if name not in ("model", "dtype")}
+        config = make_config(models / case.get("model", "dense"), layout)
+        config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"dtype": case["dtype"]})})
+        trainer = TrainerRank(config, make_grid(config))
+        batch = make_batch()
+        trainer.update(
+            replace(
+                batch,
+                old_log_probs=batch.rollout_log_probs - 5,
+                modulation=batch.rollout_log_probs,
+            ),
+            step=1,
+        )
+        parameters: list[Any] = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+        weights = storages(p.data for p in parameters)
+        gradients = storages(p.main_grad for p in parameters)
+        optimizer = storages(_optimizer_tensors(trainer._optimizer))
+        for key in (*weights, *gradients):
+            optimizer.pop(key, None)
+        found.append({"weights": size(weights), "gradients": size(gradients), "optimizer": size(optimizer)})
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def _optimizer_tensors(optimizer: Any) -> Any:
+    """Adam's moments and the master weights, wherever Megatron keeps them."""
+    import torch
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        torch_optimizer = part.optimizer
+        for group in torch_optimizer.param_groups:
+            yield from (p.data for p in group["params"])
+        for state in torch_optimizer.state.values():
+            yield from (t for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1)
+
+
+def test_a_rank_holds_what_the_model_says(tmp_path: Path) -> None:
+    for name, tied in (("dense", False), ("tied", True)):
+        write_tiny_qwen3(tmp_path / name, layers=4, vocab_size=1021, tied=tied, **SIZES)
+    write_family(tmp_path / "experts", "qwen3_moe", **EXPERTS)
+    ranks = run_ranks(2, bytes_held, tmp_path, HELD, timeout_seconds=400)
+    for number, case in enumerate(HELD):
+        shape, layout = read_shape(tmp_path / case.get("model", "dense")), layout_of(case)
+        for rank in range(2):
+            stage = rank if layout.pp == 2 else 0
+            parameters = stage_parameters(shape, layout, stage).total
+            expected = {
+                "weights": layout.bytes_per_parameter * parameters,
+                "gradients": 4 * parameters,
+                "optimizer": optimizer_bytes_per_element(layout) * optimizer_elements(shape, layout, stage),
+            }
+            assert ranks[rank][number] == pytest.approx(expected, rel=0.02), (case, rank)
+
+
+def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompute]]) -> list[float]:
+    """Most bytes alive at once in a forward and backward pass, beyond the parameters and their gradients."""
+    import torch
+
+    from megatron_hapo.model import parallel_layout
+    from megatron_hapo.model.build import build_model
+    from megatron_hapo.model.layers import packed_params
+    from tests.storage import PeakStorage
+
+    grid = parallel_layout.initialize(tp=1, pp=1, device=torch.device("cpu"), seed=0, timeout_seconds=60)
+    shape, peaks = read_shape(model_path), []
+    for dtype, recompute in cases:
+        chunks: list[Any] = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
+        model = chunks[0].to(getattr(torch, dtype)).train()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.05)
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.randint(0, shape.vocab_size, (1, SEQUENCE * SEQUENCES))
+        positions = torch.arange(SEQUENCE).repeat(SEQUENCES)[None]
+        boundaries = packed_params([SEQUENCE] * SEQUENCES, torch.device("cpu"))
+        with PeakStorage() as peak:
+            peak.include(*model.parameters(), *(parameter.grad for parameter in model.parameters()))
+            held = peak.live_bytes
+            logits = model(ids, positions, None, packed_seq_params=boundaries)
+            logits_bytes = logits.nbytes
+            logits.sum().backward()
+        peaks.append(peak.peak_bytes - held - logits_bytes)
+    return peaks
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_activations_are_what_the_model_says(tmp_path: Path, layers: int) -> None:
+    path = write_tiny_qwen3(tmp_path, layers=layers, vocab_size=300, **SIZES)
+    choices = get_args(Recompute)
+    cases: list[tuple[str, Recompute]] = [(dtype, choice) for dtype in ("float32", "bfloat16") for choice in choices]
+    for (dtype, recompute), measured in zip(cases, run_ranks(1, activation_peaks, path, cases)[0], strict=True):
+        layout = Layout(
+            recompute=recompute,
+            tokens_per_microbatch=SEQUENCE * SEQUENCES,
+            bytes_per_parameter=4 if dtype == "float32" else 2,
+        )
+        expected = activation_bytes(read_shape(path), layout, 0, in_flight=1, spec="local_cpu")
+        assert measured == pytest.approx(expected, rel=0.15), (layers, dtype, recompute)
+
+
+def test_the_known_model_has_its_known_size() -> None:
+    """Qwen3-8B's model card: 8.2 billion parameters, 6.95 billion without embeddings."""
+    assert model_parameters(QWEN3_8B) == 8_190_735_360
+    without = model_parameters(QWEN3_8B) - 2 * 151936 * 4096
+    assert round(without / 1e9, 2) == 6.95
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=4, pp=2), Layout(tp=8), Layout(pp=4), Layout(tp=2, pp=9, dp=3)])
+def test_the_ranks_of_a_layout_hold_the_whole_model(layout: Layout) -> None:
+    """All but the norms, of which every tensor-parallel rank has a copy."""
+    held = sum(stage_parameters(QWEN3_8B, layout, stage).total for stage in range(layout.pp)) * layout.tp
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    assert held - (layout.tp - 1) * norms == model_parameters(QWEN3_8B)
+
+
+def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
+    shape = replace(QWEN3_8B, tied_embeddings=True)
+    one = model_parameters(shape)
+    two = sum(stage_parameters(shape, Layout(pp=2), stage).total for stage in (0, 1))
+    assert two - one == 151936 * 4096
+
+
+def test_logits_take_two_and_three_quarter_bytes_an_element() -> None:
+    layout = Layout(tokens_per_microbatch=16384)
+    rows, hidden, vocabulary = 16384, 4096, 151936
+    around = 2 * 2 * rows * hidden + 2 * vocabulary * hidden
+    assert head_bytes(QWEN3_8B, layout, rows=rows) - around == pytest.approx(2.75 * rows * vocabulary)
+
+
+def test_the_fused_head_takes_a_chunk_however_many_tokens() -> None:
+    from megatron_hapo.logprobs.fused_head import CHUNK_BYTES
+
+    layout = Layout(tokens_per_microbatch=131_072, output_head="fused")
+    around = 2 * 2 * 131_072 * 4096
+    assert head_bytes(QWEN3_8B, layout, rows=131_072) - around == pytest.approx(1.25 * CHUNK_BYTES)
+
+
+def test_each_size_cuts_what_it_is_to_cut() -> None:
+    def parts(**sizes: Any) -> Any:
+        return trainer_memory(QWEN3_8B, Layout(**sizes), gpu_bytes=80 * GIB)
+
+    whole = parts()
+    assert parts(tp=2).weights == pytest.approx(whole.weights / 2, rel=0.001)
+    assert parts(tp=2).activations < 0.6 * whole.activations
+    assert parts(cp=2).activations == pytest.approx(whole.activations / 2, rel=0.001)
+    assert parts(cp=2).optimizer == pytest.approx(whole.optimizer / 2, rel=0.001)
+    assert parts(dp=8).optimizer == pytest.approx(whole.optimizer / 8, rel=0.001)
+    assert parts(dp=8, distributed_optimizer=False).optimizer == whole.optimizer
+    assert parts(recompute="full").activations < 0.1 * whole.activations
+    none, selective, full = (parts(recompute=recompute).activations for recompute in ("none", "selective", "full"))
+    assert full < selective < 0.7 * none
+    # The first stage of a pipeline keeps as many micro-batches as there are stages: no gain without recomputation.
+    first = activation_bytes(QWEN3_8B, Layout(pp=4), 0, in_flight=4, spec="te")
+    assert first == pytest.approx(whole.activations, rel=0.05)
+
+
+def test_an_interleaved_pipeline_holds_more() -> None:
+    """Narayanan et al. (arXiv:2104.04473), section 2.2: 1 + (pp - 1) / (pp vpp) times as much on the first stage."""
+    plain = [microbatches_in_flight(Layout(pp=4), stage) for stage in range(4)]
+    assert plain == [4, 3, 2, 1]
+    interleaved = [microbatches_in_flight(Layout(pp=4, vpp=2), stage) for stage in range(4)]
+    assert interleaved == [5.5, 4.5, 3.5, 2.5]
+    assert interleaved[0] / plain[0] == 1 + 3 / (4 * 2)
+    assert microbatches_in_flight(Layout(pp=4, vpp=2), 0, 4) == 4
+
+
+def test_transformer_engine_saves_less_than_torch() -> None:
+    activations = [
+        trainer_memory(QWEN3_8B, Layout(), gpu_bytes=80 * GIB, spec=spec).activations
+        for spec in ("te", "local", "local_cpu")
+    ]
+    assert activations == sorted(activations)
+
+
+def test_an_engine_that_cannot_hold_the_weights_has_no_room() -> None:
+    small = engine_memory(
+        QWEN3_8B, tp=1, gpu_bytes=16 * GIB, memory_fraction=0.8, num_parameters=model_parameters(QWEN3_8B)
+    )
+    assert small.kv_tokens < 0
+    assert small.kv_cache == 0
+    large = engine_memory(
+        QWEN3_8B, tp=2, gpu_bytes=80 * GIB, memory_fraction=0.8, num_parameters=model_parameters(QWEN3_8B)
+    )
+    assert large.total == 80 * GIB
+    # 2 (keys and values) x 36 layers x 4 heads x 128 x 2 bytes
+    assert large.kv_tokens == large.kv_cache // 73728
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 << 30), ("141GB", 141 * 10**9), ("1024", 1024), ("1.5 KiB", 1536), ("7B", 7)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80 gigs", "", "-1GiB", "GiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="80GiB or 141GB"):
+        parse_bytes(text)
