@@ -93,17 +93,9 @@ def main() -> None:
 def figures(case: Case) -> dict[str, float]:
     start = time.process_time()
     config = json.loads((ROOT / f"tests/fixtures/hf_configs/Qwen--{case.model}.json").read_text())
-    shape, parallel = FAMILIES[config["model_type"]](config), case.parallel
+    shape = FAMILIES[config["model_type"]](config)
     plan = make_plan(
-        # Ranks of one context hold the same weights, as replicas do.
-        trainer_shards(
-            shape,
-            tp=parallel.tp,
-            dp=parallel.dp * parallel.cp,
-            ep=parallel.ep,
-            etp=parallel.etp,
-            pipeline=parallel.pipeline,
-        ),
+        trainer_shards(shape, case.parallel),
         engine_parameters(shape, case.engine_tp, case.engine_ep),
         matrix_sizes(shape),
         engines=case.engines,

@@ -28,6 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import FAMILIES, Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Channel, Parameter, make_plan
@@ -52,7 +53,7 @@ def main() -> None:
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 1e6,
     })  # fmt: skip
     shards, engine = (
-        trainer_shards(shape, tp=arguments.trainer_tp, pp=1, dp=1),
+        trainer_shards(shape, ParallelSizes(tp=arguments.trainer_tp, pp=1, dp=1)),
         engine_parameters(shape, arguments.engine_tp),
     )
     plan = make_plan(shards, engine, matrix_sizes(shape), engines=1, itemsize=2, max_copy_bytes=SLOT_BYTES)

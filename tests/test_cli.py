@@ -114,14 +114,17 @@ BAD_INPUT = {
         ["rollout.tp=6"],
         "command line: rollout.tp: 4 key-value heads do not split over tp=6",
     ),
-    "pp does not divide layers": (["parallel.pp=3"], "command line: parallel.pp: 4 layers do not split over pp=3"),
+    "pp does not divide layers": (
+        ["parallel.pp=3"],
+        "command line: parallel.pp: 4 layers do not split evenly over pp=3",
+    ),
     "stages do not hold the layers": (
         ["parallel.pp=3", "parallel.first_stage_layers=1"],
-        "command line: parallel.pp: 4 layers do not split over pp=3, first_stage_layers=1",
+        "command line: parallel.pp: 4 layers do not split evenly over pp=3, first_stage_layers=1",
     ),
     "vpp does not divide a stage": (
         ["parallel.pp=2", "parallel.vpp=3"],
-        "command line: parallel.vpp: the 2 layers of a stage do not split into vpp=3 chunks",
+        "command line: parallel.vpp: the 2 layers of a stage do not split evenly into vpp=3 chunks",
     ),
     "etp does not divide tp": (
         ["parallel.tp=2", "parallel.etp=4"],

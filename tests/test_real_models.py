@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import (
     Shape,
     fused_expert,
@@ -104,7 +105,9 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tup
     seen, frequencies = [], []
     for rank in (0, world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        layout = parallel_layout.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
+        layout = parallel_layout.initialize(
+            ParallelSizes.for_world(world_size, **sizes), device=torch.device("cpu"), seed=0, timeout_seconds=60
+        )
         (model,) = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
         seen.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
         frequencies = model.rotary_pos_emb.inv_freq.tolist()

@@ -24,7 +24,7 @@ from megatron_hapo.checkpoint.folder import (
     partial_folder,
     whole_or_nothing,
 )
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 from megatron_hapo.model.rank_environment import environment, importing, quieten, rendezvous_file
@@ -132,7 +132,7 @@ def check(job: Conversion) -> None:
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
     shape = read_shape(job.source)
-    found = layout_faults(shape, tp=job.tp, pipeline=Pipeline(pp=job.pp), ep=job.ep)
+    found = layout_faults(shape, ParallelSizes(tp=job.tp, pp=job.pp, ep=job.ep))
     faults = [f"--{name}: {message}" for name, message in found]
     is_megatron = is_megatron_folder(job.source)
     if job.direction == "megatron-to-hf" and not is_megatron:
@@ -173,7 +173,10 @@ def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) ->
     )
     try:
         layout = parallel_layout.initialize(
-            tp=job.tp, pp=job.pp, ep=job.ep, device=device, seed=0, timeout_seconds=TIMEOUT_SECONDS
+            ParallelSizes.for_world(world_size, tp=job.tp, pp=job.pp, ep=job.ep),
+            device=device,
+            seed=0,
+            timeout_seconds=TIMEOUT_SECONDS,
         )
         if rank == 0:
             with whole_or_nothing(job.target):
@@ -210,7 +213,7 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
     else:
-        own_bytes = num_local * BYTES[dtype] * layout.tp_size
+        own_bytes = num_local * BYTES[dtype] * layout.sizes.tp
         with _progress(f"writing {job.target.name}", own_bytes, show=dist.get_rank() == 0) as progress:
             part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
         parts: list[Any] = [None] * dist.get_world_size()

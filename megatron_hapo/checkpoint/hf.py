@@ -135,11 +135,11 @@ def place_of(name: str, shape: Shape, layout: ParallelLayout, *, shard: int | No
         shape,
         first_layer=0,
         tp_rank=layout.tp_rank if shard is None else shard,
-        tp_size=layout.tp_size,
+        tp_size=layout.sizes.tp,
         ep_rank=layout.ep_rank,
-        ep_size=layout.ep_size,
+        ep_size=layout.sizes.ep,
         etp_rank=layout.etp_rank if shard is None else shard,
-        etp_size=layout.etp_size,
+        etp_size=layout.sizes.etp,
     )
 
 

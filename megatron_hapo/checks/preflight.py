@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
 from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.data.prompts import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
@@ -91,15 +92,13 @@ def check_layout(config: Config, shape: Shape) -> list[Fault]:
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
     parallel = config.parallel
-    for name, message in layout_faults(
-        shape, tp=parallel.tp, pipeline=parallel.pipeline, ep=parallel.ep, etp=parallel.etp
-    ):
+    for name, message in layout_faults(shape, parallel):
         yield Fault(f"parallel.{name}", message, ("model.path",))
     rollout = config.rollout
     # On a GPU SGLang gives several ranks the same key-value head.
     replicates = config.device != "cpu" and rollout.tp % shape.num_kv_heads == 0
     engine_shape = replace(shape, num_kv_heads=rollout.tp) if replicates else shape
-    for name, message in layout_faults(engine_shape, tp=rollout.tp, ep=rollout.ep):
+    for name, message in layout_faults(engine_shape, ParallelSizes(tp=rollout.tp, ep=rollout.ep)):
         yield Fault(f"rollout.{name}", message, ("model.path",))
     expert_tp = rollout.tp // rollout.ep
     if shape.moe is not None and expert_tp and shape.moe.ffn_size % expert_tp:

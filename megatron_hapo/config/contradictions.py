@@ -27,20 +27,7 @@ def contradictions(config: Config) -> Iterator[Fault]:
             "one prompt with each other",
             ("algorithm.advantage",),
         )
-    parallel = config.parallel
-    if parallel.pp == 1:
-        for name, none in (("vpp", 1), ("first_stage_layers", None), ("last_stage_layers", None)):
-            if (given := getattr(parallel, name)) != none:
-                yield Fault(f"parallel.{name}", f"needs parallel.pp of at least 2, got {given}", ("parallel.pp",))
-    if parallel.tp % parallel.etp:
-        yield Fault("parallel.etp", f"must divide parallel.tp={parallel.tp}, got {parallel.etp}", ("parallel.tp",))
-    elif parallel.tp * parallel.dp % (parallel.etp * parallel.ep):
-        yield Fault(
-            "parallel.ep",
-            f"must divide parallel.tp * parallel.dp / parallel.etp = {parallel.tp * parallel.dp // parallel.etp}, "
-            f"got {parallel.ep}",
-            ("parallel.tp", "parallel.dp", "parallel.etp"),
-        )
+    yield from config.parallel.grid_faults("parallel.")
     if config.trainer.quantization != "none" and config.trainer.dtype != "bfloat16":
         yield Fault(
             "trainer.quantization",

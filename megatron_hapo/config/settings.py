@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -49,45 +49,15 @@ class ModelConfig(Section):
     GPU and the package are present."""
 
 
-class ParallelConfig(Section):
-    """Sizes of the trainer's process grid; the number of trainer ranks is their product. `parallel: auto` in the place
-    of the section lets `train` choose them, and the engines, for the GPUs of its machine."""
+class ParallelConfig(ParallelSizes):
+    """Sizes of the trainer's process grid; the number of trainer ranks is tp * pp * cp * dp. With `parallel: auto` in
+    place of the section, `train` chooses the sizes, and the engines, for the GPUs of its machine."""
 
-    tp: PositiveInt = 1
-    """Tensor parallel size."""
-    pp: PositiveInt = 1
-    """Pipeline parallel size."""
-    vpp: PositiveInt = 1
-    """Interleaved pipeline: every stage holds so many chunks of the layers in turn, which shrinks the pipeline's bubble
-    to 1 / vpp and sends vpp times as many messages."""
-    first_stage_layers: PositiveInt | None = None
-    """Layers of the first pipeline stage, which holds the embedding too. `None`: as many as the stages between."""
-    last_stage_layers: PositiveInt | None = None
-    """Layers of the last pipeline stage, which holds the output head and the loss too. `None`: as many as the stages
-    between."""
-    cp: PositiveInt = 1
-    """Context parallel size: each sequence is cut over so many ranks."""
-    dp: PositiveInt = 1
-    """Data parallel size."""
-    ep: PositiveInt = 1
-    """Expert parallel size: the experts of a mixture-of-experts model are dealt out over so many groups of the tp x dp
-    ranks of a pipeline stage."""
-    etp: PositiveInt = 1
-    """Expert tensor parallel size: each expert is cut over so many neighbouring ranks of a tp group, which then share
-    its tokens too. 1 leaves experts whole: small ones compute faster so, and need ep for the memory."""
     sequence_parallel: bool = True
     """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
     gpu_memory: Annotated[str, AfterValidator(_byte_size)] | None = None
-    """Memory of one GPU, e.g. 80GiB. A layout that cannot fit is refused before anything is loaded. `None`: as the
-    driver of this machine says, if there is one."""
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    @property
-    def pipeline(self) -> Pipeline:
-        return Pipeline.of(self)
+    """Memory of one GPU, e.g. 80GiB. A layout that cannot fit is rejected before anything is loaded. `None`: as
+    reported by the driver of this machine, if there is one."""
 
 
 class TrainerConfig(Section):

@@ -30,10 +30,10 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this model on this layout."""
     options: dict[str, Any] = _recompute_options(recompute, te=te)
-    pipeline = layout.pipeline
-    if pipeline.vpp > 1:
+    sizes = layout.sizes
+    if sizes.vpp > 1:
         options |= {
-            "virtual_pipeline_model_parallel_size": pipeline.vpp,
+            "virtual_pipeline_model_parallel_size": sizes.vpp,
             # Else one message exchange carries activations and gradients, and where both neighbours of a stage are the
             # same (pp = 2) Megatron 0.19.2 takes the shapes of the ones for those of the others.
             "overlap_p2p_comm": True,
@@ -49,8 +49,8 @@ def transformer_config(
             "moe_router_pre_softmax": not shape.moe.normalize_top_k,
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": te,
-            "expert_model_parallel_size": layout.ep_size,
-            "expert_tensor_parallel_size": layout.etp_size,
+            "expert_model_parallel_size": sizes.ep,
+            "expert_tensor_parallel_size": sizes.etp,
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -71,12 +71,12 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tp_size,
-        pipeline_model_parallel_size=pipeline.pp,
-        num_layers_in_first_pipeline_stage=pipeline.first_stage_layers,
-        num_layers_in_last_pipeline_stage=pipeline.last_stage_layers,
-        context_parallel_size=layout.cp_size,
-        sequence_parallel=sequence_parallel and layout.tp_size > 1,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
+        num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
+        context_parallel_size=sizes.cp,
+        sequence_parallel=sequence_parallel and sizes.tp > 1,
         # Packed micro-batches differ in length; Megatron accepts that for dense models only with this dispatcher.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -113,15 +113,15 @@ def build_model(
     config = transformer_config(
         shape, layout, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute, te=te
     )
-    return [_build_chunk(shape, layout, config, te=te, chunk=chunk) for chunk in range(layout.pipeline.vpp)]
+    return [_build_chunk(shape, layout, config, te=te, chunk=chunk) for chunk in range(layout.sizes.vpp)]
 
 
 def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig, *, te: bool, chunk: int) -> GPTModel:
-    vpp = layout.pipeline.vpp
+    vpp = layout.sizes.vpp
     model = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(config, shape, te, chunk),
-        vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
+        vocab_size=padded_vocab_size(shape.vocab_size, layout.sizes.tp),
         max_sequence_length=shape.max_positions,
         pre_process=layout.pp_rank == 0 and chunk == 0,
         post_process=layout.is_last_stage and chunk == vpp - 1,

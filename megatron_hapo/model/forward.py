@@ -27,7 +27,7 @@ def logits_of(
         on the other stages.
     """
     lengths = [len(sequence) for sequence in sequences]
-    padding = -sum(lengths) % layout.tp_size  # sequence parallelism needs a multiple
+    padding = -sum(lengths) % layout.sizes.tp  # sequence parallelism needs a multiple
     padded = [*lengths, padding] if padding else lengths
     tokens = torch.tensor([token for sequence in sequences for token in sequence] + [0] * padding)
     positions = torch.cat([torch.arange(length) for length in padded])
@@ -48,7 +48,7 @@ def logits_of(
         data_iterator=[iter(()) for _ in model],
         model=list(model),
         # The interleaved schedule wants as many as there are stages: they are all the same one.
-        num_microbatches=layout.pp_size if len(model) > 1 else 1,
+        num_microbatches=layout.sizes.pp if len(model) > 1 else 1,
         seq_length=len(tokens),
         micro_batch_size=1,
         forward_only=True,
@@ -59,6 +59,6 @@ def logits_of(
     if not layout.is_last_stage:
         return None
     local = collected[0][0].contiguous()
-    shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
+    shards = [torch.empty_like(local) for _ in range(layout.sizes.tp)]
     dist.all_gather(shards, local, group=layout.tp_group)
     return list(torch.cat(shards, dim=-1)[: sum(lengths), : shape.vocab_size].split(lengths))

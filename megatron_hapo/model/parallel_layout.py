@@ -12,130 +12,86 @@ from megatron.core import parallel_state
 from megatron.core import tensor_parallel as megatron_tp
 from torch.distributed.distributed_c10d import Store
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes, this rank's coordinates and the groups of the trainer's process grid."""
+    """Sizes of the trainer's process grid, with this rank's coordinates and groups."""
 
     device: torch.device
-    tp_size: int
+    sizes: ParallelSizes
     tp_rank: int
     tp_group: dist.ProcessGroup
-    pipeline: Pipeline
     pp_rank: int
     pp_group: dist.ProcessGroup
-    cp_size: int
     cp_rank: int
     cp_group: dist.ProcessGroup
-    dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
-    """All ranks that hold different tokens of a mini-batch and the same parameters."""
-    ep_size: int
-    """Over so many groups of a pipeline stage's ranks the experts are dealt out."""
+    """All ranks that hold the same parameters and different tokens of a mini-batch."""
     ep_rank: int
     ep_group: dist.ProcessGroup
-    etp_size: int
-    """Over so many ranks, neighbours in a tp group, each expert is cut."""
     etp_rank: int
     etp_group: dist.ProcessGroup
     expert_dp_rank: int
-    """Rank among those that hold the same parts of the same experts."""
-
-    @property
-    def pp_size(self) -> int:
-        return self.pipeline.pp
+    """Rank among those that hold the same shards of the same experts."""
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank has the model's last layer, and the output head, in the last of its chunks."""
-        return self.pp_rank == self.pp_size - 1
+        """Whether this rank's last chunk contains the model's last layer and the output head."""
+        return self.pp_rank == self.sizes.pp - 1
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank, first cp rank."""
+        """Whether this rank reports for its data-parallel slice: last stage, first tp rank, first cp rank."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank is of the first of the grids that hold the same parameters."""
+        """Whether this rank is in the first of the grids that hold the same parameters."""
         return self.dp_rank == 0 and self.cp_rank == 0
 
 
-def initialize(
-    *,
-    tp: int,
-    pp: int,
-    vpp: int = 1,
-    first_stage_layers: int | None = None,
-    last_stage_layers: int | None = None,
-    cp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    device: torch.device,
-    seed: int,
-    timeout_seconds: float,
-) -> ParallelLayout:
+def initialize(sizes: ParallelSizes, *, device: torch.device, seed: int, timeout_seconds: float) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
     Experts have a grid of their own over the ranks of a pipeline stage: etp, then ep, then replicas.
 
     Raises:
-        ValueError: the sizes do not divide the world, or etp x ep the ranks that share the experts.
+        ValueError: the sizes contradict each other or do not match the world size.
     """
-    check_sizes(dist.get_world_size(), tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
+    sizes.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
-        tp,
-        pp,
-        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
+        sizes.tp,
+        sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         create_gloo_process_groups=False,
     )
     megatron_tp.model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(
         device=device,
-        tp_size=tp,
+        sizes=sizes,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
-        pipeline=Pipeline(pp=pp, vpp=vpp, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
-        cp_size=cp,
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=_one(parallel_state.get_context_parallel_group()),
-        dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=_one(parallel_state.get_data_parallel_group()),
         dp_cp_group=_one(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        ep_size=ep,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=_one(parallel_state.get_expert_model_parallel_group()),
-        etp_size=etp,
         etp_rank=_one(parallel_state.get_expert_tensor_parallel_group()).rank(),
         etp_group=_one(parallel_state.get_expert_tensor_parallel_group()),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
-
-
-def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int, etp: int = 1) -> None:
-    """Raise ValueError where so many ranks cannot be laid out like this; dp takes what tp, pp and cp leave."""
-    for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep), ("etp", etp)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if world_size % (tp * pp * cp):
-        raise ValueError(f"{world_size} ranks are no multiple of tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp}")
-    if tp % etp:
-        raise ValueError(f"etp must divide tp={tp}, got {etp}")
-    if world_size // pp % (etp * ep):
-        raise ValueError(
-            f"etp x ep must divide the {world_size // pp} ranks of a pipeline stage (tp x cp x dp), got {etp} x {ep}"
-        )
 
 
 def _one(group: object) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, padded_vocab_size, placement
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
@@ -72,37 +72,25 @@ def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
     return [Shard(tuple(ranks), own) for own, ranks in replicas.items()]
 
 
-def trainer_shards(
-    shape: Shape,
-    *,
-    tp: int,
-    dp: int,
-    pp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    pipeline: Pipeline | None = None,
-    spec: str = "te",
-) -> list[Shard]:
+def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: str = "te") -> list[Shard]:
     """Shards of a Megatron grid without building its models.
 
-    Ranks count tp, dp, pp; for experts the tp x dp ranks of a stage count etp, ep, replicas.
+    Ranks count tp, cp, dp, pp; for experts the tp x cp x dp ranks of a stage count etp, ep, replicas.
 
-    Args:
-        pipeline: where it is not simply `pp` equal stages.
     Raises:
-        ValueError: the layers cannot be dealt out like this.
+        ValueError: the layers cannot be distributed over the stages.
     """
-    pipeline = pipeline or Pipeline(pp=pp)
-    if faults := [message for _, message in pipeline.faults(shape.num_layers)]:
+    if faults := [message for _, message in sizes.faults(shape.num_layers)]:
         raise ValueError("; ".join(faults))
+    tp, ep, etp = sizes.tp, sizes.ep, sizes.etp
     shards = []
-    for stage in range(pipeline.pp):
-        layers = [layer for chunk in pipeline.chunks(shape.num_layers, stage) for layer in chunk]
+    for stage in range(sizes.pp):
+        layers = [layer for chunk in sizes.chunks(shape.num_layers, stage) for layer in chunk]
         names = list(
-            stage_parameter_names(shape, layers, first=stage == 0, last=stage == pipeline.pp - 1, ep=ep, spec=spec)
+            stage_parameter_names(shape, layers, first=stage == 0, last=stage == sizes.pp - 1, ep=ep, spec=spec)
         )
         dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
-        ranks = range(stage * tp * dp, (stage + 1) * tp * dp)
+        ranks = range(stage * sizes.stage_size, (stage + 1) * sizes.stage_size)
         for tp_rank in range(tp):
             held = (_planned_parameter(name, shape, tp_rank=tp_rank, tp_size=tp) for name in dense)
             shards.append(Shard(tuple(ranks[tp_rank::tp]), tuple(held)))

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     plans, rejections = search(shape, workload, cluster, limits)
     if arguments.write is not None:  # first: whoever reads the tables may stop in their midst
-        write_plan(plans, arguments.write, base=arguments.config, asked=_asked(arguments), cluster=cluster)
+        write_plan(plans[0], arguments.write, base=arguments.config, asked=_asked(arguments), cluster=cluster)
     if arguments.json:
         print(plans_as_json(plans, rejections, top=arguments.top, spec=limits.spec))
     else:

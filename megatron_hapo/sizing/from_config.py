@@ -11,33 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_hapo.config import Config, ParallelConfig, RolloutConfig, TrainerConfig, load_config, parse_bytes
+from megatron_hapo.config import Config, RolloutConfig, TrainerConfig, load_config, parse_bytes
 from megatron_hapo.config.sources import read_sources
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import Spec
 from megatron_hapo.sizing.parameters import Layout
-from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
+from megatron_hapo.sizing.search import Cluster, LayoutPlan, Limits, Placement, search
 from megatron_hapo.sizing.throughput import GPUS, Workload
 
 MEAN_OVER_MAX = 0.25
 """Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
 tokens in the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
-PLANNED_SIZES = ("tp", "pp", "vpp", "cp", "etp", "ep", "dp")
 STAND_INS = ("parallel={tp: 2, dp: 2}", "rollout.engines=1", "rollout.tp=1", "rollout.ep=1")
 """Sizes of a config that leaves them to the planner, while it is read: they contradict nothing, and no setting that
 needs several ranks is without effect."""
-UNEVEN_STAGES = ("first_stage_layers", "last_stage_layers")
 
 
 def layout_of(config: Config) -> Layout:
     """The trainer's layout that a config asks for."""
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    known = ParallelConfig.model_fields.keys() & set(PLANNED_SIZES)
     return Layout(
-        **{name: getattr(config.parallel, name) for name in known},
-        **{name: getattr(config.parallel, name) for name in UNEVEN_STAGES},
+        sizes=config.parallel,
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         cpu_offload=config.optimizer.cpu_offload,
@@ -92,23 +88,12 @@ def spec_here(config: Config) -> Spec:
     return config.model.spec
 
 
-def plan_settings(plan: Plan) -> dict[str, dict[str, Any]]:
+def plan_settings(plan: LayoutPlan) -> dict[str, dict[str, Any]]:
     """The settings of a config that make this plan, beside its placement: all of them, since the config that they come
-    on top of may have others in their place, e.g. uneven stages.
-
-    Raises:
-        HapoError: the plan needs a size that the config has no setting for.
-    """
-    if missing := inexpressible(plan):
-        raise HapoError(f"the config has no setting for {', '.join(missing)}")
+    on top of may have others in their place, e.g. uneven stages."""
     layout = plan.layout
-    sizes = [name for name in PLANNED_SIZES if name in ParallelConfig.model_fields]
     return {
-        "parallel": {
-            **{name: getattr(layout, name) for name in sizes},
-            **{name: getattr(layout, name) for name in UNEVEN_STAGES},
-            "sequence_parallel": layout.sequence_parallel,
-        },
+        "parallel": {**layout.sizes.model_dump(), "sequence_parallel": layout.sequence_parallel},
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
         "optimizer": {"cpu_offload": layout.cpu_offload},
         "rollout": {
@@ -129,12 +114,6 @@ def placement_settings(placement: Placement) -> dict[str, Any]:
         "weight_sync": {"in_flight": "finish"},
         "launch": {"engines": "trainer_nodes"},
     }
-
-
-def inexpressible(plan: Plan) -> list[str]:
-    """parallel.cp=2 and the like: sizes above one that the config has no setting for."""
-    unknown = [name for name in PLANNED_SIZES if name not in ParallelConfig.model_fields]
-    return [f"parallel.{name}={size}" for name in unknown if (size := getattr(plan.layout, name)) > 1]
 
 
 def gpu_memory(config: Config) -> int | None:
@@ -198,13 +177,11 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     )  # fmt: skip
     limits = replace(limits_of(config), spec=spec_here(config))
     plans, _ = search(read_shape(config.model.path), workload_of(config), cluster, limits)
-    plan = next((plan for plan in plans if not inexpressible(plan)), None)
-    if plan is None:
-        raise HapoError(f"{path}: parallel: auto: every layout that fits needs {', '.join(inexpressible(plans[0]))}")
+    plan = plans[0]
     return [
         f"{section}.{key}={json.dumps(value)}"
         for section, values in plan_settings(plan).items()
         for key, value in values.items()
         # A setting of the command line must have an effect.
-        if not (key == "sequence_parallel" and plan.layout.tp == 1)
+        if not (key == "sequence_parallel" and plan.layout.sizes.tp == 1)
     ]

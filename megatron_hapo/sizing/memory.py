@@ -99,7 +99,7 @@ def trainer_memory(
     """
     stages = [
         _stage_memory(shape, layout, stage, gpu_bytes, spec, num_microbatches, response_share, bucket_bytes)
-        for stage in range(layout.pp)
+        for stage in range(layout.sizes.pp)
     ]
     return max(stages, key=lambda memory: memory.total)
 
@@ -117,7 +117,7 @@ def _stage_memory(
     parameters = stage_parameters(shape, layout, stage)
     sharded = optimizer_elements(shape, layout, stage)
     in_flight = microbatches_in_flight(layout, stage, num_microbatches)
-    last = stage == layout.pp - 1
+    last = stage == layout.sizes.pp - 1
     return TrainerMemory(
         weights=layout.bytes_per_parameter * parameters.total,
         gradients=4 * parameters.total,
@@ -136,10 +136,11 @@ def microbatches_in_flight(layout: Layout, stage: int, num_microbatches: int | N
 
     A stage's forward passes before its first backward pass, and one more: Megatron's `get_pp_rank_microbatches`.
     """
-    chunks = layout.pp - stage
-    if layout.vpp > 1:
-        chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
-    return min(chunks / layout.vpp, num_microbatches or chunks)
+    sizes = layout.sizes
+    chunks = sizes.pp - stage
+    if sizes.vpp > 1:
+        chunks = 2 * (sizes.pp - stage - 1) + (sizes.vpp - 1) * sizes.pp + 1
+    return min(chunks / sizes.vpp, num_microbatches or chunks)
 
 
 def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
@@ -150,7 +151,7 @@ def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
     parameters = stage_parameters(shape, layout, stage)
     if not layout.distributed_optimizer:
         return parameters.total
-    return -(-parameters.dense // (layout.dp * layout.cp)) + -(-parameters.expert // layout.expert_replicas)
+    return -(-parameters.dense // (layout.sizes.dp * layout.sizes.cp)) + -(-parameters.expert // layout.expert_replicas)
 
 
 def optimizer_bytes_per_element(layout: Layout) -> int:
@@ -167,7 +168,7 @@ def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
     one chunk of logits, two float32 tiles of a sixteenth of it, and adds to that buffer at once.
     """
     w, h = layout.bytes_per_parameter, shape.hidden_size
-    columns = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp
+    columns = padded_vocab_size(shape.vocab_size, layout.sizes.tp) // layout.sizes.tp
     gathered = layout.tokens_per_rank * h * w if layout.sequence_shards > 1 else 0
     hidden = gathered + 2 * rows * h * w
     if layout.output_head == "fused":
@@ -181,7 +182,7 @@ def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
 def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:
     """A whole tensor gathered from the tp ranks, its copy in the engines' order, and a bucket."""
     largest = shape.vocab_size * shape.hidden_size * layout.bytes_per_parameter
-    return bucket_bytes + (2 if layout.tp > 1 else 1) * largest
+    return bucket_bytes + (2 if layout.sizes.tp > 1 else 1) * largest
 
 
 def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: float, spec: Spec) -> int:
@@ -196,7 +197,7 @@ def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: flo
     temporary = max(layer_temporary_bytes(shape, layout, layer, spec=spec) for layer in layers)
     w, h = layout.bytes_per_parameter, shape.hidden_size
     residual = w * h / layout.sequence_shards
-    ends = residual * (stage == 0) + _norm(h, w, spec) / layout.sequence_shards * (stage == layout.pp - 1)
+    ends = residual * (stage == 0) + _norm(h, w, spec) / layout.sequence_shards * (stage == layout.sizes.pp - 1)
     if layout.recompute == "full":
         kept, working = residual * len(layers) + ends, max(saved) + temporary
     elif layout.recompute == "selective":
@@ -213,7 +214,7 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
     Attention: two norms, the input of the qkv product, its output, queries, keys and values again after their norm and
     rotation, the attention's output. Feed-forward: its input, the gate and up products, what the activation saves.
     """
-    w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.tp
+    w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.sizes.tp
     q, k = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
     fused = spec == "te"
     hidden = (2 * _norm(h, w, spec) + 2 * w * h) / layout.sequence_shards
@@ -235,7 +236,7 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
 
 def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
     """What selective recomputation need not keep of one token of a layer, out of `layer_activation_bytes`."""
-    w, tp = layout.bytes_per_parameter, layout.tp
+    w, tp = layout.bytes_per_parameter, layout.sizes.tp
     fused, moe = spec == "te", experts(shape, layer)
     units = 3 if fused else 5
     if moe is None:
@@ -256,7 +257,7 @@ def _expert_bytes(shape: Shape, layout: Layout, moe: MoeShape, units: int) -> fl
     of all of them, whole, and its part of the feed-forward units.
     """
     w, h, shards = layout.bytes_per_parameter, shape.hidden_size, layout.sequence_shards
-    routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h * layout.etp + units * moe.ffn_size) / shards
+    routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h * layout.sizes.etp + units * moe.ffn_size) / shards
     return routed + 8 * moe.num_experts / shards
 
 
@@ -264,7 +265,7 @@ def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spe
     """The largest gradients that live at once in a layer's backward pass, for one token: of gate and up, and h."""
     moe = experts(shape, layer)
     units = shape.ffn_size if moe is None else moe.top_k * EXPERT_IMBALANCE * moe.ffn_size
-    return layout.bytes_per_parameter * (2 * units / layout.tp + shape.hidden_size)
+    return layout.bytes_per_parameter * (2 * units / layout.sizes.tp + shape.hidden_size)
 
 
 def _norm(h: int, w: int, spec: Spec) -> int:

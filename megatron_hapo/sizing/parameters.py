@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
 
 Recompute = Literal["none", "selective", "full"]
@@ -15,52 +15,34 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the trainer is laid out over its GPUs, and how much one of them works on at a time."""
+    """How the trainer is laid out over its GPUs, and how many tokens one of them works on at a time."""
 
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    """Chunks of a pipeline stage."""
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    cp: int = 1
-    ep: int = 1
-    """Experts are dealt out over so many groups of the tp x cp x dp ranks of a stage."""
-    etp: int = 1
-    """Each expert is cut over so many ranks of a tp group."""
-    dp: int = 1
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     cpu_offload: bool = False
-    """Of the optimizer's state, to host memory."""
+    """Whether the optimizer's state is in host memory."""
     recompute: Recompute = "none"
     output_head: Literal["logits", "fused"] = "logits"
     tokens_per_microbatch: int = 16384
-    """Of one data-parallel rank, before context parallelism cuts it."""
+    """Tokens of one data-parallel rank, before context parallelism splits them."""
     bytes_per_parameter: int = 2
-    """Of weights and activations: 2 for bfloat16 (with float32 master weights), 4 for float32."""
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    @property
-    def pipeline(self) -> Pipeline:
-        return Pipeline.of(self)
+    """Bytes of a weight or an activation: 2 for bfloat16 (with float32 master weights), 4 for float32."""
 
     @property
     def tokens_per_rank(self) -> int:
-        return -(-self.tokens_per_microbatch // self.cp)
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return -(-self.tokens_per_microbatch // self.sizes.cp)
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same parts of the same experts."""
-        return self.tp * self.cp * self.dp // (self.etp * self.ep)
+        """Number of ranks that hold the same shards of the same experts."""
+        return self.sizes.stage_size // (self.sizes.etp * self.sizes.ep)
 
     @property
     def sequence_shards(self) -> int:
-        """Over how many ranks norms and residuals are cut."""
-        return self.tp if self.sequence_parallel else 1
+        """Number of ranks over which norms and residuals are sharded."""
+        return self.sizes.tp if self.sequence_parallel else 1
 
 
 @dataclass(frozen=True)
@@ -81,17 +63,18 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
     With tied embeddings the last stage holds a copy of the embedding, if it is not the first stage too.
     """
+    sizes = layout.sizes
     dense = expert = 0
     for layer in stage_layers(shape, layout, stage):
-        dense += _attention(shape, layout.tp) + 2 * shape.hidden_size
+        dense += _attention(shape, sizes.tp) + 2 * shape.hidden_size
         moe = experts(shape, layer)
         if moe is None:
-            dense += 3 * shape.hidden_size * shape.ffn_size // layout.tp
+            dense += 3 * shape.hidden_size * shape.ffn_size // sizes.tp
         else:
             dense += shape.hidden_size * moe.num_experts  # the router
-            expert += moe.num_experts // layout.ep * 3 * shape.hidden_size * moe.ffn_size // layout.etp
-    vocabulary = padded_vocab_size(shape.vocab_size, layout.tp) // layout.tp * shape.hidden_size
-    first, last = stage == 0, stage == layout.pp - 1
+            expert += moe.num_experts // sizes.ep * 3 * shape.hidden_size * moe.ffn_size // sizes.etp
+    vocabulary = padded_vocab_size(shape.vocab_size, sizes.tp) // sizes.tp * shape.hidden_size
+    first, last = stage == 0, stage == sizes.pp - 1
     if first:
         dense += vocabulary
     if last:
@@ -103,7 +86,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
 def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
     """The layers of a pipeline stage."""
-    return [layer for chunk in layout.pipeline.chunks(shape.num_layers, stage) for layer in chunk]
+    return [layer for chunk in layout.sizes.chunks(shape.num_layers, stage) for layer in chunk]
 
 
 @lru_cache(maxsize=64)

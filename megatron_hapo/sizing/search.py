@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.sizing.memory import (
@@ -67,7 +67,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LayoutPlan:
     """One layout of trainer and engines that fits."""
 
     layout: Layout
@@ -96,8 +96,10 @@ class Rejection:
     reason: str
 
 
-def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -> tuple[list[Plan], list[Rejection]]:
-    """Plans, the best (`Plan.rank`) first, one for each (tp, pp, cp, etp, ep) and engine tp; and what was rejected.
+def search(
+    shape: Shape, workload: Workload, cluster: Cluster, limits: Limits
+) -> tuple[list[LayoutPlan], list[Rejection]]:
+    """The plans, best (`LayoutPlan.rank`) first, one for each (tp, pp, cp, etp, ep) and engine tp; and the rejections.
 
     Raises:
         HapoError: nothing fits; names the layout that comes nearest, and its largest part.
@@ -107,7 +109,7 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
     if cluster.gpus < 2 and not shared:
         raise HapoError("trainer and engines on GPUs of their own need two at least; placement=colocated shares one")
     rejections: list[Rejection] = []
-    best: dict[tuple[int, ...], Plan] = {}
+    best: dict[tuple[int, ...], LayoutPlan] = {}
     nearest: tuple[int, str] | None = None
     some_trainer_fits = False
     for trainer_gpus in _trainer_shares(cluster):
@@ -128,7 +130,8 @@ def search(shape: Shape, workload: Workload, cluster: Cluster, limits: Limits) -
                     engines.reject(choice.tp, f"{left} GPUs are left beside {trainer_gpus} of the trainer")
                     continue
                 plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
-                key = (layout.tp, layout.pp, layout.cp, layout.etp, layout.ep, choice.tp)
+                sizes = layout.sizes
+                key = (sizes.tp, sizes.pp, sizes.cp, sizes.etp, sizes.ep, choice.tp)
                 if key not in best or plan.rank < best[key].rank:
                     best[key] = plan
     if not best:
@@ -162,15 +165,16 @@ def _offloaded_if_needed(
 
 def describe(layout: Layout) -> str:
     """tp=2 pp=1 cp=1 ep=1 dp=4, 16384 tokens, recompute none."""
-    pipeline = f"pp={layout.pp}"
-    if layout.vpp > 1:
-        pipeline += f" vpp={layout.vpp}"
-    if layout.first_stage_layers is not None:
-        pipeline += f" ({layout.first_stage_layers} layers in the first stage, {layout.last_stage_layers} in the last)"
-    experts_cut = f" etp={layout.etp}" if layout.etp > 1 else ""
-    sizes = f"tp={layout.tp} {pipeline} cp={layout.cp}{experts_cut} ep={layout.ep} dp={layout.dp}"
+    sizes = layout.sizes
+    pipeline = f"pp={sizes.pp}"
+    if sizes.vpp > 1:
+        pipeline += f" vpp={sizes.vpp}"
+    if sizes.first_stage_layers is not None:
+        pipeline += f" ({sizes.first_stage_layers} layers in the first stage, {sizes.last_stage_layers} in the last)"
+    experts_cut = f" etp={sizes.etp}" if sizes.etp > 1 else ""
+    grid = f"tp={sizes.tp} {pipeline} cp={sizes.cp}{experts_cut} ep={sizes.ep} dp={sizes.dp}"
     offload = ", optimizer on the host" if layout.cpu_offload else ""
-    return f"{sizes}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}{offload}"
+    return f"{grid}, {layout.tokens_per_microbatch} tokens, recompute {layout.recompute}{offload}"
 
 
 def too_large(memory: TrainerMemory, gpu_bytes: int, *, beside_engine: int = 0) -> str:
@@ -192,7 +196,7 @@ def _plan(
     training: tuple[float, float, float],
     choice: _EngineChoice,
     engines: int,
-) -> Plan:
+) -> LayoutPlan:
     gpu = cluster.gpu
     score, update, bubble = training
     turns = turn_seconds(memory.optimizer) if cluster.placement == "colocated" else 0.0
@@ -209,9 +213,9 @@ def _plan(
         update=update,
         sync=sync_seconds(shape, layout, gpu, num_parameters=model_parameters(shape)) + turns,
         bubble_share=bubble,
-        mfu=useful / ((score + update) * layout.world_size * gpu.flops),
+        mfu=useful / ((score + update) * layout.sizes.world_size * gpu.flops),
     )
-    return Plan(
+    return LayoutPlan(
         layout=layout, engines=engines, rollout_tp=choice.tp, trainer=memory, engine=choice.memory,
         running_requests=choice.running, memory_fraction=choice.memory_fraction, time=time,
     )  # fmt: skip
@@ -300,8 +304,8 @@ def _layouts(
         if fault := _tp_fault(shape, tp):
             rejections.append(Rejection(f"tp={tp}", fault))
             continue
-        for pipeline, cp in itertools.product(_pipelines(shape.num_layers), _powers_of_two(limits.max_cp)):
-            pp = pipeline.pp
+        for stages, cp in itertools.product(_pipelines(shape.num_layers), _powers_of_two(limits.max_cp)):
+            pp = stages["pp"]
             if gpus % (tp * pp * cp):
                 continue
             dp = gpus // (tp * pp * cp)
@@ -311,7 +315,7 @@ def _layouts(
                 continue
             for etp, ep in _expert_grids(moe, tp, dp):
                 grid = Layout(
-                    tp=tp, **vars(pipeline), cp=cp, ep=ep, etp=etp, dp=dp,
+                    sizes=ParallelSizes(tp=tp, **stages, cp=cp, ep=ep, etp=etp, dp=dp),
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
                     distributed_optimizer=limits.distributed_optimizer,
                 )  # fmt: skip
@@ -332,22 +336,22 @@ def _expert_grids(moe: MoeShape | None, tp: int, dp: int) -> Iterator[tuple[int,
                 yield etp, ep
 
 
-def _pipelines(num_layers: int) -> Iterator[Pipeline]:
+def _pipelines(num_layers: int) -> Iterator[dict[str, int]]:
     """Equal stages, interleaved or not; where layers do not split, fewer in the first and the last stage."""
     for pp in sorted({*_divisors(num_layers), *_powers_of_two(min(num_layers, MOST_UNEVEN_STAGES))}):
         if num_layers % pp == 0:
-            yield from (
-                Pipeline(pp=pp, vpp=vpp) for vpp in (1, 2, 4) if vpp == 1 or (pp > 1 and num_layers % (pp * vpp) == 0)
-            )
+            for vpp in (1, 2, 4):
+                if vpp == 1 or (pp > 1 and num_layers % (pp * vpp) == 0):
+                    yield {"pp": pp, "vpp": vpp}
             continue
         middle = -(-num_layers // pp)
         ends = num_layers - (pp - 2) * middle
         if ends >= 2:
-            yield Pipeline(pp=pp, first_stage_layers=ends // 2, last_stage_layers=ends - ends // 2)
+            yield {"pp": pp, "first_stage_layers": ends // 2, "last_stage_layers": ends - ends // 2}
 
 
 def _microbatches(workload: Workload, layout: Layout) -> int:
-    tokens = workload.responses_per_minibatch * workload.mean_tokens / layout.dp
+    tokens = workload.responses_per_minibatch * workload.mean_tokens / layout.sizes.dp
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 

@@ -11,18 +11,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hapo.sizing.from_config import PLANNED_SIZES
 from megatron_hapo.sizing.memory import GIB, Spec
 from megatron_hapo.sizing.parameters import Layout
-from megatron_hapo.sizing.search import Cluster, Plan, Rejection
+from megatron_hapo.sizing.search import Cluster, LayoutPlan, Rejection
 
 MIN_WIDTH = 120
+NAMED_SIZES = ("tp", "pp", "vpp", "cp", "etp", "ep", "dp")
 TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
 ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
 
 
 def print_plans(
-    plans: Sequence[Plan],
+    plans: Sequence[LayoutPlan],
     rejections: Sequence[Rejection],
     cluster: Cluster,
     *,
@@ -42,7 +42,7 @@ def print_plans(
             console.print(f"  {rejection.what}: {rejection.reason}", highlight=False)
 
 
-def _time_table(plans: Sequence[Plan], heading: str) -> Table:
+def _time_table(plans: Sequence[LayoutPlan], heading: str) -> Table:
     table = Table(
         title=heading,
         caption="seconds of a step; engines as number x tp",
@@ -64,7 +64,7 @@ def _time_table(plans: Sequence[Plan], heading: str) -> Table:
     return table
 
 
-def _memory_table(plans: Sequence[Plan]) -> Table:
+def _memory_table(plans: Sequence[LayoutPlan]) -> Table:
     caption = "GiB of the fullest trainer rank, at most one phase's temporaries at a time | of an engine rank"
     table = Table(caption=caption, box=SIMPLE_HEAD)
     table.add_column("#")
@@ -82,9 +82,9 @@ def _memory_table(plans: Sequence[Plan]) -> Table:
 def short(layout: Layout) -> str:
     """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven;
     offload: of the optimizer."""
-    sizes = {name: str(size) for name in PLANNED_SIZES if (size := getattr(layout, name)) > 1}
-    if layout.first_stage_layers is not None:
-        sizes["pp"] += f"[{layout.first_stage_layers}..{layout.last_stage_layers}]"
+    sizes = {name: str(size) for name in NAMED_SIZES if (size := getattr(layout.sizes, name)) > 1}
+    if layout.sizes.first_stage_layers is not None:
+        sizes["pp"] += f"[{layout.sizes.first_stage_layers}..{layout.sizes.last_stage_layers}]"
     words = [f"{name}{size}" for name, size in sizes.items()] or ["dp1"]
     return " ".join([*words, "offload"] if layout.cpu_offload else words)
 
@@ -94,7 +94,7 @@ def title(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
 
 
-def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
+def plans_as_json(plans: Sequence[LayoutPlan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
     """The same as JSON; sizes in bytes, times in seconds."""
     rejected = [asdict(rejection) for rejection in rejections]
     return json.dumps(
@@ -102,9 +102,10 @@ def plans_as_json(plans: Sequence[Plan], rejections: Sequence[Rejection], *, top
     )
 
 
-def _plan_dict(plan: Plan) -> dict[str, Any]:
+def _plan_dict(plan: LayoutPlan) -> dict[str, Any]:
+    layout = asdict(plan.layout)
     return {
-        "layout": asdict(plan.layout),
+        "layout": {**layout.pop("sizes").model_dump(), **layout},
         "rollout": {
             "engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests,
             "memory_fraction": plan.memory_fraction,

@@ -141,15 +141,16 @@ def train_seconds(
     shape: Shape, layout: Layout, workload: Workload, gpu: Gpu, *, nvlink_size: int
 ) -> tuple[float, float, float]:
     """Seconds of scoring and of all updates of a step, and the bubble's share of an update."""
-    tokens_of_rank = workload.responses_per_minibatch * workload.mean_tokens / layout.dp
+    sizes = layout.sizes
+    tokens_of_rank = workload.responses_per_minibatch * workload.mean_tokens / sizes.dp
     microbatches = max(1, math.ceil(tokens_of_rank / layout.tokens_per_microbatch))
-    if layout.vpp > 1:  # taken in groups of as many as there are stages
-        microbatches = math.ceil(microbatches / layout.pp) * layout.pp
+    if sizes.vpp > 1:  # taken in groups of as many as there are stages
+        microbatches = math.ceil(microbatches / sizes.pp) * sizes.pp
     tokens = tokens_of_rank / microbatches
     forward = [
-        _stage_forward_seconds(shape, layout, workload, gpu, stage, tokens, nvlink_size) for stage in range(layout.pp)
+        _stage_forward_seconds(shape, layout, workload, gpu, stage, tokens, nvlink_size) for stage in range(sizes.pp)
     ]
-    fill = (layout.pp - 1) / layout.vpp
+    fill = (sizes.pp - 1) / sizes.vpp
     slots = microbatches + fill
     update = slots * max(forward) * (3 + _recomputed_share(shape, layout))
     update += _gradient_seconds(shape, layout, gpu, nvlink_size)
@@ -172,13 +173,14 @@ def _stage_forward_seconds(
     shape: Shape, layout: Layout, workload: Workload, gpu: Gpu, stage: int, tokens: float, nvlink_size: int
 ) -> float:
     """One micro-batch of `tokens` through one stage: products, attention, and the messages of tp, cp, ep and pp."""
-    shards = layout.tp * layout.cp
+    sizes = layout.sizes
+    shards = sizes.tp * sizes.cp
     length, w, h = workload.token_mean_length, layout.bytes_per_parameter, shape.hidden_size
     keys = shape.num_kv_heads * shape.head_dim
-    local = tokens / layout.cp
-    tp_link = _link(gpu, layout.tp, nvlink_size)
+    local = tokens / sizes.cp
+    tp_link = _link(gpu, sizes.tp, nvlink_size)
     cp_link = _link(gpu, shards, nvlink_size)
-    ep_link = _link(gpu, layout.etp * layout.ep, nvlink_size)
+    ep_link = _link(gpu, sizes.etp * sizes.ep, nvlink_size)
     seconds = 0.0
     for layer in stage_layers(shape, layout, stage):
         moe = experts(shape, layer)
@@ -188,31 +190,36 @@ def _stage_forward_seconds(
         seconds += attention / (ATTENTION_EFFICIENCY * gpu.flops)
         # An all-gather and a reduce-scatter of the hidden states for attention, and for a dense feed-forward block.
         messages = 2 if moe is not None else 4
-        seconds += messages * (layout.tp - 1) / layout.tp * local * h * w / tp_link
+        seconds += messages * (sizes.tp - 1) / sizes.tp * local * h * w / tp_link
         # Keys and values travel once around the ring.
-        seconds += 2 * (layout.cp - 1) * local * keys / layout.tp * w / cp_link
+        seconds += 2 * (sizes.cp - 1) * local * keys / sizes.tp * w / cp_link
         if moe is not None:
             # A rank's tokens to their experts and back; those of a cut expert to all its ranks and back, in sums.
             routed = 2 * local * moe.top_k * h * w / layout.sequence_shards
-            seconds += routed * (layout.ep - 1) / layout.ep / ep_link + routed * (layout.etp - 1) / tp_link
+            seconds += routed * (sizes.ep - 1) / sizes.ep / ep_link + routed * (sizes.etp - 1) / tp_link
         seconds += KERNELS_PER_LAYER_SECONDS
-    if stage == layout.pp - 1:
+    if stage == sizes.pp - 1:
         rows = tokens * workload.mean_response_tokens / workload.mean_tokens
         seconds += 2 * rows * h * shape.vocab_size / shards / (MATMUL_EFFICIENCY * gpu.flops)
-    if layout.pp > 1:
-        seconds += layout.vpp * local * h * w / layout.sequence_shards / _link(gpu, layout.world_size, nvlink_size)
+    if sizes.pp > 1:
+        seconds += sizes.vpp * local * h * w / layout.sequence_shards / _link(gpu, sizes.world_size, nvlink_size)
     return seconds
 
 
 def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) -> float:
     """Once a mini-batch: float32 gradients reduced over the replicas, weights gathered, and Adam's memory traffic."""
+    sizes = layout.sizes
     largest = max(
-        (stage_parameters(shape, layout, stage) for stage in range(layout.pp)), key=lambda parameters: parameters.total
+        (stage_parameters(shape, layout, stage) for stage in range(sizes.pp)),
+        key=lambda parameters: parameters.total,
     )
-    link = _link(gpu, layout.tp * layout.dp * layout.cp, nvlink_size)
+    link = _link(gpu, sizes.tp * sizes.dp * sizes.cp, nvlink_size)
     gathered = layout.bytes_per_parameter if layout.distributed_optimizer else 4
     messages = states = 0.0
-    for parameters, replicas in ((largest.dense, layout.dp * layout.cp), (largest.expert, layout.expert_replicas)):
+    for parameters, replicas in (
+        (largest.dense, sizes.dp * sizes.cp),
+        (largest.expert, layout.expert_replicas),
+    ):
         messages += (4 + gathered) * parameters * (replicas - 1) / replicas / link
         states += parameters / (replicas if layout.distributed_optimizer else 1)
     if layout.cpu_offload:  # the gradient goes to the host, and the weight comes back
@@ -271,4 +278,4 @@ def decode_parameters(shape: Shape, *, tokens: float) -> float:
 
 def sync_seconds(shape: Shape, layout: Layout, gpu: Gpu, *, num_parameters: int) -> float:
     """Every trainer pipeline stage sends its weights, in bfloat16, over one GPU's network link."""
-    return 2 * num_parameters / layout.pp / (LINK_EFFICIENCY * gpu.network_bandwidth)
+    return 2 * num_parameters / layout.sizes.pp / (LINK_EFFICIENCY * gpu.network_bandwidth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ from omegaconf import OmegaConf
 from megatron_hapo.config import load_config
 from megatron_hapo.config.sources import files_of, merge
 from megatron_hapo.errors import ConfigError, HapoError
-from megatron_hapo.sizing.from_config import inexpressible, placement_settings, plan_settings
+from megatron_hapo.sizing.from_config import placement_settings, plan_settings
 from megatron_hapo.sizing.memory import GIB
-from megatron_hapo.sizing.search import Cluster, Plan, describe
+from megatron_hapo.sizing.search import Cluster, LayoutPlan, describe
 from megatron_hapo.sizing.tables import title
 
 
-def write_plan(
-    plans: Sequence[Plan], path: Path, *, base: Path | None, asked: Mapping[str, Any], cluster: Cluster
-) -> Plan:
-    """Write the best plan that a config can express, on top of `base`; returns it.
+def write_plan(plan: LayoutPlan, path: Path, *, base: Path | None, asked: Mapping[str, Any], cluster: Cluster) -> None:
+    """Write a config that makes this plan, on top of `base`.
 
     Without a base the file is a part, which a config can build on.
 
@@ -29,11 +27,8 @@ def write_plan(
         asked: settings of the command line, which the plan was made for.
 
     Raises:
-        HapoError: no plan can be expressed, the file cannot be written, or a run would refuse it; nothing is written.
+        HapoError: the file cannot be written, or a run would refuse it; nothing is written.
     """
-    plan = next((plan for plan in plans if not inexpressible(plan)), None)
-    if plan is None:
-        raise HapoError(f"--write: every plan needs what the config has no setting for, e.g. {inexpressible(plans[0])}")
     settings = merge(asked, merge(placement_settings(cluster.placement), plan_settings(plan)))
     if base is not None:
         if path.resolve() in files_of(base):
@@ -44,7 +39,6 @@ def write_plan(
         _write_checked(path, header + OmegaConf.to_yaml(OmegaConf.create(settings)), complete=base is not None)
     except OSError as error:
         raise HapoError(f"--write: {path}: cannot be written: {error.strerror}") from error
-    return plan
 
 
 def _write_checked(path: Path, text: str, *, complete: bool) -> None:

@@ -50,14 +50,7 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
         timeout_seconds=config.trainer.timeout_seconds,
     )
     layout = parallel_layout.initialize(
-        tp=config.parallel.tp,
-        pp=config.parallel.pp,
-        vpp=config.parallel.vpp,
-        first_stage_layers=config.parallel.first_stage_layers,
-        last_stage_layers=config.parallel.last_stage_layers,
-        cp=config.parallel.cp,
-        ep=config.parallel.ep,
-        etp=config.parallel.etp,
+        config.parallel,
         device=torch_device,
         seed=config.seed,
         timeout_seconds=config.trainer.timeout_seconds,

@@ -69,7 +69,7 @@ class TrainerRank:
         )
         load_weights(self.model, self.shape, layout, config.model.path)
         self._output_head = OUTPUT_HEADS[config.trainer.output_head](
-            tp_group=layout.tp_group if layout.tp_size > 1 else None, vocab_size=self.shape.vocab_size
+            tp_group=layout.tp_group if layout.sizes.tp > 1 else None, vocab_size=self.shape.vocab_size
         )
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)
@@ -177,7 +177,7 @@ class TrainerRank:
             part[:, microbatch.response_index] = torch.stack(scores)
             parts.append(part)
         whole = torch.cat(parts, dim=1)
-        if self.layout.cp_size > 1:
+        if self.layout.sizes.cp > 1:
             dist.all_reduce(whole, group=self.layout.cp_group)
         return whole
 
@@ -240,7 +240,7 @@ class TrainerRank:
             self.config.algorithm,
             num_tokens=num_tokens,
             stats=stats,
-            cp_group=self.layout.cp_group if self.layout.cp_size > 1 else None,
+            cp_group=self.layout.cp_group if self.layout.sizes.cp > 1 else None,
         )
 
     def _round_weights(self) -> None:
@@ -346,19 +346,19 @@ class TrainerRank:
     def _microbatches(self, batch: TrainBatch) -> list[MicroBatch]:
         plan = plan_microbatches(
             batch.sequence_lengths,
-            dp_size=self.layout.dp_size,
+            dp_size=self.layout.sizes.dp,
             max_tokens=self.config.trainer.max_tokens_per_microbatch,
             # The interleaved schedule takes micro-batches in groups of as many as there are stages.
-            multiple=self.layout.pp_size if len(self.model) > 1 else 1,
+            multiple=self.layout.sizes.pp if len(self.model) > 1 else 1,
         )
-        multiple = self.layout.tp_size if self._megatron_config.sequence_parallel else 1
+        multiple = self.layout.sizes.tp if self._megatron_config.sequence_parallel else 1
         return [
             pack(
                 batch,
                 rows,
                 device=self.layout.device,
                 multiple=multiple,
-                cp_size=self.layout.cp_size,
+                cp_size=self.layout.sizes.cp,
                 cp_rank=self.layout.cp_rank,
             )
             for rows in plan[self.layout.dp_rank]
@@ -386,7 +386,7 @@ class TrainerRank:
                 packed_seq_params=packed_params(
                     microbatch.sequence_lengths,
                     self.layout.device,
-                    cp_size=self.layout.cp_size,
+                    cp_size=self.layout.sizes.cp,
                     cp_rank=self.layout.cp_rank,
                 ),
                 output_processor=self._output_head,

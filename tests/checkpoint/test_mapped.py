@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from tests.distributed import run_ranks
 from tests.tiny_families import expected_tensors, write_family
 
@@ -27,7 +28,9 @@ def through_megatron_folders(rank: int, folder: Path) -> list[dict[str, Any]]:
     from megatron_hapo.model.families import read_shape
 
     def at(sizes: dict[str, int]) -> parallel_layout.ParallelLayout:
-        return parallel_layout.initialize(**sizes, device=torch.device("cpu"), seed=0, timeout_seconds=60)
+        return parallel_layout.initialize(
+            ParallelSizes(**sizes), device=torch.device("cpu"), seed=0, timeout_seconds=60
+        )
 
     seen = []
     for case in CASES:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 import torch.multiprocessing as multiprocessing
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import Transfer
@@ -24,7 +25,7 @@ SYNCS = 4
 
 
 def make() -> tuple:
-    shards, engine = trainer_shards(SHAPE_1GB, tp=1, pp=1, dp=1), engine_parameters(SHAPE_1GB, 1)
+    shards, engine = trainer_shards(SHAPE_1GB, ParallelSizes(tp=1, pp=1, dp=1)), engine_parameters(SHAPE_1GB, 1)
     plan = make_plan(shards, engine, matrix_sizes(SHAPE_1GB), engines=1, itemsize=2, max_copy_bytes=SLOT_BYTES)
     return shards[0].parameters, engine[0], next(plan.channels())
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from tests.distributed import run_ranks
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, expected_tensors, write_family
 
@@ -56,7 +57,10 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
     for case, layouts in cases.items():
         for sizes in layouts:
             layout = parallel_layout.initialize(
-                **{"tp": 1, "pp": 1, **sizes}, device=torch.device("cpu"), seed=0, timeout_seconds=60
+                ParallelSizes.for_world(torch.distributed.get_world_size(), **sizes),
+                device=torch.device("cpu"),
+                seed=0,
+                timeout_seconds=60,
             )
             shape = read_shape(folder / case)
             model = build_model(shape, layout, dtype=torch.float32)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
 from megatron_hapo.resharding.plan import Block, Parameter, Plan, Shard, make_plan
@@ -79,7 +80,7 @@ def test_any_layout_to_any_layout(seed: int) -> None:
     )
     tensors = random_tensors(shape, seed)
     tp, pp, dp = rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([1, 2, 3])
-    shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp, spec=rng.choice(["te", "local"]))
+    shards = trainer_shards(shape, ParallelSizes(tp=tp, pp=pp, dp=dp), spec=rng.choice(["te", "local"]))
     engine = engine_parameters(shape, rng.choice([1, 2, 4, 8]))
     plan = plan_of(shape, shards, engine, rng.choice([1, 2, 5]), rng.choice([50, 500, 1 << 20]))
     expected = [cut(tensors, parameters) for parameters in engine]
@@ -96,7 +97,9 @@ def test_experts_from_any_layout_to_any_layout(seed: int) -> None:
     tp, pp, dp = rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
     etp = rng.choice([size for size in (1, 2, 4) if tp % size == 0])
     ep = rng.choice([size for size in (1, 2, 4, 8) if tp * dp % (etp * size) == 0])
-    shards = trainer_shards(MOE_SHAPE, tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, spec=rng.choice(["te", "local"]))
+    shards = trainer_shards(
+        MOE_SHAPE, ParallelSizes(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp), spec=rng.choice(["te", "local"])
+    )
     engine_tp = rng.choice([1, 2, 4, 8])
     engine = engine_parameters(MOE_SHAPE, engine_tp, rng.choice([1, engine_tp]))
     plan = plan_of(MOE_SHAPE, shards, engine, rng.choice([1, 2, 3]), rng.choice([50, 500, 1 << 20]))
@@ -133,7 +136,7 @@ def test_fused_experts_by_hand() -> None:
 def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
     """A -> B -> A; without replicated KV heads each engine layout is a source layout too."""
     tensors = random_tensors(SHAPE)
-    a = trainer_shards(SHAPE, tp=2, pp=2, dp=1)
+    a = trainer_shards(SHAPE, ParallelSizes(tp=2, pp=2, dp=1))
     b = engine_parameters(SHAPE, engine_tp)
     (there,) = carry_out(plan_of(SHAPE, a, b, 1, 300), held_by_ranks(a, tensors), b)
     back_shards = [Shard((rank,), parameters) for rank, parameters in enumerate(b)]
@@ -150,7 +153,7 @@ def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
 
 
 def test_senders_share_the_load_evenly() -> None:
-    shards = trainer_shards(SHAPE, tp=2, pp=2, dp=4)
+    shards = trainer_shards(SHAPE, ParallelSizes(tp=2, pp=2, dp=4))
     for engines in (1, 3, 4, 8):
         traffic = plan_of(SHAPE, shards, engine_parameters(SHAPE, 2), engines, 64).traffic()
         sent = traffic.sum((1, 2)).reshape(2, 4, 2)  # stage, replica, tp rank
@@ -160,7 +163,9 @@ def test_senders_share_the_load_evenly() -> None:
 
 
 def test_each_engine_has_its_own_replica_where_there_are_enough() -> None:
-    traffic = plan_of(SHAPE, trainer_shards(SHAPE, tp=1, pp=1, dp=4), engine_parameters(SHAPE, 2), 4, 1 << 20).traffic()
+    traffic = plan_of(
+        SHAPE, trainer_shards(SHAPE, ParallelSizes(tp=1, pp=1, dp=4)), engine_parameters(SHAPE, 2), 4, 1 << 20
+    ).traffic()
     np.testing.assert_array_equal(traffic.sum(2) > 0, np.eye(4, dtype=bool))
 
 
@@ -187,7 +192,7 @@ def test_what_is_not_written_exactly_once_is_refused(source: list[Parameter], ta
 
 
 def test_a_tensor_that_one_side_lacks_is_named() -> None:
-    shards, engine = trainer_shards(SHAPE, tp=1, pp=1, dp=1), engine_parameters(SHAPE, 1)
+    shards, engine = trainer_shards(SHAPE, ParallelSizes(tp=1, pp=1, dp=1)), engine_parameters(SHAPE, 1)
     with pytest.raises(ValueError, match=r"no engine parameter takes the trainer's lm_head.weight"):
         plan_of(SHAPE, shards, engine_parameters(replace(SHAPE, tied_embeddings=True), 1), 1, 1000)
     (shard,) = shards
@@ -213,7 +218,7 @@ def test_a_dense_model_of_235b_is_planned_in_seconds() -> None:
     )  # fmt: skip
     start = time.process_time()
     plan = make_plan(
-        trainer_shards(shape, tp=8, pp=8, dp=8),
+        trainer_shards(shape, ParallelSizes(tp=8, pp=8, dp=8)),
         engine_parameters(shape, 16),
         matrix_sizes(shape),
         engines=16,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.model.families import Shape, hf_tensor_shapes
 from megatron_hapo.resharding import transfer as transfer_module
@@ -46,7 +47,7 @@ class Sides:
         ep: int = 1, engine_ep: int = 1,
     ):  # fmt: skip
         self.shape, self.engine_tp = shape, engine_tp
-        self.shards = trainer_shards(shape, tp=tp, pp=pp, dp=dp, ep=ep)
+        self.shards = trainer_shards(shape, ParallelSizes(tp=tp, pp=pp, dp=dp, ep=ep))
         self.engine = engine_parameters(shape, engine_tp, engine_ep)
         self.plan: Plan = make_plan(
             self.shards, self.engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=700

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
@@ -34,7 +34,7 @@ class ThreadedTrainer:
         whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
         self._parameters: dict[int, tuple[Parameter, ...]] = defaultdict(tuple)
         self.matrices: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for shard in trainer_shards(self.shape, tp=tp, dp=dp, ep=ep, pipeline=Pipeline(pp=pp, vpp=vpp)):
+        for shard in trainer_shards(self.shape, ParallelSizes(tp=tp, pp=pp, vpp=vpp, dp=dp, ep=ep)):
             for rank in shard.ranks:
                 self._parameters[rank] += shard.parameters
                 held = cut(whole, shard.parameters)

@@ -177,4 +177,5 @@ def test_the_plan_in_the_file_is_the_best_one(folder: Path, capsys: pytest.Captu
     config = planned("run.yaml", "--gpus", "16")
     best = json.loads(capsys.readouterr().out)["plans"][0]["layout"]
     layout = from_config.layout_of(config)
-    assert {name: getattr(layout, name) for name in best} == best
+    found = {**layout.sizes.model_dump(), **vars(layout)}
+    assert {name: found[name] for name in best} == best

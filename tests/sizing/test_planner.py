@@ -17,7 +17,7 @@ from megatron_hapo.errors import HapoError
 from megatron_hapo.sizing import from_config
 from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
 from megatron_hapo.sizing.parameters import model_parameters, stage_layers
-from megatron_hapo.sizing.search import Cluster, Limits, Placement, Plan, search
+from megatron_hapo.sizing.search import Cluster, LayoutPlan, Limits, Placement, search
 from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
 from tests.sizing.test_sizing_memory import QWEN3_8B
 from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
@@ -35,7 +35,7 @@ WORKLOAD = Workload(
 )
 
 
-def plans_for(gpus: int, *, gib: int = 80, placement: Placement = "disaggregated", max_cp: int = 1) -> list[Plan]:
+def plans_for(gpus: int, *, gib: int = 80, placement: Placement = "disaggregated", max_cp: int = 1) -> list[LayoutPlan]:
     cluster = Cluster(gpus=gpus, gpu_bytes=gib * GIB, gpu=GPUS["h100"], placement=placement)
     return search(QWEN3_8B, WORKLOAD, cluster, Limits(max_cp=max_cp))[0]
 
@@ -46,10 +46,10 @@ def test_every_plan_fits_its_gpus_and_the_longest_sequence(gpus: int) -> None:
     assert plans == sorted(plans, key=lambda plan: plan.rank)
     for plan in plans:
         assert plan.trainer.total <= 80 * GIB
-        assert plan.layout.world_size + plan.engines * plan.rollout_tp <= gpus
+        assert plan.layout.sizes.world_size + plan.engines * plan.rollout_tp <= gpus
         assert plan.layout.tokens_per_microbatch >= WORKLOAD.longest
-        assert plan.layout.tp <= 8
-        assert list(plan.layout.pipeline.faults(QWEN3_8B.num_layers)) == []
+        assert plan.layout.sizes.tp <= 8
+        assert list(plan.layout.sizes.faults(QWEN3_8B.num_layers)) == []
         assert plan.engine.kv_tokens >= WORKLOAD.longest
         assert 0 < plan.time.mfu < 0.6
 
@@ -59,7 +59,7 @@ def test_layers_that_do_not_split_leave_fewer_to_the_end_stages() -> None:
     shape = replace(QWEN3_8B, num_layers=94)
     plans, _ = search(shape, WORKLOAD, cluster, Limits())
     sizes = {
-        plan.layout.pp: [len(stage_layers(shape, plan.layout, stage)) for stage in range(plan.layout.pp)]
+        plan.layout.sizes.pp: [len(stage_layers(shape, plan.layout, stage)) for stage in range(plan.layout.sizes.pp)]
         for plan in plans
     }
     assert sizes[4] == [23, 24, 24, 23]
@@ -104,7 +104,7 @@ def test_the_optimizer_goes_to_the_host_only_where_it_must() -> None:
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
     for plan in plans_for(gpus, placement="colocated"):
-        assert plan.layout.world_size == gpus
+        assert plan.layout.sizes.world_size == gpus
         assert plan.engines * plan.rollout_tp <= gpus
         assert plan.engine.kv_tokens >= WORKLOAD.longest
         turns = turns_on_shared_gpu(plan.trainer, plan.engine)
@@ -121,7 +121,7 @@ def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
 def test_no_more_data_parallel_ranks_than_responses() -> None:
     cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
     plans, rejections = search(QWEN3_8B, replace(WORKLOAD, prompts_per_minibatch=1), cluster, Limits())
-    assert max(plan.layout.dp for plan in plans) <= 16
+    assert max(plan.layout.sizes.dp for plan in plans) <= 16
     assert any("a mini-batch has 16 responses, fewer than dp=" in rejection.reason for rejection in rejections)
 
 
@@ -182,9 +182,9 @@ def test_the_written_config_is_the_best_plan_that_a_config_can_say(
     assert config.name == "small"
     plans = json.loads(capsys.readouterr().out)["plans"]
     layout = from_config.layout_of(config)
-    assert layout.world_size + config.rollout.engines * config.rollout.tp <= 16
+    assert layout.sizes.world_size + config.rollout.engines * config.rollout.tp <= 16
     assert layout.tokens_per_microbatch >= 500
-    assert any(plan["layout"]["tp"] == layout.tp for plan in plans)
+    assert any(plan["layout"]["tp"] == layout.sizes.tp for plan in plans)
 
 
 def test_a_colocated_plan_is_written_and_passes_its_own_check(

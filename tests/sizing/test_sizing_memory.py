@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from megatron_hapo.config import parse_bytes
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import (
     GIB,
@@ -47,8 +48,14 @@ SEQUENCE, SEQUENCES = 250, 4
 
 
 def layout_of(case: dict[str, Any]) -> Layout:
-    sizes = {name: value for name, value in case.items() if name not in ("model", "dtype")}
-    return Layout(**sizes, bytes_per_parameter=2 if case["dtype"] == "bfloat16" else 4)
+    settings = {name: value for name, value in case.items() if name not in ("model", "dtype")}
+    return layout_with(**settings, bytes_per_parameter=2 if case["dtype"] == "bfloat16" else 4)
+
+
+def layout_with(**settings: Any) -> Layout:
+    """A layout from its settings and its sizes, all by name."""
+    sizes = {name: settings.pop(name) for name in ParallelSizes.model_fields if name in settings}
+    return Layout(sizes=ParallelSizes(**sizes), **settings)
 
 
 def bytes_held(rank: int, models: Path, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
@@ -109,7 +116,7 @@ def test_a_rank_holds_what_the_model_says(tmp_path: Path) -> None:
     for number, case in enumerate(HELD):
         shape, layout = read_shape(tmp_path / case.get("model", "dense")), layout_of(case)
         for rank in range(2):
-            stage = rank if layout.pp == 2 else 0
+            stage = rank if layout.sizes.pp == 2 else 0
             parameters = stage_parameters(shape, layout, stage).total
             expected = {
                 "weights": layout.bytes_per_parameter * parameters,
@@ -128,7 +135,7 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompu
     from megatron_hapo.model.layers import packed_params
     from tests.storage import PeakStorage
 
-    grid = parallel_layout.initialize(tp=1, pp=1, device=torch.device("cpu"), seed=0, timeout_seconds=60)
+    grid = parallel_layout.initialize(ParallelSizes(), device=torch.device("cpu"), seed=0, timeout_seconds=60)
     shape, peaks = read_shape(model_path), []
     for dtype, recompute in cases:
         chunks: list[Any] = build_model(shape, grid, dtype=getattr(torch, dtype), recompute=recompute, spec="local")
@@ -171,18 +178,20 @@ def test_the_known_model_has_its_known_size() -> None:
     assert round(without / 1e9, 2) == 6.95
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=4, pp=2), Layout(tp=8), Layout(pp=4), Layout(tp=2, pp=9, dp=3)])
+@pytest.mark.parametrize(
+    "layout", [layout_with(tp=4, pp=2), layout_with(tp=8), layout_with(pp=4), layout_with(tp=2, pp=9, dp=3)]
+)
 def test_the_ranks_of_a_layout_hold_the_whole_model(layout: Layout) -> None:
     """All but the norms, of which every tensor-parallel rank has a copy."""
-    held = sum(stage_parameters(QWEN3_8B, layout, stage).total for stage in range(layout.pp)) * layout.tp
+    held = sum(stage_parameters(QWEN3_8B, layout, stage).total for stage in range(layout.sizes.pp)) * layout.sizes.tp
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
-    assert held - (layout.tp - 1) * norms == model_parameters(QWEN3_8B)
+    assert held - (layout.sizes.tp - 1) * norms == model_parameters(QWEN3_8B)
 
 
 def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
     shape = replace(QWEN3_8B, tied_embeddings=True)
     one = model_parameters(shape)
-    two = sum(stage_parameters(shape, Layout(pp=2), stage).total for stage in (0, 1))
+    two = sum(stage_parameters(shape, layout_with(pp=2), stage).total for stage in (0, 1))
     assert two - one == 151936 * 4096
 
 
@@ -202,8 +211,8 @@ def test_the_fused_head_takes_a_chunk_however_many_tokens() -> None:
 
 
 def test_each_size_cuts_what_it_is_to_cut() -> None:
-    def parts(**sizes: Any) -> Any:
-        return trainer_memory(QWEN3_8B, Layout(**sizes), gpu_bytes=80 * GIB)
+    def parts(**settings: Any) -> Any:
+        return trainer_memory(QWEN3_8B, layout_with(**settings), gpu_bytes=80 * GIB)
 
     whole = parts()
     assert parts(tp=2).weights == pytest.approx(whole.weights / 2, rel=0.001)
@@ -216,18 +225,18 @@ def test_each_size_cuts_what_it_is_to_cut() -> None:
     none, selective, full = (parts(recompute=recompute).activations for recompute in ("none", "selective", "full"))
     assert full < selective < 0.7 * none
     # The first stage of a pipeline keeps as many micro-batches as there are stages: no gain without recomputation.
-    first = activation_bytes(QWEN3_8B, Layout(pp=4), 0, in_flight=4, spec="te")
+    first = activation_bytes(QWEN3_8B, layout_with(pp=4), 0, in_flight=4, spec="te")
     assert first == pytest.approx(whole.activations, rel=0.05)
 
 
 def test_an_interleaved_pipeline_holds_more() -> None:
     """Narayanan et al. (arXiv:2104.04473), section 2.2: 1 + (pp - 1) / (pp vpp) times as much on the first stage."""
-    plain = [microbatches_in_flight(Layout(pp=4), stage) for stage in range(4)]
+    plain = [microbatches_in_flight(layout_with(pp=4), stage) for stage in range(4)]
     assert plain == [4, 3, 2, 1]
-    interleaved = [microbatches_in_flight(Layout(pp=4, vpp=2), stage) for stage in range(4)]
+    interleaved = [microbatches_in_flight(layout_with(pp=4, vpp=2), stage) for stage in range(4)]
     assert interleaved == [5.5, 4.5, 3.5, 2.5]
     assert interleaved[0] / plain[0] == 1 + 3 / (4 * 2)
-    assert microbatches_in_flight(Layout(pp=4, vpp=2), 0, 4) == 4
+    assert microbatches_in_flight(layout_with(pp=4, vpp=2), 0, 4) == 4
 
 
 def test_transformer_engine_saves_less_than_torch() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_hapo.config import AlgorithmConfig, Config
-from megatron_hapo.config.pipeline import Pipeline
 from megatron_hapo.entropy import entropy_stats
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.resharding.layouts import (
@@ -123,12 +122,7 @@ def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config
 def make_grid(config: Config) -> Any:
     from megatron_hapo.model import parallel_layout
 
-    sizes = config.parallel
-    return parallel_layout.initialize(
-        tp=sizes.tp, pp=sizes.pp, vpp=sizes.vpp, first_stage_layers=sizes.first_stage_layers,
-        last_stage_layers=sizes.last_stage_layers, cp=sizes.cp, ep=sizes.ep, etp=sizes.etp,
-        device=torch.device("cpu"), seed=0, timeout_seconds=60,
-    )  # fmt: skip
+    return parallel_layout.initialize(config.parallel, device=torch.device("cpu"), seed=0, timeout_seconds=60)
 
 
 def make_batch() -> TrainBatch:
@@ -288,9 +282,9 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
 
 
 def assert_layers_are_as_planned(trainer: Any) -> None:
-    """`Pipeline` says what Megatron does."""
+    """`ParallelSizes.chunks` says what Megatron does."""
     layout = trainer.layout
-    planned = [list(layers) for layers in layout.pipeline.chunks(trainer.shape.num_layers, layout.pp_rank)]
+    planned = [list(layers) for layers in layout.sizes.chunks(trainer.shape.num_layers, layout.pp_rank)]
     assert [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in trainer.model] == planned
 
 
@@ -468,11 +462,10 @@ def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[st
     """What every rank says it holds is what `trainer_shards` says without building the model."""
     shape = read_shape(trained["model"])
     for layout, views in layouts_of(trained):
-        tp, pp, ep, etp = (layout.get(axis, 1) for axis in ("tp", "pp", "ep", "etp"))
-        pipeline = Pipeline(pp=pp, vpp=layout.get("vpp", 1), first_stage_layers=layout.get("first_stage_layers"))
+        sizes = make_config(trained["model"], layout).parallel
+        assert sizes.world_size == len(views)
         planned: dict[int, set[Any]] = defaultdict(set)
-        dp = len(views) // (tp * pp)
-        for shard in trainer_shards(shape, tp=tp, pipeline=pipeline, dp=dp, ep=ep, etp=etp, spec="local"):
+        for shard in trainer_shards(shape, sizes, spec="local"):
             for rank in shard.ranks:
                 planned[rank] |= set(shard.parameters)
         for rank, view in enumerate(views):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import ConfigError
 
 
@@ -87,26 +87,25 @@ def read_shape(model_path: Path) -> Shape:
         raise ConfigError([f"model.path: {path} has no {error.args[0]}"]) from error
 
 
-def layout_faults(
-    shape: Shape, *, tp: int = 1, ep: int = 1, etp: int = 1, pipeline: Pipeline | None = None
-) -> Iterator[tuple[str, str]]:
+def layout_faults(shape: Shape, sizes: ParallelSizes) -> Iterator[tuple[str, str]]:
     """Why the model does not split over a layout: (name of the size, what is wrong); nothing where it does."""
-    sizes = {
+    tp = sizes.tp
+    parts = {
         "attention heads": shape.num_heads,
         "key-value heads": shape.num_kv_heads,
         "feed-forward units": shape.ffn_size,
     }
-    for what, size in sizes.items():
-        if size % tp:
-            yield "tp", f"{size} {what} do not split over tp={tp}"
-    yield from (pipeline or Pipeline()).faults(shape.num_layers)
-    for name, size in (("ep", ep), ("etp", etp)):
+    for what, count in parts.items():
+        if count % tp:
+            yield "tp", f"{count} {what} do not split over tp={tp}"
+    yield from sizes.faults(shape.num_layers)
+    for name, size in (("ep", sizes.ep), ("etp", sizes.etp)):
         if shape.moe is None and size > 1:
             yield name, f"{name}={size}, but the model has no experts (model_type {shape.family})"
-    if shape.moe is not None and shape.moe.num_experts % ep:
-        yield "ep", f"{shape.moe.num_experts} experts do not split over ep={ep}"
-    if shape.moe is not None and shape.moe.ffn_size % etp:
-        yield "etp", f"{shape.moe.ffn_size} feed-forward units of an expert do not split over etp={etp}"
+    if shape.moe is not None and shape.moe.num_experts % sizes.ep:
+        yield "ep", f"{shape.moe.num_experts} experts do not split over ep={sizes.ep}"
+    if shape.moe is not None and shape.moe.ffn_size % sizes.etp:
+        yield "etp", f"{shape.moe.ffn_size} feed-forward units of an expert do not split over etp={sizes.etp}"
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
