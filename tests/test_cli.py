@@ -147,7 +147,7 @@ BAD_INPUT = {
     "missing model folder": (["model.path=models/none"], "command line: model.path: no such folder: models/none"),
     "name on the Hub": (
         ["model.path=Qwen/Qwen3-8B"],
-        "command line: model.path: no such folder: Qwen/Qwen3-8B; names on the Hub are not taken: "
+        "command line: model.path: no such folder: Qwen/Qwen3-8B; to use a model from the Hub: "
         "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B, then model.path=models/Qwen3-8B",
     ),
     "missing data": (["data.train.path=none.parquet"], "command line: data.train.path: no such file: none.parquet"),

@@ -1,1 +1,1 @@
-"""What is wrong with a run, found before it starts."""
+"""Checks a run before it starts: its files, its layout, and a rehearsal of every part."""

@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts, as far as its files tell. Imports neither torch nor Ray."""
+"""Checks a run's model, data and layout before it starts. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import assert_never
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
@@ -18,19 +19,28 @@ from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
 from megatron_hapo.resharding.layouts import not_served
 from megatron_hapo.sizing import from_config
-from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
+from megatron_hapo.sizing.memory import (
+    GIB,
+    EngineMemory,
+    Spec,
+    TrainerMemory,
+    engine_memory,
+    trainer_memory,
+    turns_on_shared_gpu,
+)
 from megatron_hapo.sizing.parameters import model_parameters
 from megatron_hapo.sizing.search import too_large
 
 _OWN_FOLDERS = ("models", "runs")
-"""Where the shipped configs expect models, and what runs have written."""
+"""Folders where the shipped configs expect models and where runs write."""
 
 
 def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The config of a run whose files are there and fit it.
+    """The config of a run, checked against its files, with `parallel: auto` resolved.
 
     Raises:
-        ConfigError: with all faults at once, those of the config and those of the files.
+        ConfigError: all faults of the config and of the files at once.
+        HapoError: `parallel: auto` found no GPU, or no layout that fits.
     """
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
@@ -39,7 +49,7 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_run(config: Config) -> list[Fault]:
-    """Why the model folder, the data and the packages do not fit the config; empty where they do."""
+    """What is wrong with the model folder, the data, the packages and the layout; empty if nothing is."""
     faults = [*_model_faults(config)]
     for name, source in (("train", config.data.train), ("eval", config.data.eval)):
         if source is not None:
@@ -50,12 +60,14 @@ def check_run(config: Config) -> list[Fault]:
 
 
 def is_installed(package: str) -> bool:
-    # A plain folder of that name in the current one, such as wandb makes, is found too, but has no file of its own.
+    """Whether a package can be imported."""
+    # A folder of that name in the current directory, such as wandb creates, is found too, but has no origin.
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
 
 
 def _model_faults(config: Config) -> Iterator[Fault]:
+    """Why the model folder cannot be used, or does not fit the layout."""
     folder = config.model.path
     if not folder.is_dir():
         yield Fault("model.path", f"no such folder: {folder}{_hub_hint(folder)}")
@@ -76,38 +88,39 @@ def _model_faults(config: Config) -> Iterator[Fault]:
 
 
 def _hub_hint(folder: Path) -> str:
-    """What to do if the path was meant as a name on the Hugging Face Hub; empty where it was surely not."""
+    """What to do if the path was meant as a name on the Hugging Face Hub; empty if it cannot be one."""
     if folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in ("..", *_OWN_FOLDERS):
         return ""
     if folder.parent.is_dir():
         return ""
     local = f"models/{folder.name}"
-    return f"; names on the Hub are not taken: hf download {folder} --local-dir {local}, then model.path={local}"
+    return f"; to use a model from the Hub: hf download {folder} --local-dir {local}, then model.path={local}"
 
 
 def check_layout(config: Config, shape: Shape) -> list[Fault]:
-    """Why a model of this shape does not split over the layout, or does not fit its GPUs; empty where it does."""
+    """Why a model of this shape does not split over the layout, or does not fit its GPUs; empty if it does both."""
     return [*_layout_faults(config, shape)] or [*_memory_faults(config, shape)]
 
 
 def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
+    """Sizes of trainer and engines that the model cannot be split over, and responses that are too long for it."""
     parallel = config.parallel
     for name, message in layout_faults(shape, parallel):
         yield Fault(f"parallel.{name}", message, ("model.path",))
     rollout = config.rollout
-    # On a GPU SGLang gives several ranks the same key-value head.
+    # On a GPU SGLang replicates key/value heads over several ranks.
     replicates = config.device != "cpu" and rollout.tp % shape.num_kv_heads == 0
     engine_shape = replace(shape, num_kv_heads=rollout.tp) if replicates else shape
     for name, message in layout_faults(engine_shape, ParallelSizes(tp=rollout.tp, ep=rollout.ep)):
         yield Fault(f"rollout.{name}", message, ("model.path",))
     expert_tp = rollout.tp // rollout.ep
     if shape.moe is not None and expert_tp and shape.moe.ffn_size % expert_tp:
-        message = f"{shape.moe.ffn_size} feed-forward units of an expert do not split over tp={expert_tp}"
+        message = f"tp / ep = {expert_tp} must divide the {shape.moe.ffn_size} feed-forward units of each expert"
         yield Fault("rollout.tp", message, ("model.path",))
     if shape.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
         yield Fault(
             "parallel.sequence_parallel",
-            f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron trains it in no other way",
+            f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron requires it",
             ("model.path", "parallel.tp"),
         )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -121,7 +134,7 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
 
 
 def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
-    """Why trainer or engines cannot fit their GPUs; nothing on a CPU, or where the size of a GPU is not known."""
+    """Why trainer or engines do not fit their GPUs; nothing on a CPU, or if the memory of a GPU is unknown."""
     gpu_bytes = from_config.gpu_memory(config)
     if gpu_bytes is None:
         return
@@ -133,7 +146,6 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         spec=spec,
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
-    shared = config.placement == "colocated"
     engine = engine_memory(
         shape,
         tp=rollout.tp,
@@ -142,42 +154,67 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         num_parameters=model_parameters(shape),
         bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
     )
-    turns = turns_on_shared_gpu(
-        trainer,
-        engine,
-        keeps_optimizer=config.memory_turns.trainer == "gradients",
-        keeps_weights=config.memory_turns.engines == "kv_cache",
-    )
-    if (turns["training"] if shared else trainer.total) > gpu_bytes:
-        reason = too_large(trainer, gpu_bytes, beside_engine=turns["training"] - trainer.total if shared else 0)
-        layers = " without Transformer Engine" if spec == "local" else ""
-        # The planner, which may stand on another machine, takes auto for Transformer Engine.
-        command = "plan CONFIG model.spec=local" if layers and config.model.spec == "auto" else "plan"
-        yield Fault(
-            "parallel",
-            f"does not fit: a trainer rank{layers} {reason}; `megatron-hapo {command}` finds layouts that do",
-            ("model.path", "model.spec", "trainer", "rollout.max_response_tokens"),
-        )
-    elif shared and (turn := max(("weight sync", "generation"), key=turns.__getitem__)) and turns[turn] > gpu_bytes:
-        yield Fault(
-            "rollout.memory_fraction",
-            f"does not fit: an engine with {rollout.memory_fraction} of a GPU of {gpu_bytes / GIB:.1f} GiB needs "
-            f"{turns[turn] / GIB:.1f} GiB together with a resting trainer rank ({turn}); "
-            "`megatron-hapo plan --placement colocated` finds a share that fits",
-            ("model.path", "parallel", "rollout.tp"),
-        )
+    match config.placement:
+        case "colocated":
+            yield from _shared_gpu_faults(config, trainer, engine, gpu_bytes, spec)
+        case "disaggregated":
+            if trainer.total > gpu_bytes:
+                yield _trainer_fault(config, too_large(trainer, gpu_bytes), spec)
+        case _:
+            assert_never(config.placement)
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if engine.kv_tokens < longest:
         yield Fault(
             "rollout.tp",
             f"does not fit: at tp={rollout.tp} the weights take {engine.weights / GIB:.1f} GiB of a GPU of "
             f"{gpu_bytes / GIB:.1f} GiB, which leaves a KV cache of {max(0, engine.kv_tokens)} tokens at "
-            f"rollout.memory_fraction={rollout.memory_fraction}; one response may need {longest}",
+            f"rollout.memory_fraction={rollout.memory_fraction}; one response can need {longest}",
             ("model.path", "rollout.memory_fraction", "rollout.max_response_tokens"),
         )
 
 
+def _shared_gpu_faults(
+    config: Config, trainer: TrainerMemory, engine: EngineMemory, gpu_bytes: int, spec: Spec
+) -> Iterator[Fault]:
+    """The first turn on a GPU shared by trainer and engine that does not fit."""
+    rollout = config.rollout
+    turns = turns_on_shared_gpu(
+        trainer,
+        engine,
+        keeps_optimizer=config.memory_turns.trainer == "gradients",
+        keeps_weights=config.memory_turns.engines == "kv_cache",
+    )
+    training = turns.pop("training")
+    turn, needed = max(turns.items(), key=lambda item: item[1])
+    if training > gpu_bytes:
+        yield _trainer_fault(config, too_large(trainer, gpu_bytes, beside_engine=training - trainer.total), spec)
+    elif needed > gpu_bytes:
+        yield Fault(
+            "rollout.memory_fraction",
+            f"does not fit: an engine with {rollout.memory_fraction} of a GPU of {gpu_bytes / GIB:.1f} GiB needs "
+            f"{needed / GIB:.1f} GiB together with a resting trainer rank ({turn}); "
+            "`megatron-hapo plan --placement colocated` finds a fraction that fits",
+            ("model.path", "parallel", "rollout.tp"),
+        )
+
+
+def _trainer_fault(config: Config, reason: str, spec: Spec) -> Fault:
+    layers = " without Transformer Engine" if spec == "local" else ""
+    # The planner may run on another machine, and assumes Transformer Engine for `auto`.
+    command = "plan CONFIG model.spec=local" if layers and config.model.spec == "auto" else "plan"
+    return Fault(
+        "parallel",
+        f"does not fit: a trainer rank{layers} {reason}; `megatron-hapo {command}` finds layouts that fit",
+        ("model.path", "model.spec", "trainer", "rollout.max_response_tokens"),
+    )
+
+
 def _data_faults(key: str, source: DataSource) -> Iterator[Fault]:
+    """Why data cannot be read.
+
+    Args:
+        key: the setting that names the data, e.g. data.train.
+    """
     if isinstance(source, FileData):
         for message in file_faults(source.path):
             yield Fault(f"{key}.path", message)

@@ -1,4 +1,4 @@
-"""The rehearsal of a run, `megatron-hapo check`: every part once, on a few prompts, and what would go wrong."""
+"""The rehearsal of a run, `megatron-hapo check`: runs every part once on a few prompts and reports what it finds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from megatron_hapo.rollout.collect import generate_scored, steering
 from megatron_hapo.types import Prompt, Sampling, ScoredGroup
 
 LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
-"""Mean |engine - trainer| of a sampled token's log-prob; at bfloat16 two sets of kernels round differently."""
+"""Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by dtype; at bfloat16 the kernels
+of the two sides round differently."""
 
 Verdict = Literal["ok", "warning", "fault"]
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One result of the rehearsal."""
+
     verdict: Verdict
     message: str
 
@@ -36,14 +39,14 @@ def rehearse(
     rewards: RewardPool,
     prompts: Sequence[Prompt],
 ) -> list[Finding]:
-    """A verified sync, rollouts with and without the adaptive temperature, rewards and the trainer's scores.
+    """The findings of a verified sync, rollouts with and without adaptive temperature, rewards and trainer log-probs.
 
     Raises:
-        HapoError: a part failed, e.g. an engine does not hold the trainer's weights.
+        HapoError: a part failed, e.g. an engine's weights differ from the trainer's.
     """
     clock = StepClock()
     turns.to_engines(policy_version=0)  # the first sync is always verified
-    findings = [Finding("ok", "every engine holds the trainer's weights, compared by checksums")]
+    findings = [Finding("ok", "every engine holds the trainer's weights, verified by checksums")]
     sampling = Sampling(
         samples=config.batch.samples_per_prompt,
         temperature=config.rollout.temperature,
@@ -75,7 +78,7 @@ def rehearse(
 
 
 def logprob_findings(mismatch: Mapping[str, float], dtype: str) -> Iterator[Finding]:
-    """Do engine and trainer give a sampled token the same probability?"""
+    """Whether engine and trainer give sampled tokens the same log-probs, within the dtype's accuracy."""
     mean, limit = mismatch["rollout/logprob_abs_diff"], LARGEST_LOGPROB_DIFFERENCE[dtype]
     figures = (
         f"log-probs of engine and trainer differ by {mean:.2g} on average, by "
@@ -87,26 +90,26 @@ def logprob_findings(mismatch: Mapping[str, float], dtype: str) -> Iterator[Find
         yield Finding(
             "fault",
             f"{figures}; at {dtype} the average should be at most {limit:g}. The importance ratios would be wrong from "
-            "the first step: look for a model option that one side ignores, or set algorithm.importance_correction",
+            "the first step: check for a model option that one side ignores, or set algorithm.importance_correction",
         )
 
 
 def group_findings(groups: Sequence[ScoredGroup]) -> Iterator[Finding]:
-    """Is there anything to learn from these responses?"""
+    """Whether there is a gradient to learn from, whether rewards failed, and whether responses were truncated."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]
     accuracy, informative = np.mean([s.correct for s in scores]), sum(group.informative for group in groups)
     right = f"{accuracy:.0%} of {len(scores)} responses are correct"
-    learned = f"{right}; {informative} of {len(groups)} groups have better and worse ones"
+    learned = f"{right}; {informative} of {len(groups)} groups have both better and worse ones"
     if informative:
         yield Finding("ok", learned)
     else:
-        reason = "too easy" if accuracy > 0.5 else "too hard, or the answers are not found in the responses"
-        yield Finding("warning", f"{learned}, so no gradient: the problems are {reason}")
+        reason = "too easy" if accuracy > 0.5 else "too hard, or the scorer does not find the answers in the responses"
+        yield Finding("warning", f"{learned}, so there is no gradient: the problems are {reason}")
     failures = [score.failure for score in scores if score.failure is not None]
     if failures:
-        yield Finding("warning", f"{len(failures)} rewards failed, e.g. {failures[0]}; they count as wrong")
+        yield Finding("warning", f"{len(failures)} rewards failed, e.g. {failures[0]}; they count as wrong answers")
     truncated = np.mean([rollout.finish_reason == "length" for rollout in rollouts])
     longest = max(len(rollout.response_ids) for rollout in rollouts)
-    lengths = f"responses have up to {longest} tokens; {truncated:.0%} end at rollout.max_response_tokens"
+    lengths = f"responses have up to {longest} tokens; {truncated:.0%} were truncated at rollout.max_response_tokens"
     yield Finding("warning" if truncated > 0.3 else "ok", lengths)

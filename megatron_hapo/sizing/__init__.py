@@ -1,1 +1,1 @@
-"""Which layout fits, and how fast it would be: arithmetic on a model's sizes. Imports no torch."""
+"""Which layouts fit and how fast they would be, computed from a model's sizes. Imports no torch."""

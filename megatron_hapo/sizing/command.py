@@ -1,4 +1,4 @@
-"""`megatron-hapo plan`: from its arguments to ranked layouts."""
+"""The command `megatron-hapo plan`: ranks layouts for a config or a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from megatron_hapo.model.families import Shape, read_shape
 from megatron_hapo.sizing.from_config import (
     MEAN_OVER_MAX,
     MEAN_PROMPT_TOKENS,
-    STAND_INS,
+    PLACEHOLDERS,
     is_automatic,
     limits_of,
-    recompute_choices,
     workload_of,
 )
 from megatron_hapo.sizing.search import Cluster, Limits, search
@@ -26,70 +25,58 @@ from megatron_hapo.sizing.tables import plans_as_json, print_plans
 from megatron_hapo.sizing.throughput import GPUS, Workload
 from megatron_hapo.sizing.written import write_plan
 
-ASSUMED_LAYERS = "Layers: Transformer Engine's are assumed; with a CONFIG model.spec=local plans for torch's."
-"""Whether `model.spec: auto` finds the package is known on the machines of the run only."""
+ASSUMED_LAYERS = "Layers: Transformer Engine is assumed; model.spec=local plans for torch layers (needs a CONFIG)."
+"""`model.spec: auto` looks for the package on the machines of the run, which the planner cannot see."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `plan` takes."""
+    """Add the arguments of `plan` to its parser."""
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the file's"
+        "--model", type=Path, metavar="HF_CONFIG", help="model folder or config.json; overrides the config's model.path"
     )
-    parser.add_argument(
-        "--model", type=Path, metavar="HF_CONFIG", help="model folder or config.json; replaces the config's model.path"
-    )
-    parser.add_argument("--gpus", type=int, help="GPUs of trainer and engines together (default: CONFIG's)")
+    parser.add_argument("--gpus", type=int, help="total GPUs of trainer and engines (default: CONFIG's)")
     parser.add_argument("--gpu-memory", help="memory of one GPU (default: CONFIG's parallel.gpu_memory, else 80GiB)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="for its rates (default: %(default)s)")
-    parser.add_argument("--nvlink-size", type=int, default=8, help="GPUs of an NVLink domain (default: %(default)s)")
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), default="h100", help="GPU model, for its peak rates (default: %(default)s)"
+    )
+    parser.add_argument("--nvlink-size", type=int, default=8, help="GPUs per NVLink domain (default: %(default)s)")
     parser.add_argument(
         "--placement", choices=("disaggregated", "colocated"),
-        help="GPUs of their own for trainer and engines, or the same in turn (default: the config's)",
+        help="separate GPUs for trainer and engines, or shared in turns (default: the config's)",
     )  # fmt: skip
-    parser.add_argument("--max-prompt", type=int, help="tokens; replaces the config's")
-    parser.add_argument("--max-response", type=int, help="tokens; replaces the config's")
-    parser.add_argument("--mean-response", type=float, help="expected tokens; default: a quarter of the longest")
-    parser.add_argument("--top", type=int, default=8, help="plans to show (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the best plan as a config on top of CONFIG")
+    parser.add_argument("--max-prompt", type=int, help="longest prompt in tokens; overrides the config")
+    parser.add_argument("--max-response", type=int, help="longest response in tokens; overrides the config")
+    parser.add_argument(
+        "--mean-response", type=float, help="expected mean in tokens (default: a quarter of the longest)"
+    )
+    parser.add_argument("--top", type=int, default=8, help="number of plans to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the best plan as a config that builds on CONFIG"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the plans.
+    """Print the plans, and write the best one if asked to.
 
     Raises:
-        HapoError: what was asked for cannot be planned, or nothing fits.
+        HapoError: the arguments are invalid, or nothing fits.
     """
-    if arguments.config is None and arguments.model is None:
-        raise HapoError("plan: name a CONFIG or a model with --model")
-    for name in ("gpus", "nvlink_size", "top", "max_prompt", "max_response", "mean_response"):
-        if (given := getattr(arguments, name)) is not None and given < 1:
-            raise HapoError(f"--{name.replace('_', '-')}: must be at least 1, got {given:g}")
+    _check(arguments)
     config, gpus = _config_and_gpus(arguments)
     shape = shape_at(arguments.model or config.model.path)  # type: ignore[union-attr]  # one of the two is there
-    try:
-        gpu_bytes = parse_bytes(arguments.gpu_memory or (config and config.parallel.gpu_memory) or "80GiB")
-    except ValueError as error:
-        raise HapoError(f"--gpu-memory: {error}") from None
     cluster = Cluster(
-        gpus=gpus, gpu_bytes=gpu_bytes, gpu=GPUS[arguments.gpu], nvlink_size=arguments.nvlink_size,
+        gpus=gpus, gpu_bytes=_gpu_bytes(config, arguments), gpu=GPUS[arguments.gpu],
+        nvlink_size=arguments.nvlink_size,
         placement=arguments.placement or ("disaggregated" if config is None else config.placement),
     )  # fmt: skip
-    limits = Limits(max_cp=8, recompute=recompute_choices()) if config is None else limits_of(config)
+    limits = Limits(max_cp=8) if config is None else limits_of(config)
     workload = _workload(config, arguments)
-    if workload.longest > shape.max_positions:
-        raise HapoError(
-            f"prompt and response of {workload.longest} tokens are more than the model's {shape.max_positions} "
-            "positions; lower --max-response"
-        )
-    if workload.mean_response_tokens > workload.max_response_tokens:
-        raise HapoError(
-            f"--mean-response: {workload.mean_response_tokens:g} tokens are more than the longest response of "
-            f"{workload.max_response_tokens}"
-        )
+    _check_lengths(workload, shape)
     plans, rejections = search(shape, workload, cluster, limits)
-    if arguments.write is not None:  # first: whoever reads the tables may stop in their midst
+    if arguments.write is not None:  # before printing, since a reader such as `head` may close the pipe
         write_plan(plans[0], arguments.write, base=arguments.config, asked=_asked(arguments), cluster=cluster)
     if arguments.json:
         print(plans_as_json(plans, rejections, top=arguments.top, spec=limits.spec))
@@ -98,22 +85,50 @@ def run(arguments: argparse.Namespace) -> None:
         print_plans(plans, rejections, cluster, top=arguments.top, note=note)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.config is None and arguments.model is None:
+        raise HapoError("plan: needs a CONFIG or --model")
+    for name in ("gpus", "nvlink_size", "top", "max_prompt", "max_response", "mean_response"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise HapoError(f"--{name.replace('_', '-')}: must be at least 1, got {given:g}")
+
+
+def _check_lengths(workload: Workload, shape: Shape) -> None:
+    if workload.longest > shape.max_positions:
+        raise HapoError(
+            f"the longest prompt and response together have {workload.longest} tokens, more than the model's "
+            f"{shape.max_positions} positions; lower --max-response"
+        )
+    if workload.mean_response_tokens > workload.max_response_tokens:
+        raise HapoError(
+            f"--mean-response: must be at most the longest response of {workload.max_response_tokens} tokens, got "
+            f"{workload.mean_response_tokens:g}"
+        )
+
+
+def _gpu_bytes(config: Config | None, arguments: argparse.Namespace) -> int:
+    try:
+        return parse_bytes(arguments.gpu_memory or (config and config.parallel.gpu_memory) or "80GiB")
+    except ValueError as error:
+        raise HapoError(f"--gpu-memory: {error}") from None
+
+
 def _config_and_gpus(arguments: argparse.Namespace) -> tuple[Config | None, int]:
-    """The config to plan for, and the GPUs: by default those that its own layout takes."""
+    """The config to plan for, and the number of GPUs, by default that of the config's own layout."""
     if arguments.config is None:
         if arguments.gpus is None:
-            raise HapoError("--gpus: is needed without a CONFIG")
+            raise HapoError("--gpus: is required without a CONFIG")
         return None, arguments.gpus
     automatic = is_automatic(arguments.config, arguments.overrides)
     if automatic and arguments.gpus is None:
-        raise HapoError(f"--gpus: is needed, {arguments.config} says parallel: auto")
-    config = load_config(arguments.config, [*arguments.overrides, *(STAND_INS if automatic else ())])
+        raise HapoError(f"--gpus: is required, because {arguments.config} has parallel: auto")
+    config = load_config(arguments.config, [*arguments.overrides, *(PLACEHOLDERS if automatic else ())])
     engines = 0 if config.placement == "colocated" else config.rollout.engines * config.rollout.tp
     return config, arguments.gpus or config.parallel.world_size + engines
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line replaces of the config, as settings."""
+    """The settings that the command line overrides, as sections of a config."""
     asked = settings_of(arguments.overrides)
     lengths = {"max_prompt_tokens": arguments.max_prompt, "max_response_tokens": arguments.max_response}
     given = {name: length for name, length in lengths.items() if length is not None}
@@ -122,14 +137,14 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.gpu_memory is not None:
         asked = merge(asked, {"parallel": {"gpu_memory": arguments.gpu_memory}})
     if arguments.model is not None:
-        # A config names the folder.
+        # The setting is a folder.
         model = arguments.model.parent if arguments.model.name == "config.json" else arguments.model
         asked = merge(asked, {"model": {"path": str(model)}})
     return asked
 
 
 def shape_at(path: Path) -> Shape:
-    """The shape of a model folder, or of a config.json under any name."""
+    """The shape of a model, from its folder or from a config.json of any file name."""
     if not path.is_file():
         return read_shape(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +153,7 @@ def shape_at(path: Path) -> Shape:
 
 
 def _workload(config: Config | None, arguments: argparse.Namespace) -> Workload:
+    """The work of one step, from the arguments, the config and defaults, in this order."""
     rollout, batch = RolloutConfig(), BatchConfig()
     if config is not None:
         rollout, batch = config.rollout, config.batch

@@ -1,4 +1,4 @@
-"""Between a run's config and the planner: what a config asks for, and a plan as settings of a config."""
+"""Translates a config into the planner's inputs, and a plan into settings of a config."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from megatron_hapo.config import Config, RolloutConfig, TrainerConfig, load_config, parse_bytes
+from megatron_hapo.config import Config, RolloutConfig, load_config, parse_bytes
 from megatron_hapo.config.sources import read_sources
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
@@ -21,16 +21,16 @@ from megatron_hapo.sizing.search import Cluster, LayoutPlan, Limits, Placement, 
 from megatron_hapo.sizing.throughput import GPUS, Workload
 
 MEAN_OVER_MAX = 0.25
-"""Mean response over max_response_tokens, where nobody says better: Qwen3-8B-Base came to 2,100 to 3,450 of 12,288
-tokens in the authors' curves."""
+"""Default ratio of the mean response to max_response_tokens: Qwen3-8B-Base reached 2,100 to 3,450 of 12,288 tokens in
+the authors' curves."""
 MEAN_PROMPT_TOKENS = 200
-STAND_INS = ("parallel={tp: 2, dp: 2}", "rollout.engines=1", "rollout.tp=1", "rollout.ep=1")
-"""Sizes of a config that leaves them to the planner, while it is read: they contradict nothing, and no setting that
-needs several ranks is without effect."""
+PLACEHOLDERS = ("parallel={tp: 2, dp: 2}", "rollout.engines=1", "rollout.tp=1", "rollout.ep=1")
+"""Sizes with which a config with `parallel: auto` is read before the planner has chosen: they contradict no other
+setting, and every setting that needs several ranks has an effect."""
 
 
 def layout_of(config: Config) -> Layout:
-    """The trainer's layout that a config asks for."""
+    """The trainer layout of a config."""
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     return Layout(
         sizes=config.parallel,
@@ -39,14 +39,18 @@ def layout_of(config: Config) -> Layout:
         cpu_offload=config.optimizer.cpu_offload,
         recompute=config.trainer.recompute,
         output_head=config.trainer.output_head,
-        # A sequence longer than the budget stands alone in a micro-batch of its own.
+        # A sequence that exceeds the budget gets a micro-batch of its own.
         tokens_per_microbatch=max(longest, config.trainer.max_tokens_per_microbatch),
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
     )
 
 
 def workload_of(config: Config, *, mean_response_tokens: float | None = None) -> Workload:
-    """A step of the run; without a better word the mean response is a quarter of the longest."""
+    """The work of one step of a run.
+
+    Args:
+        mean_response_tokens: None: a quarter of max_response_tokens.
+    """
     batch, rollout = config.batch, config.rollout
     return Workload(
         prompts_per_step=batch.prompts_per_step,
@@ -60,37 +64,33 @@ def workload_of(config: Config, *, mean_response_tokens: float | None = None) ->
 
 
 def limits_of(config: Config) -> Limits:
-    """What a plan for this run may use."""
+    """What a plan for this config may use."""
     return Limits(
-        # Entropy statistics of a micro-batch need whole sequences on a rank.
+        # Entropy statistics per micro-batch need whole sequences on a rank.
         max_cp=1 if config.algorithm.entropy.source == "micro_batch" else 8,
         distributed_optimizer=config.trainer.distributed_optimizer,
-        recompute=recompute_choices(),
         output_head=config.trainer.output_head,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
         spec="local" if config.model.spec == "local" else "te",
-        # A colocated run's own is what a trainer rank left of an engine's share.
+        # In a colocated config, memory_fraction already excludes what a trainer rank keeps.
         memory_fraction=(config.rollout if config.placement == "disaggregated" else RolloutConfig()).memory_fraction,
         max_running_requests=config.rollout.max_running_requests,
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
 
 
-def recompute_choices() -> tuple[Any, ...]:
-    """Those of the config."""
-    return get_args(TrainerConfig.model_fields["recompute"].annotation)
-
-
 def spec_here(config: Config) -> Spec:
-    """The layers that a GPU of this machine would run."""
+    """The layer implementation that a GPU of this machine would use."""
     if config.model.spec == "auto":
         return "te" if importlib.util.find_spec("transformer_engine") else "local"
     return config.model.spec
 
 
 def plan_settings(plan: LayoutPlan) -> dict[str, dict[str, Any]]:
-    """The settings of a config that make this plan, beside its placement: all of them, since the config that they come
-    on top of may have others in their place, e.g. uneven stages."""
+    """The settings that a plan consists of, except its placement, by section of the config.
+
+    They include defaults, which may have to override a base config, e.g. one with uneven stages.
+    """
     layout = plan.layout
     return {
         "parallel": {**layout.sizes.model_dump(), "sequence_parallel": layout.sequence_parallel},
@@ -98,14 +98,14 @@ def plan_settings(plan: LayoutPlan) -> dict[str, dict[str, Any]]:
         "optimizer": {"cpu_offload": layout.cpu_offload},
         "rollout": {
             "engines": plan.engines, "tp": plan.rollout_tp,
-            "ep": 1,  # the planner counts experts that are cut over an engine's ranks
+            "ep": 1,  # the planner assumes that every expert is sharded over the engine's ranks
             "memory_fraction": plan.memory_fraction,
         },
     }  # fmt: skip
 
 
 def placement_settings(placement: Placement) -> dict[str, Any]:
-    """The placement, and the settings that it leaves no choice about."""
+    """The placement, with the values that it requires of other settings, by section of the config."""
     if placement == "disaggregated":
         return {"placement": placement}
     return {
@@ -117,7 +117,7 @@ def placement_settings(placement: Placement) -> dict[str, Any]:
 
 
 def gpu_memory(config: Config) -> int | None:
-    """Bytes of a GPU: as the config says, else as the driver of this machine says; None on a CPU or if unknown."""
+    """Bytes of a GPU, from the config or from this machine's driver; None on a CPU or if unknown."""
     if config.device == "cpu":
         return None
     if config.parallel.gpu_memory is not None:
@@ -126,18 +126,18 @@ def gpu_memory(config: Config) -> int | None:
 
 
 def local_gpus() -> list[int]:
-    """Bytes of each GPU of this machine, from nvidia-smi, so that torch need not be imported."""
+    """Bytes of each GPU of this machine, from nvidia-smi, so that torch is not imported."""
     return [int(line) << 20 for line in _nvidia_smi("memory.total") if line.isdigit()]
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 operations a second of a GPU of this machine; None on a CPU, and for a GPU that GPUS has not."""
+    """Dense bfloat16 operations per second of this machine's GPU; None on a CPU and for a GPU that is not in GPUS."""
     names = _nvidia_smi("name") if device == "cuda" else []
     return next((gpu.flops for gpu in GPUS.values() for name in names if gpu.name in name.lower()), None)
 
 
 def _nvidia_smi(field: str) -> list[str]:
-    """What nvidia-smi says of each GPU; nothing where there is none."""
+    """One field of nvidia-smi for each GPU; empty if there is no GPU or no nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -155,21 +155,22 @@ def is_automatic(path: Path, overrides: Sequence[str]) -> bool:
 
 
 def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
-    """What `parallel: auto` stands for on this machine, as key=value settings; nothing where a config does not say so.
+    """The settings that `parallel: auto` stands for on this machine, as key=value; empty for any other config.
 
-    It sets the trainer's sizes, micro-batches, recomputation and offload, and the number and size of the engines.
+    They are the trainer's sizes, micro-batches, recomputation and offload, and the number and size of the engines.
 
     Raises:
-        HapoError: no GPU is visible here, or nothing fits; ConfigError: the config has faults.
+        HapoError: this machine shows no GPU, or nothing fits.
+        ConfigError: the config has faults.
     """
     if not is_automatic(Path(path), overrides):
         return []
-    config = load_config(path, [*overrides, *STAND_INS])
+    config = load_config(path, [*overrides, *PLACEHOLDERS])
     gpus = local_gpus()
     if not gpus:
         raise HapoError(
-            f"{path}: parallel: auto asks for the GPUs of this machine, and nvidia-smi shows none; "
-            "`megatron-hapo plan CONFIG --gpus N --write FILE` makes a layout for other machines"
+            f"{path}: parallel: auto uses the GPUs of this machine, but nvidia-smi shows none; "
+            "`megatron-hapo plan CONFIG --gpus N --write FILE` plans for other machines"
         )
     cluster = Cluster(
         gpus=len(gpus), gpu_bytes=min(gpus), gpu=GPUS["h100"], nvlink_size=len(gpus),
@@ -177,11 +178,10 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
     )  # fmt: skip
     limits = replace(limits_of(config), spec=spec_here(config))
     plans, _ = search(read_shape(config.model.path), workload_of(config), cluster, limits)
-    plan = plans[0]
     return [
         f"{section}.{key}={json.dumps(value)}"
-        for section, values in plan_settings(plan).items()
+        for section, values in plan_settings(plans[0]).items()
         for key, value in values.items()
-        # A setting of the command line must have an effect.
-        if not (key == "sequence_parallel" and plan.layout.sizes.tp == 1)
+        # Settings without effect are rejected on the command line.
+        if not (key == "sequence_parallel" and plans[0].layout.sizes.tp == 1)
     ]

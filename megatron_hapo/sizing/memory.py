@@ -1,9 +1,9 @@
-"""Bytes on one GPU: what a trainer rank and an engine rank hold, and the peak of each phase of a step.
+"""Memory model: bytes that a trainer rank and an engine rank hold on a GPU, and the peak of each phase of a step.
 
 Letters in the formulas: `h` hidden size, `q` and `k` width of all query heads and of all key heads, `f` feed-forward
-units, `t` tokens of a micro-batch on the rank, `w` bytes of an activation. Everything is in bytes.
-Source of the approach: Korthikanti et al., arXiv:2205.05198, section 4, with grouped queries, gated units and packed
-sequences; no term is quadratic in the length, because attention keeps its log-sum-exp only.
+units, `t` tokens of a micro-batch on the rank, `w` bytes of an activation. All sizes are in bytes.
+The approach follows Korthikanti et al., arXiv:2205.05198, section 4, with grouped queries, gated units and packed
+sequences; no term is quadratic in the length, because attention keeps only its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -17,44 +17,46 @@ from megatron_hapo.sizing.parameters import Layout, experts, stage_layers, stage
 GIB = 1 << 30
 
 Spec = Literal["te", "local", "local_cpu"]
-"""Layers of Transformer Engine; of torch on a GPU; of torch on a CPU, where RMSNorm is not one fused operator."""
+"""`te`: Transformer Engine layers. `local`: torch layers on a GPU. `local_cpu`: torch layers on a CPU, where RMSNorm is
+not a fused operator."""
 
 FIXED_RESERVE_BYTES = 3 * GIB
-"""CUDA context, NCCL's buffers, cuBLAS work space."""
+"""CUDA context, NCCL buffers, cuBLAS workspace."""
 FRAGMENTATION = 0.05
-"""Share of the GPU's memory that the caching allocator cannot hand out."""
+"""Share of a GPU's memory lost to fragmentation in the caching allocator."""
 EXPERT_IMBALANCE = 1.25
-"""Tokens of the busiest expert rank over the mean."""
+"""Ratio of the busiest expert rank's tokens to the mean."""
 PADDING_OF_GROUPS = 1.33
-"""The local attention pads sequences of similar length: to twice the tokens at worst, to about this on average."""
+"""Growth of the tokens when the local attention pads groups of sequences of similar length: about this on average, 2 at
+worst."""
 ENGINE_RESTING_BYTES = 3 * GIB
-"""What an engine cannot give back: CUDA context, NCCL's buffers, CUDA graphs, work spaces."""
+"""What an engine cannot release: CUDA context, NCCL buffers, CUDA graphs, workspaces."""
 HEAD_CHUNKS = 3
-"""Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds together."""
+"""Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds at the same time."""
 FUSED_CHUNK_BYTES = 256 << 20
-"""Logits that megatron_hapo.logprobs.fused_head holds at a time."""
+"""Bytes of the chunk of logits that megatron_hapo.logprobs.fused_head holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerMemory:
-    """The bytes of one trainer rank, part by part."""
+    """Bytes on one trainer rank, by part."""
 
     weights: int
     gradients: int
     optimizer: int
-    """Float32 master weights and Adam's two moments; none with cpu_offload."""
+    """Float32 master weights and Adam's two moments; 0 with cpu_offload."""
     activations: int
-    """What the backward pass needs, of all micro-batches in flight, and the largest temporary of a layer."""
+    """What is saved for the backward pass of all micro-batches in flight, and the largest temporary of a layer."""
     logits_head: int
     optimizer_step: int
     """Temporaries of the optimizer step."""
     sync_buckets: int
-    """Gathered tensors and the bucket under way while weights go to the engines."""
+    """Gathered tensors and the bucket in flight during a weight sync."""
     reserve: int
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes beyond weights, gradients, optimizer and reserve in each phase; only the largest counts."""
+        """Bytes of each phase in addition to weights, gradients, optimizer and reserve; only the largest counts."""
         return {
             "update": self.activations + self.logits_head,
             "optimizer step": self.optimizer_step,
@@ -63,11 +65,11 @@ class TrainerMemory:
 
     @property
     def total(self) -> int:
-        """At the peak of the step."""
+        """Bytes at the peak of a step."""
         return self.weights + self.gradients + self.optimizer + self.reserve + max(self.phases.values())
 
     def resting(self, *, keeps_optimizer: bool = False) -> int:
-        """While engines have their turn on this GPU: caches are given back, the CUDA context is not."""
+        """Bytes held while the engines use this GPU: caches are released, the CUDA context is not."""
         return self.weights + min(self.reserve, FIXED_RESERVE_BYTES) + (self.optimizer if keeps_optimizer else 0)
 
     @property
@@ -90,12 +92,12 @@ def trainer_memory(
     response_share: float = 1.0,
     bucket_bytes: int = 512 << 20,
 ) -> TrainerMemory:
-    """The bytes of the fullest rank.
+    """Bytes on the rank that needs the most memory.
 
     Args:
-        gpu_bytes: memory of a GPU; fixes the share lost to fragmentation. 0 (a CPU): no reserve at all.
-        num_microbatches: of a mini-batch on one rank; None: at least as many as pipeline stages.
-        response_share: of the tokens of a micro-batch; only response tokens reach the output head.
+        gpu_bytes: memory of a GPU, which determines the loss to fragmentation. 0 (a CPU): no reserve.
+        num_microbatches: micro-batches of a mini-batch on one rank. None: at least as many as pipeline stages.
+        response_share: share of response tokens in a micro-batch; only these reach the output head.
     """
     stages = [
         _stage_memory(shape, layout, stage, gpu_bytes, spec, num_microbatches, response_share, bucket_bytes)
@@ -114,6 +116,7 @@ def _stage_memory(
     response_share: float,
     bucket_bytes: int,
 ) -> TrainerMemory:
+    """Bytes on a rank of one pipeline stage."""
     parameters = stage_parameters(shape, layout, stage)
     sharded = optimizer_elements(shape, layout, stage)
     in_flight = microbatches_in_flight(layout, stage, num_microbatches)
@@ -124,7 +127,7 @@ def _stage_memory(
         optimizer=0 if layout.cpu_offload else optimizer_bytes_per_element(layout) * sharded,
         activations=activation_bytes(shape, layout, stage, in_flight=in_flight, spec=spec),
         logits_head=head_bytes(shape, layout, rows=round(response_share * layout.tokens_per_rank)) if last else 0,
-        # torch's multi-tensor Adam makes one temporary as large as a moment; Transformer Engine's and apex's do not.
+        # torch's multi-tensor Adam allocates a temporary as large as a moment; Transformer Engine's and apex's do not.
         optimizer_step=0 if spec == "te" or layout.cpu_offload else 4 * sharded,
         sync_buckets=sync_bytes(shape, layout, bucket_bytes=bucket_bytes),
         reserve=FIXED_RESERVE_BYTES + round(FRAGMENTATION * gpu_bytes) if gpu_bytes else 0,
@@ -132,9 +135,10 @@ def _stage_memory(
 
 
 def microbatches_in_flight(layout: Layout, stage: int, num_microbatches: int | None = None) -> float:
-    """Micro-batches whose activations a stage holds at its peak: whole ones, or, interleaved, vpp-ths of them.
+    """Number of micro-batches whose activations a stage holds at its peak; a multiple of 1 / vpp.
 
-    A stage's forward passes before its first backward pass, and one more: Megatron's `get_pp_rank_microbatches`.
+    It is the stage's number of forward passes before its first backward pass, plus one (Megatron's
+    `get_pp_rank_microbatches`).
     """
     sizes = layout.sizes
     chunks = sizes.pp - stage
@@ -144,9 +148,9 @@ def microbatches_in_flight(layout: Layout, stage: int, num_microbatches: int | N
 
 
 def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
-    """Parameters whose optimizer state a rank holds: all of its own, or its share with the distributed optimizer.
+    """Number of parameters whose optimizer state a rank holds: all of its own, or a shard with distributed_optimizer.
 
-    Dense parameters are shared over dp x cp ranks, expert parameters over all ranks with the same parts of experts.
+    Dense parameters are sharded over dp x cp ranks, expert parameters over all ranks with the same shards of experts.
     """
     parameters = stage_parameters(shape, layout, stage)
     if not layout.distributed_optimizer:
@@ -155,17 +159,17 @@ def optimizer_elements(shape: Shape, layout: Layout, stage: int) -> int:
 
 
 def optimizer_bytes_per_element(layout: Layout) -> int:
-    """Two float32 moments; a float32 master weight where the weight itself is not float32."""
+    """Bytes of optimizer state per parameter: two float32 moments, and a float32 master weight of a bfloat16 weight."""
     return 12 if layout.bytes_per_parameter == 2 else 8
 
 
 def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
-    """Logits of `rows` response tokens: 2.75 bytes an element in bfloat16, and what surrounds them.
+    """Bytes of the output head for `rows` response tokens; the logits take 2.75 bytes per element in bfloat16.
 
-    The gradient overwrites the logits. Chunks of a sixteenth of the rows, at most 1,024, are worked on in float32.
-    Beside them: the hidden states of all tokens (gathered under sequence parallelism), those of the chosen rows and
+    The gradient overwrites the logits. Chunks of a sixteenth of the rows, at most 1,024, are processed in float32. Also
+    counted are the hidden states of all tokens (gathered under sequence parallelism), those of the selected rows and
     their gradient, and the gradient of the output weight before it is added to the float32 buffer. The fused head holds
-    one chunk of logits, two float32 tiles of a sixteenth of it, and adds to that buffer at once.
+    one chunk of logits and two float32 tiles of a sixteenth of it, and adds to that buffer directly.
     """
     w, h = layout.bytes_per_parameter, shape.hidden_size
     columns = padded_vocab_size(shape.vocab_size, layout.sizes.tp) // layout.sizes.tp
@@ -180,16 +184,19 @@ def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
 
 
 def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:
-    """A whole tensor gathered from the tp ranks, its copy in the engines' order, and a bucket."""
+    """Bytes of a full tensor gathered from the tp ranks, its copy in the engines' order, and a bucket."""
     largest = shape.vocab_size * shape.hidden_size * layout.bytes_per_parameter
     return bucket_bytes + (2 if layout.sizes.tp > 1 else 1) * largest
 
 
 def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: float, spec: Spec) -> int:
-    """At the peak of a stage that has `in_flight` micro-batches between their forward and their backward pass.
+    """Bytes of activations at the peak of a stage.
 
-    With full recomputation every layer keeps its input, and one layer at a time has all of its activations. With
-    selective recomputation that is so of its feed-forward block, and of the inner part of an unfused attention.
+    With full recomputation every layer keeps only its input, and one layer at a time has all of its activations. With
+    selective recomputation the same holds for its feed-forward block and the inner part of an unfused attention.
+
+    Args:
+        in_flight: number of micro-batches between their forward and their backward pass.
     """
     tokens = layout.tokens_per_rank
     layers = stage_layers(shape, layout, stage)
@@ -209,9 +216,9 @@ def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: flo
 
 
 def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
-    """What a layer's backward pass needs of one token of the rank.
+    """Bytes that a layer saves for its backward pass, per token of the rank.
 
-    Attention: two norms, the input of the qkv product, its output, queries, keys and values again after their norm and
+    Attention: two norms, the input and output of the qkv product, queries, keys and values again after their norm and
     rotation, the attention's output. Feed-forward: its input, the gate and up products, what the activation saves.
     """
     w, h, tp = layout.bytes_per_parameter, shape.hidden_size, layout.sizes.tp
@@ -224,10 +231,10 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
     padding = PADDING_OF_GROUPS if spec == "local" else 1.0
     attention += w * padding * (2 * q + 2 * k)
     if not fused:
-        # The output before padding is taken off, and cosines and sines, which every sequence makes anew.
+        # The output before padding is removed, and the cosines and sines, which are recomputed for every sequence.
         attention += w * (q + 4 * shape.head_dim)
     moe = experts(shape, layer)
-    # The local spec keeps silu(gate), up + 0 and their product; the fused operator only the product.
+    # The local spec saves silu(gate), up + 0 and their product; the fused operator saves only the product.
     units = 3 if fused else 5
     if moe is None:
         return hidden + attention + w * units * shape.ffn_size / tp
@@ -235,7 +242,7 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
 
 
 def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
-    """What selective recomputation need not keep of one token of a layer, out of `layer_activation_bytes`."""
+    """The part of `layer_activation_bytes` that selective recomputation does not save."""
     w, tp = layout.bytes_per_parameter, layout.sizes.tp
     fused, moe = spec == "te", experts(shape, layer)
     units = 3 if fused else 5
@@ -244,17 +251,17 @@ def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) ->
     else:
         block = _expert_bytes(shape, layout, moe, units)
     q = shape.num_heads * shape.head_dim / tp
-    # Queries, keys and values are its inputs, of which padded copies are made; its output is kept as o_proj's input.
+    # Attention makes padded copies of queries, keys and values; its output is kept as the input of o_proj.
     k = shape.num_kv_heads * shape.head_dim / tp
     padding = PADDING_OF_GROUPS if spec == "local" else 1.0
     return block + (0 if fused else w * padding * (2 * q + 2 * k))
 
 
 def _expert_bytes(shape: Shape, layout: Layout, moe: MoeShape, units: int) -> float:
-    """The router's scores, and what the chosen experts keep of one token of the rank.
+    """Bytes of the router's scores and of what the selected experts save, per token of the rank.
 
-    A rank sends its part of the tokens to their experts. Where an expert is cut, each of its etp ranks has the tokens
-    of all of them, whole, and its part of the feed-forward units.
+    A rank sends its share of the tokens to their experts. If experts are sharded, each etp rank of an expert receives
+    the full hidden states of all their tokens, and computes its shard of the feed-forward units.
     """
     w, h, shards = layout.bytes_per_parameter, shape.hidden_size, layout.sequence_shards
     routed = moe.top_k * EXPERT_IMBALANCE * w * (2 * h * layout.sizes.etp + units * moe.ffn_size) / shards
@@ -262,35 +269,37 @@ def _expert_bytes(shape: Shape, layout: Layout, moe: MoeShape, units: int) -> fl
 
 
 def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) -> float:
-    """The largest gradients that live at once in a layer's backward pass, for one token: of gate and up, and h."""
+    """Bytes of the largest gradients alive together in a layer's backward pass, per token: of gate, up and hidden."""
     moe = experts(shape, layer)
     units = shape.ffn_size if moe is None else moe.top_k * EXPERT_IMBALANCE * moe.ffn_size
     return layout.bytes_per_parameter * (2 * units / layout.sizes.tp + shape.hidden_size)
 
 
 def _norm(h: int, w: int, spec: Spec) -> int:
-    """What RMSNorm saves beside its output: its input, or, in torch's unfused form, float32 input and quotient."""
+    """Bytes that RMSNorm saves besides its output: its input, or a float32 input and quotient if unfused."""
     return 8 * h if spec == "local_cpu" else w * h
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """The bytes of one engine rank."""
+    """Bytes on one engine rank."""
 
     weights: int
     kv_cache: int
-    """What is left of the engine's share of the GPU."""
+    """The rest of the engine's share of the GPU."""
     kv_tokens: int
-    """Tokens that the cache holds."""
+    """Tokens that the cache can hold; negative if the weights alone exceed the share."""
     runtime: int
-    """Activations of the largest batch, CUDA graphs, and the reserve; beside a trainer rank, what that leaves."""
+    """Activations of the largest batch, CUDA graphs and the reserve: the GPU's memory outside the engine's share, less
+    what a resting trainer rank holds."""
 
     @property
     def total(self) -> int:
+        """Bytes while the engine generates."""
         return self.weights + self.kv_cache + self.runtime
 
     def resting(self, *, keeps_weights: bool = False) -> int:
-        """While a trainer rank has its turn on this GPU."""
+        """Bytes held while a trainer rank uses this GPU."""
         return ENGINE_RESTING_BYTES + (self.weights if keeps_weights else 0)
 
 
@@ -298,9 +307,9 @@ def engine_memory(
     shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2,
     beside: int = 0,
 ) -> EngineMemory:  # fmt: skip
-    """The bytes of an engine rank; kv_tokens is negative where not even the weights fit.
+    """Bytes on an engine rank.
 
-    SGLang takes `memory_fraction` of the GPU for weights and cache, and leaves the rest to activations and graphs.
+    SGLang uses `memory_fraction` of the GPU for weights and KV cache, and the rest for activations and graphs.
 
     Args:
         beside: bytes that a resting trainer rank holds on the same GPU.
@@ -320,9 +329,9 @@ def engine_memory(
 def turns_on_shared_gpu(
     trainer: TrainerMemory, engine: EngineMemory, *, keeps_optimizer: bool = False, keeps_weights: bool = False
 ) -> dict[str, int]:
-    """Bytes on a GPU that a trainer rank and an engine rank share, in each of their turns (`memory_turns`).
+    """Bytes on a GPU that a trainer rank and an engine rank share, by turn (`memory_turns`).
 
-    The sync comes when the trainer rests already and the engine has its weights, and no KV cache yet.
+    During the sync the trainer already rests, and the engine has its weights but no KV cache yet.
     """
     rest = trainer.resting(keeps_optimizer=keeps_optimizer)
     return {
@@ -333,6 +342,6 @@ def turns_on_shared_gpu(
 
 
 def kv_bytes_per_token(shape: Shape, *, tp: int, bytes_per_element: int = 2) -> int:
-    """Keys and values of all layers on one engine rank; a rank holds at least one key-value head."""
+    """Bytes of a token's keys and values of all layers on one engine rank, which holds at least one key/value head."""
     heads = max(1, shape.num_kv_heads // tp)
     return 2 * shape.num_layers * heads * shape.head_dim * bytes_per_element

@@ -1,4 +1,4 @@
-"""How many parameters a rank of a layout holds, counted from a model's sizes."""
+"""The number of parameters on each rank of a layout, computed from a model's sizes."""
 
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ class Layout:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters on one rank; dense and expert ones have replicas on different numbers of ranks."""
+    """Numbers of parameters on one rank. Dense and expert parameters have different numbers of replicas."""
 
     dense: int
     expert: int
 
     @property
     def total(self) -> int:
+        """Dense and expert parameters together."""
         return self.dense + self.expert
 
 
 @lru_cache(maxsize=1024)
 def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
-    """Parameters of a rank of a pipeline stage, as Megatron allocates them.
+    """Parameters on a rank of a pipeline stage, as Megatron allocates them.
 
-    With tied embeddings the last stage holds a copy of the embedding, if it is not the first stage too.
+    With tied embeddings the last stage holds a copy of the embedding, unless it is also the first stage.
     """
     sizes = layout.sizes
     dense = expert = 0
@@ -85,28 +86,28 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
 
 def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
-    """The layers of a pipeline stage."""
+    """The layers of a pipeline stage, in order."""
     return [layer for chunk in layout.sizes.chunks(shape.num_layers, stage) for layer in chunk]
 
 
 @lru_cache(maxsize=64)
 def model_parameters(shape: Shape) -> int:
-    """Of the whole model, without padding and copies."""
+    """Number of parameters of the whole model, without padding and copies."""
     return stage_parameters(shape, Layout(), 0).total
 
 
 def experts(shape: Shape, layer: int) -> MoeShape | None:
-    """The experts of a layer (num_experts, ffn_size, top_k), or None where it has an ordinary feed-forward block."""
+    """The experts of a layer, or None if it has a dense feed-forward block."""
     return None if shape.moe is None or layer in shape.moe.dense_layers else shape.moe
 
 
 def active_parameters(shape: Shape, layer: int) -> int:
-    """Parameters of one layer that one token meets in a matrix multiplication."""
+    """Parameters of one layer that take part in matrix products for one token."""
     return _attention(shape, 1) + feed_forward_parameters(shape, layer)
 
 
 def feed_forward_parameters(shape: Shape, layer: int) -> int:
-    """Those of them in the feed-forward block, or in the router and the chosen experts."""
+    """The part of `active_parameters` in the feed-forward block, or in the router and the selected experts."""
     moe = experts(shape, layer)
     if moe is None:
         return 3 * shape.hidden_size * shape.ffn_size
@@ -114,6 +115,7 @@ def feed_forward_parameters(shape: Shape, layer: int) -> int:
 
 
 def _attention(shape: Shape, tp: int) -> int:
+    """Parameters of a layer's attention on one tensor-parallel rank, without its input norm."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     number = (2 * queries + 2 * keys) * shape.hidden_size // tp
     if shape.qkv_bias:

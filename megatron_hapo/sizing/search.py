@@ -1,11 +1,11 @@
-"""All layouts of a number of GPUs: those that fit, the fastest first, and why the others do not."""
+"""Searches the layouts of a cluster: those that fit, fastest first, and why the others were rejected."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import HapoError
@@ -34,41 +34,44 @@ from megatron_hapo.sizing.throughput import (
 
 Placement = Literal["disaggregated", "colocated"]
 MOST_UNEVEN_STAGES = 16
+"""Most pipeline stages that are tried where they do not divide the number of layers."""
 OFFLOAD_MARGIN = 1.1
-"""How much faster a plan must be to come before one without offload: hosts differ more than GPUs of one kind do."""
+"""How much faster a plan with offload must be to rank before one without: hosts vary more than GPUs of one model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
+    """The GPUs that a plan is for."""
+
     gpus: int
+    """Number of GPUs of trainer and engines together."""
     gpu_bytes: int
     """Memory of one GPU."""
     gpu: Gpu
     nvlink_size: int = 8
-    """GPUs of one NVLink domain; tensor parallelism stays inside."""
+    """GPUs of one NVLink domain; tensor parallelism stays inside a domain."""
     placement: Placement = "disaggregated"
-    """`disaggregated`: trainer and engines have GPUs of their own. `colocated`: they share all, in turn."""
+    """`disaggregated`: trainer and engines have separate GPUs. `colocated`: they share all GPUs and take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the plan may use, as the config knows it."""
+    """What a plan may use, in terms of the config's settings."""
 
     max_cp: int = 1
-    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     output_head: Literal["logits", "fused"] = "logits"
     distributed_optimizer: bool = True
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
-    """Of an engine that has its GPUs for itself; beside a trainer's weights it gets so much less."""
+    """Share of a GPU for an engine that has its GPUs to itself; the planner subtracts what a trainer rank keeps."""
     max_running_requests: int = 256
     bucket_bytes: int = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutPlan:
-    """One layout of trainer and engines that fits."""
+    """A layout of trainer and engines that fits, with its memory and estimated times."""
 
     layout: Layout
     engines: int
@@ -76,23 +79,23 @@ class LayoutPlan:
     trainer: TrainerMemory
     engine: EngineMemory
     running_requests: int
-    """Responses that an engine decodes together."""
+    """Responses that an engine decodes concurrently."""
     memory_fraction: float
-    """Share of a GPU for the engine's weights and cache."""
+    """Share of a GPU for the engine's weights and KV cache."""
     time: StepTime
 
     @property
     def rank(self) -> float:
-        """Seconds of a step; more for plans that rest on the host's speed."""
+        """Seconds of a step, by which plans are sorted; increased for plans that depend on the host's speed."""
         return self.time.total * (OFFLOAD_MARGIN if self.layout.cpu_offload else 1.0)
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Layouts that do not fit, for one reason."""
+    """Layouts that were rejected for the same reason."""
 
     what: str
-    """tp=2 pp=1 ..."""
+    """The sizes that these layouts share, e.g. tp=2 pp=1."""
     reason: str
 
 
@@ -101,52 +104,83 @@ def search(
 ) -> tuple[list[LayoutPlan], list[Rejection]]:
     """The plans, best (`LayoutPlan.rank`) first, one for each (tp, pp, cp, etp, ep) and engine tp; and the rejections.
 
+    There is at least one plan.
+
     Raises:
-        HapoError: nothing fits; names the layout that comes nearest, and its largest part.
+        HapoError: nothing fits; names the layout that comes closest, and its largest part.
     """
-    engines = _Engines(shape, workload, cluster, limits)
-    shared = cluster.placement == "colocated"
-    if cluster.gpus < 2 and not shared:
-        raise HapoError("trainer and engines on GPUs of their own need two at least; placement=colocated shares one")
-    rejections: list[Rejection] = []
-    best: dict[tuple[int, ...], LayoutPlan] = {}
-    nearest: tuple[int, str] | None = None
-    some_trainer_fits = False
+    if cluster.gpus < 2 and cluster.placement == "disaggregated":
+        raise HapoError("placement=disaggregated needs at least 2 GPUs, got 1; use placement=colocated to share it")
+    found = _Search(shape, workload, cluster, limits)
     for trainer_gpus in _trainer_shares(cluster):
-        for wanted in _layouts(shape, workload, cluster, limits, trainer_gpus, rejections):
-            layout, memory = _offloaded_if_needed(shape, workload, cluster, limits, wanted)
-            needed = memory.total + (ENGINE_RESTING_BYTES if shared else 0)
-            if needed > cluster.gpu_bytes:
-                reason = too_large(memory, cluster.gpu_bytes, beside_engine=needed - memory.total)
-                rejections.append(Rejection(describe(layout), reason))
-                if nearest is None or needed < nearest[0]:
-                    nearest = (needed, f"{describe(layout)}: {reason}")
+        for layout in _layouts(shape, workload, cluster, limits, trainer_gpus, found.rejections):
+            found.consider(layout)
+    if not found.best:
+        raise HapoError(found.nothing_fits())
+    plans = sorted(found.best.values(), key=lambda plan: plan.rank)
+    return plans, list(dict.fromkeys([*found.engines.rejections, *found.rejections]))
+
+
+@dataclass
+class _Search:
+    """What was found so far."""
+
+    shape: Shape
+    workload: Workload
+    cluster: Cluster
+    limits: Limits
+    best: dict[tuple[int, ...], LayoutPlan] = field(default_factory=dict)
+    """The best plan for each (tp, pp, cp, etp, ep) and engine tp."""
+    rejections: list[Rejection] = field(default_factory=list)
+    nearest: tuple[int, str] | None = None
+    """Bytes that the smallest rejected layout needs, and its description."""
+    some_trainer_fits: bool = False
+
+    def __post_init__(self) -> None:
+        self.engines = _Engines(self.shape, self.workload, self.cluster, self.limits)
+
+    def consider(self, wanted: Layout) -> None:
+        """Record the plans with this layout of the trainer, or why there are none."""
+        shape, workload, cluster = self.shape, self.workload, self.cluster
+        shared = cluster.placement == "colocated"
+        layout, memory = _offloaded_if_needed(shape, workload, cluster, self.limits, wanted)
+        needed = memory.total + (ENGINE_RESTING_BYTES if shared else 0)
+        if needed > cluster.gpu_bytes:
+            self._reject(layout, memory, needed)
+            return
+        self.some_trainer_fits = True
+        sizes = layout.sizes
+        training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
+        engine_gpus = cluster.gpus if shared else cluster.gpus - sizes.world_size
+        for choice in self.engines.beside(memory if shared else None):
+            if engine_gpus < choice.tp:
+                reason = f"{engine_gpus} GPUs remain for engines when the trainer has {sizes.world_size}"
+                self.engines.reject(choice.tp, reason)
                 continue
-            some_trainer_fits = True
-            training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
-            for choice in engines.beside(memory if shared else None):
-                left = cluster.gpus if shared else cluster.gpus - trainer_gpus
-                if left < choice.tp:
-                    engines.reject(choice.tp, f"{left} GPUs are left beside {trainer_gpus} of the trainer")
-                    continue
-                plan = _plan(shape, workload, cluster, layout, memory, training, choice, left // choice.tp)
-                sizes = layout.sizes
-                key = (sizes.tp, sizes.pp, sizes.cp, sizes.etp, sizes.ep, choice.tp)
-                if key not in best or plan.rank < best[key].rank:
-                    best[key] = plan
-    if not best:
-        head = f"no layout of {cluster.gpus} GPUs of {cluster.gpu_bytes / GIB:.0f} GiB fits"
-        if some_trainer_fits or not engines.beside(None):
-            raise HapoError(f"{head} an engine: {engines.rejections[-1].what}: {engines.rejections[-1].reason}")
-        raise HapoError(f"{head}; nearest: {nearest[1]}" if nearest else head)
-    plans = sorted(best.values(), key=lambda plan: plan.rank)
-    return plans, _deduplicated([*engines.rejections, *rejections])
+            plan = _plan(shape, workload, cluster, layout, memory, training, choice, engine_gpus // choice.tp)
+            key = (sizes.tp, sizes.pp, sizes.cp, sizes.etp, sizes.ep, choice.tp)
+            if key not in self.best or plan.rank < self.best[key].rank:
+                self.best[key] = plan
+
+    def nothing_fits(self) -> str:
+        """The error message for a search without plans."""
+        head = f"no layout of {self.cluster.gpus} GPUs of {self.cluster.gpu_bytes / GIB:.0f} GiB"
+        if self.some_trainer_fits or not self.engines.beside(None):
+            last = self.engines.rejections[-1]
+            return f"{head} has room for an engine: {last.what}: {last.reason}"
+        return f"{head} fits; nearest: {self.nearest[1]}" if self.nearest else f"{head} fits"
+
+    def _reject(self, layout: Layout, memory: TrainerMemory, needed: int) -> None:
+        reason = too_large(memory, self.cluster.gpu_bytes, beside_engine=needed - memory.total)
+        self.rejections.append(Rejection(describe(layout), reason))
+        if self.nearest is None or needed < self.nearest[0]:
+            self.nearest = (needed, f"{describe(layout)}: {reason}")
 
 
 def _offloaded_if_needed(
     shape: Shape, workload: Workload, cluster: Cluster, limits: Limits, layout: Layout
 ) -> tuple[Layout, TrainerMemory]:
-    """The layout, with the optimizer's state on the host where it does not fit without, and its memory."""
+    """The layout and its memory, with the optimizer's state on the host if it does not fit the GPU."""
     room = cluster.gpu_bytes - (ENGINE_RESTING_BYTES if cluster.placement == "colocated" else 0)
 
     def memory_of(layout: Layout) -> TrainerMemory:
@@ -156,7 +190,7 @@ def _offloaded_if_needed(
         )  # fmt: skip
 
     memory = memory_of(layout)
-    # Megatron offloads masters of 16-bit parameters, and shared ones only.
+    # Megatron offloads only master weights of 16-bit parameters, and only with the distributed optimizer.
     if memory.total <= room or layout.bytes_per_parameter != 2 or not layout.distributed_optimizer:
         return layout, memory
     offloaded = replace(layout, cpu_offload=True)
@@ -164,7 +198,7 @@ def _offloaded_if_needed(
 
 
 def describe(layout: Layout) -> str:
-    """tp=2 pp=1 cp=1 ep=1 dp=4, 16384 tokens, recompute none."""
+    """The layout in words, e.g. tp=2 pp=1 cp=1 ep=1 dp=4, 16384 tokens, recompute none."""
     sizes = layout.sizes
     pipeline = f"pp={sizes.pp}"
     if sizes.vpp > 1:
@@ -178,11 +212,15 @@ def describe(layout: Layout) -> str:
 
 
 def too_large(memory: TrainerMemory, gpu_bytes: int, *, beside_engine: int = 0) -> str:
-    """Why a rank does not fit a GPU, on which a resting engine may have so many bytes."""
+    """Why a trainer rank does not fit a GPU.
+
+    Args:
+        beside_engine: bytes that a resting engine keeps on the same GPU.
+    """
     name, size = memory.largest
-    beside = f", beside {beside_engine / GIB:.1f} GiB of a resting engine," if beside_engine else ""
+    beside = f" beside the {beside_engine / GIB:.1f} GiB of a resting engine" if beside_engine else ""
     return (
-        f"needs {memory.total / GIB:.1f} GiB{beside} a GPU of {gpu_bytes / GIB:.1f} GiB; "
+        f"needs {memory.total / GIB:.1f} GiB{beside}, but a GPU has {gpu_bytes / GIB:.1f} GiB; "
         f"the largest part is {name} with {size / GIB:.1f} GiB"
     )
 
@@ -197,6 +235,11 @@ def _plan(
     choice: _EngineChoice,
     engines: int,
 ) -> LayoutPlan:
+    """The plan of a layout whose trainer and engines fit.
+
+    Args:
+        training: seconds of scoring and of updates, and the bubble's share, from `train_seconds`.
+    """
     gpu = cluster.gpu
     score, update, bubble = training
     turns = turn_seconds(memory.optimizer) if cluster.placement == "colocated" else 0.0
@@ -222,7 +265,7 @@ def _plan(
 
 
 def _trainer_shares(cluster: Cluster) -> list[int]:
-    """Numbers of GPUs that the trainer may get."""
+    """The numbers of GPUs that are tried for the trainer."""
     if cluster.placement == "colocated":
         return [cluster.gpus]
     eighths = {cluster.gpus * part // 8 for part in range(1, 8)}
@@ -231,6 +274,8 @@ def _trainer_shares(cluster: Cluster) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class _EngineChoice:
+    """An engine size that fits."""
+
     tp: int
     memory: EngineMemory
     running: int
@@ -238,15 +283,15 @@ class _EngineChoice:
 
 
 class _Engines:
-    """Sizes of engines that hold the model and one longest response; and why others do not."""
+    """Engine sizes that hold the model and one longest response; and why others do not."""
 
     def __init__(self, shape: Shape, workload: Workload, cluster: Cluster, limits: Limits):
         self._shape, self._workload, self._cluster, self._limits = shape, workload, cluster, limits
-        self._rejections: dict[Rejection, None] = {}  # in their order, each once
+        self._rejections: dict[Rejection, None] = {}  # an ordered set
         self._known: dict[int, list[_EngineChoice]] = {}
 
     def beside(self, trainer: TrainerMemory | None) -> list[_EngineChoice]:
-        """Of GPUs of their own, or of those on which such trainer ranks rest."""
+        """Engines on separate GPUs (None), or on GPUs where such trainer ranks rest."""
         rest = 0 if trainer is None else trainer.resting()
         if rest not in self._known:
             sizes = _divisors(self._cluster.nvlink_size)
@@ -259,15 +304,17 @@ class _Engines:
             if needed <= gpu_bytes:
                 fitting.append(choice)
             else:
-                needs = f"{needed / GIB:.1f} GiB of {gpu_bytes / GIB:.1f} GiB beside a trainer rank ({turn})"
-                self.reject(choice.tp, f"a shared GPU needs {needs}")
+                total = f"engine and trainer rank together need {needed / GIB:.1f} GiB ({turn})"
+                self.reject(choice.tp, f"{total}, but a GPU has {gpu_bytes / GIB:.1f} GiB")
         return fitting
 
     @property
     def rejections(self) -> list[Rejection]:
+        """The rejected engine sizes, each reason once."""
         return list(self._rejections)
 
     def reject(self, tp: int, reason: str) -> None:
+        """Record why an engine size cannot be used."""
         self._rejections[Rejection(f"rollout.tp={tp}", reason)] = None
 
     def _choice(self, tp: int, rest: int) -> _EngineChoice | None:
@@ -281,15 +328,15 @@ class _Engines:
             num_parameters=model_parameters(shape), beside=rest,
         )  # fmt: skip
         if memory.kv_tokens < workload.longest:
-            beside = f", beside the {rest / GIB:.1f} GiB of a resting trainer rank" if rest else ""
+            beside = f" beside the {rest / GIB:.1f} GiB of a resting trainer rank" if rest else ""
             reason = (
                 f"weights of {memory.weights / GIB:.1f} GiB leave room for {max(0, memory.kv_tokens)} tokens of KV "
-                f"cache in {fraction:.0%} of {gpu_bytes / GIB:.1f} GiB{beside}; one response may need "
+                f"cache in {fraction:.0%} of {gpu_bytes / GIB:.1f} GiB{beside}; one response can need "
                 f"{workload.longest}"
             )
             self.reject(tp, reason)
             return None
-        # While they run, responses are half done on average.
+        # A running response is half finished on average.
         in_cache = workload.mean_prompt_tokens + workload.token_mean_length / 2
         running = max(1, min(limits.max_running_requests, int(memory.kv_tokens / in_cache)))
         return _EngineChoice(tp=tp, memory=memory, running=running, memory_fraction=fraction)
@@ -298,7 +345,7 @@ class _Engines:
 def _layouts(
     shape: Shape, workload: Workload, cluster: Cluster, limits: Limits, gpus: int, rejections: list[Rejection]
 ) -> Iterator[Layout]:
-    """Every layout of so many GPUs that the model's sizes and the batch allow."""
+    """Every trainer layout on this number of GPUs that the model's sizes and the batch allow."""
     moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
     for tp in _divisors(cluster.nvlink_size):
         if fault := _tp_fault(shape, tp):
@@ -319,14 +366,14 @@ def _layouts(
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
                     distributed_optimizer=limits.distributed_optimizer,
                 )  # fmt: skip
-                for factor, recompute in itertools.product((1, 2, 4), limits.recompute):
-                    # The budget must hold the longest sequence; a whole number of ranks' shares.
+                for factor, recompute in itertools.product((1, 2, 4), get_args(Recompute)):
+                    # The budget must hold the longest sequence, and is rounded up to a multiple of 1,024.
                     budget = -(-factor * workload.longest // 1024) * 1024
                     yield replace(grid, tokens_per_microbatch=budget, recompute=recompute)
 
 
 def _expert_grids(moe: MoeShape | None, tp: int, dp: int) -> Iterator[tuple[int, int]]:
-    """(etp, ep): experts whole or cut over all tp ranks, dealt out over what is left of tp x dp."""
+    """(etp, ep): experts whole or sharded over all tp ranks, distributed over the rest of tp x dp."""
     if moe is None:
         yield 1, 1
         return
@@ -337,7 +384,7 @@ def _expert_grids(moe: MoeShape | None, tp: int, dp: int) -> Iterator[tuple[int,
 
 
 def _pipelines(num_layers: int) -> Iterator[dict[str, int]]:
-    """Equal stages, interleaved or not; where layers do not split, fewer in the first and the last stage."""
+    """pp with vpp for equal stages; where the layers do not divide, with fewer in the first and the last stage."""
     for pp in sorted({*_divisors(num_layers), *_powers_of_two(min(num_layers, MOST_UNEVEN_STAGES))}):
         if num_layers % pp == 0:
             for vpp in (1, 2, 4):
@@ -351,19 +398,21 @@ def _pipelines(num_layers: int) -> Iterator[dict[str, int]]:
 
 
 def _microbatches(workload: Workload, layout: Layout) -> int:
+    """Number of micro-batches of a mini-batch on one data-parallel rank."""
     tokens = workload.responses_per_minibatch * workload.mean_tokens / layout.sizes.dp
     return max(1, -(-int(tokens) // layout.tokens_per_microbatch))
 
 
 def _tp_fault(shape: Shape, tp: int, *, engine: bool = False) -> str | None:
+    """Why the model cannot be sharded over tp ranks of the trainer, or of an engine."""
     sizes = {"attention heads": shape.num_heads, "feed-forward units": shape.ffn_size}
     if not (engine and tp % shape.num_kv_heads == 0):  # SGLang gives several ranks the same head
-        sizes["key-value heads"] = shape.num_kv_heads
+        sizes["key/value heads"] = shape.num_kv_heads
     moe = next((found for layer in range(shape.num_layers) if (found := experts(shape, layer))), None)
-    if moe and engine:  # the trainer may leave them whole
-        sizes["feed-forward units of an expert"] = moe.ffn_size
+    if moe and engine:  # the trainer can keep experts whole
+        sizes["feed-forward units of each expert"] = moe.ffn_size
     bad = [f"{size} {what}" for what, size in sizes.items() if size % tp]
-    return f"{' and '.join(bad)} do not split over tp={tp}" if bad else None
+    return f"tp={tp} must divide the model's {' and '.join(bad)}" if bad else None
 
 
 def _divisors(number: int) -> list[int]:
@@ -372,7 +421,3 @@ def _divisors(number: int) -> list[int]:
 
 def _powers_of_two(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length())]
-
-
-def _deduplicated(rejections: Sequence[Rejection]) -> list[Rejection]:
-    return list(dict.fromkeys(rejections))

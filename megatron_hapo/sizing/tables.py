@@ -1,4 +1,4 @@
-"""Plans as a table and as JSON."""
+"""Prints plans as tables and formats them as JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_hapo.sizing.search import Cluster, LayoutPlan, Rejection
 
 MIN_WIDTH = 120
 NAMED_SIZES = ("tp", "pp", "vpp", "cp", "etp", "ep", "dp")
+"""The sizes that the tables show, in this order."""
 TRAINER_PARTS = ("weights", "gradients", "optimizer", "activations", "logits_head", "sync_buckets", "reserve", "total")
 ENGINE_PARTS = ("weights", "kv_cache", "runtime", "total")
 
@@ -30,14 +31,18 @@ def print_plans(
     note: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """A note, the best plans with their times and the bytes of each part, then why other layouts do not fit."""
-    # A table of this width reads better wrapped by a narrow terminal than with its words cut off.
+    """Print a note, the best plans with their times and memory, and why other layouts do not fit.
+
+    Args:
+        top: largest number of plans, and of rejections, to print.
+    """
+    # On a narrow terminal a table of this width is more readable wrapped than truncated.
     console = console or Console(width=max(MIN_WIDTH, Console().width))
     if note is not None:
         console.print(note, highlight=False)
     console.print(_time_table(plans[:top], title(cluster)), _memory_table(plans[:top]))
     if rejections:
-        console.print(f"{len(rejections)} layouts do not fit, among them:")
+        console.print(f"{len(rejections)} layouts do not fit, for example:")
         for rejection in rejections[:top]:
             console.print(f"  {rejection.what}: {rejection.reason}", highlight=False)
 
@@ -45,7 +50,7 @@ def print_plans(
 def _time_table(plans: Sequence[LayoutPlan], heading: str) -> Table:
     table = Table(
         title=heading,
-        caption="seconds of a step; engines as number x tp",
+        caption="seconds per step; engines as number x tp",
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
@@ -65,7 +70,7 @@ def _time_table(plans: Sequence[LayoutPlan], heading: str) -> Table:
 
 
 def _memory_table(plans: Sequence[LayoutPlan]) -> Table:
-    caption = "GiB of the fullest trainer rank, at most one phase's temporaries at a time | of an engine rank"
+    caption = "GiB on the fullest trainer rank (activations, logits and sync do not all coincide) | on an engine rank"
     table = Table(caption=caption, box=SIMPLE_HEAD)
     table.add_column("#")
     for name in ("weights", "grads", "optim.", "activ.", "logits", "sync", "reserve", "total"):
@@ -80,8 +85,10 @@ def _memory_table(plans: Sequence[LayoutPlan]) -> Table:
 
 
 def short(layout: Layout) -> str:
-    """tp2 dp12: the sizes above one; pp4[23..23]: layers of the first and the last stage, where they are uneven;
-    offload: of the optimizer."""
+    """The sizes above 1 and optimizer offload, e.g. `tp2 dp12 offload`.
+
+    Uneven pipelines are written with the layers of their first and last stage: `pp4[23..23]`.
+    """
     sizes = {name: str(size) for name in NAMED_SIZES if (size := getattr(layout.sizes, name)) > 1}
     if layout.sizes.first_stage_layers is not None:
         sizes["pp"] += f"[{layout.sizes.first_stage_layers}..{layout.sizes.last_stage_layers}]"
@@ -90,12 +97,12 @@ def short(layout: Layout) -> str:
 
 
 def title(cluster: Cluster) -> str:
-    """64 x h100 of 80 GiB, disaggregated."""
+    """The cluster in words, e.g. `64 x h100 of 80 GiB, disaggregated`."""
     return f"{cluster.gpus} x {cluster.gpu.name} of {cluster.gpu_bytes / GIB:.0f} GiB, {cluster.placement}"
 
 
 def plans_as_json(plans: Sequence[LayoutPlan], rejections: Sequence[Rejection], *, top: int, spec: Spec) -> str:
-    """The same as JSON; sizes in bytes, times in seconds."""
+    """The best plans and all rejections as JSON; memory in bytes, times in seconds."""
     rejected = [asdict(rejection) for rejection in rejections]
     return json.dumps(
         {"spec": spec, "plans": [_plan_dict(plan) for plan in plans[:top]], "rejected": rejected}, indent=1

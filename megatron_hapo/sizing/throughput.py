@@ -1,6 +1,6 @@
-"""Seconds of a step from a roofline: every part takes its operations or its bytes over what the hardware sustains.
+"""Roofline estimate of a step's time: each part takes its operations or bytes over the rate that the hardware sustains.
 
-It ranks layouts; it does not promise seconds. docs/sizing.md has the formulas and compares them with published runs.
+It serves to rank layouts, not to predict times. docs/sizing.md has the formulas and compares them with published runs.
 Letters: `h` hidden size, `q`/`k` width of query/key heads, `L` length of a sequence, `T` tokens of a micro-batch.
 """
 
@@ -24,17 +24,17 @@ from megatron_hapo.sizing.parameters import (
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Peak rates of one GPU, as its maker states them."""
+    """Peak rates of one GPU, as stated by the manufacturer."""
 
     name: str
     flops: float
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 operations per second."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     nvlink_bandwidth: float
-    """Bytes a second, each way, between GPUs of one NVLink domain."""
+    """Bytes per second in each direction between GPUs of one NVLink domain."""
     network_bandwidth: float
-    """Bytes a second, each way, for each GPU between nodes."""
+    """Bytes per second in each direction between nodes, per GPU."""
 
 
 GPUS = {
@@ -46,31 +46,31 @@ GPUS = {
         Gpu(name="b200", flops=2250e12, memory_bandwidth=7.7e12, nvlink_bandwidth=900e9, network_bandwidth=50e9),
     )
 }
-"""SXM parts, 200 or 400 Gbit/s of network a GPU. Source: NVIDIA's data sheets (dense rates, half of those with
-sparsity; NVLink's total over two)."""
+"""SXM modules with 200 or 400 Gbit/s of network per GPU. Source: NVIDIA's data sheets (dense rates, which are half of
+those with sparsity; half of NVLink's total)."""
 
 MATMUL_EFFICIENCY = 0.6
-"""Share of peak that large bfloat16 matrix products reach."""
+"""Share of the peak rate that large bfloat16 matrix products reach."""
 ATTENTION_EFFICIENCY = 0.4
 GROUPED_MATMUL_EFFICIENCY = 0.4
-"""Of the experts' products: many, and small."""
+"""Share of the peak rate that the experts' many small products reach."""
 MEMORY_EFFICIENCY = 0.7
 LINK_EFFICIENCY = 0.7
 HOST_LINK_BANDWIDTH = 55e9
-"""Bytes a second, each way, between a GPU and its host: PCIe 5 with 16 lanes."""
+"""Bytes per second in each direction between a GPU and its host: PCIe 5 with 16 lanes."""
 HOST_MEMORY_BANDWIDTH = 50e9
-"""Bytes a second of the host's memory for each of its GPUs: eight share a host of about 400e9."""
+"""Bytes per second of host memory for each GPU: eight GPUs share a host with about 400e9."""
 KERNELS_PER_LAYER_SECONDS = 60e-6
-"""Launches and small operators of a layer's forward pass that no roofline sees, for each micro-batch."""
+"""Kernel launches and small operators of a layer's forward pass per micro-batch, which a roofline does not capture."""
 DECODE_STEP_SECONDS = 4e-3
-"""Scheduler, sampler and hook of one decode iteration, beside the model."""
+"""Scheduler, sampler and sampling hook of one decode iteration, in addition to the model."""
 DECODE_LAYER_SECONDS = 8e-6
-"""All-reduce latency of one layer in a decode iteration, with tp > 1."""
+"""All-reduce latency of one layer in a decode iteration with tp > 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one step of the run is asked to do."""
+    """The work of one step of a run."""
 
     prompts_per_step: int
     samples_per_prompt: int
@@ -82,54 +82,65 @@ class Workload:
 
     @property
     def responses(self) -> int:
+        """Responses of a step."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def responses_per_minibatch(self) -> int:
+        """Responses of an optimizer update."""
         return self.prompts_per_minibatch * self.samples_per_prompt
 
     @property
     def minibatches(self) -> int:
+        """Optimizer updates of a step."""
         return self.prompts_per_step // self.prompts_per_minibatch
 
     @property
     def mean_tokens(self) -> float:
-        """Of prompt and response."""
+        """Mean tokens of a prompt and its response."""
         return self.mean_prompt_tokens + self.mean_response_tokens
 
     @property
     def longest(self) -> int:
+        """Most tokens of a prompt and its response."""
         return self.max_prompt_tokens + self.max_response_tokens
 
     @property
     def token_mean_length(self) -> float:
-        """Length of the sequence that an average token is in: twice the mean, as for an exponential law, cut off."""
+        """Mean over tokens of their sequence's length: twice the mean length, as for an exponential distribution,
+        but at most the longest."""
         return min(self.longest, 2 * self.mean_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of the parts of a step, and what they mean for the hardware."""
+    """Seconds of each part of a step, and the resulting utilization."""
 
     generate: float
     log_probs: float
     update: float
     sync: float
-    """With the turns of trainer and engines on shared GPUs."""
+    """Weight sync, and on shared GPUs the turns of trainer and engines."""
     bubble_share: float
-    """Of the update: stages that wait for the pipeline to fill and drain."""
+    """Share of an update in which stages wait for the pipeline to fill and drain."""
     mfu: float
-    """Model operations of scoring and update over what the trainer's GPUs could do in that time; recomputation does
-    not count as work."""
+    """Model operations of scoring and updates, without recomputation, over the peak of the trainer's GPUs in that time.
+    """
 
     @property
     def total(self) -> float:
+        """Seconds of a step."""
         return self.generate + self.log_probs + self.update + self.sync
 
 
 @lru_cache(maxsize=256)
 def model_flops(shape: Shape, *, tokens: float, length: float, response_share: float) -> float:
-    """Operations of a forward pass: 2 for each weight a token meets, 2 L q a layer for causal attention, the head."""
+    """Operations of a forward pass: 2 per active weight and token, 2 L q per layer for causal attention, the head.
+
+    Args:
+        length: mean over tokens of their sequence's length (L).
+        response_share: share of response tokens; only these reach the output head.
+    """
     layers = sum(
         2 * active_parameters(shape, layer) + 2 * length * shape.num_heads * shape.head_dim
         for layer in range(shape.num_layers)
@@ -140,11 +151,11 @@ def model_flops(shape: Shape, *, tokens: float, length: float, response_share: f
 def train_seconds(
     shape: Shape, layout: Layout, workload: Workload, gpu: Gpu, *, nvlink_size: int
 ) -> tuple[float, float, float]:
-    """Seconds of scoring and of all updates of a step, and the bubble's share of an update."""
+    """Seconds of scoring, seconds of all updates of a step, and the bubble's share of an update."""
     sizes = layout.sizes
     tokens_of_rank = workload.responses_per_minibatch * workload.mean_tokens / sizes.dp
     microbatches = max(1, math.ceil(tokens_of_rank / layout.tokens_per_microbatch))
-    if sizes.vpp > 1:  # taken in groups of as many as there are stages
+    if sizes.vpp > 1:  # the interleaved schedule takes micro-batches in groups of pp
         microbatches = math.ceil(microbatches / sizes.pp) * sizes.pp
     tokens = tokens_of_rank / microbatches
     forward = [
@@ -154,14 +165,14 @@ def train_seconds(
     slots = microbatches + fill
     update = slots * max(forward) * (3 + _recomputed_share(shape, layout))
     update += _gradient_seconds(shape, layout, gpu, nvlink_size)
-    # Scoring takes the whole step's responses at once, so that its pipeline fills only once.
+    # Scoring runs over all responses of the step at once, so its pipeline fills only once.
     score = (workload.minibatches * microbatches + fill) * max(forward)
     busy = microbatches * sum(forward) / len(forward)
     return score, workload.minibatches * update, 1 - busy / (slots * max(forward))
 
 
 def _recomputed_share(shape: Shape, layout: Layout) -> float:
-    """Of a forward pass, what the backward pass does again; of selective recomputation the feed-forward blocks."""
+    """Share of a forward pass that the backward pass repeats; with selective recomputation, the feed-forward blocks."""
     if layout.recompute != "selective":
         return 1.0 if layout.recompute == "full" else 0.0
     layers = range(shape.num_layers)
@@ -172,7 +183,7 @@ def _recomputed_share(shape: Shape, layout: Layout) -> float:
 def _stage_forward_seconds(
     shape: Shape, layout: Layout, workload: Workload, gpu: Gpu, stage: int, tokens: float, nvlink_size: int
 ) -> float:
-    """One micro-batch of `tokens` through one stage: products, attention, and the messages of tp, cp, ep and pp."""
+    """Seconds of a micro-batch's forward pass through one stage: products, attention, messages of tp, cp, ep and pp."""
     sizes = layout.sizes
     shards = sizes.tp * sizes.cp
     length, w, h = workload.token_mean_length, layout.bytes_per_parameter, shape.hidden_size
@@ -191,10 +202,10 @@ def _stage_forward_seconds(
         # An all-gather and a reduce-scatter of the hidden states for attention, and for a dense feed-forward block.
         messages = 2 if moe is not None else 4
         seconds += messages * (sizes.tp - 1) / sizes.tp * local * h * w / tp_link
-        # Keys and values travel once around the ring.
+        # Keys and values travel once around the cp ring.
         seconds += 2 * (sizes.cp - 1) * local * keys / sizes.tp * w / cp_link
         if moe is not None:
-            # A rank's tokens to their experts and back; those of a cut expert to all its ranks and back, in sums.
+            # Tokens go to their experts and back; for a sharded expert, also to all of its ranks, and back as sums.
             routed = 2 * local * moe.top_k * h * w / layout.sequence_shards
             seconds += routed * (sizes.ep - 1) / sizes.ep / ep_link + routed * (sizes.etp - 1) / tp_link
         seconds += KERNELS_PER_LAYER_SECONDS
@@ -207,7 +218,7 @@ def _stage_forward_seconds(
 
 
 def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) -> float:
-    """Once a mini-batch: float32 gradients reduced over the replicas, weights gathered, and Adam's memory traffic."""
+    """Seconds per mini-batch to reduce float32 gradients over the replicas, gather weights, and run Adam."""
     sizes = layout.sizes
     largest = max(
         (stage_parameters(shape, layout, stage) for stage in range(sizes.pp)),
@@ -222,31 +233,35 @@ def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) 
     ):
         messages += (4 + gathered) * parameters * (replicas - 1) / replicas / link
         states += parameters / (replicas if layout.distributed_optimizer else 1)
-    if layout.cpu_offload:  # the gradient goes to the host, and the weight comes back
+    if layout.cpu_offload:  # gradients go to the host, and weights come back
         messages += (4 + layout.bytes_per_parameter) * states / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
-    # Read gradient, master weight and both moments, write the last three.
+    # Adam reads gradient, master weight and both moments, and writes the last three.
     bandwidth = HOST_MEMORY_BANDWIDTH if layout.cpu_offload else gpu.memory_bandwidth
     return messages + 28 * states / (MEMORY_EFFICIENCY * bandwidth)
 
 
 def turn_seconds(optimizer_bytes: int) -> float:
-    """The optimizer's state to the host and back, once a step, where trainer and engines share their GPUs."""
+    """Seconds per step to move the optimizer's state to the host and back when trainer and engines share GPUs."""
     return 2 * optimizer_bytes / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
 
 
 def _link(gpu: Gpu, ranks: int, nvlink_size: int) -> float:
-    """Bytes a second between `ranks` neighbouring ranks: NVLink where they lie in one domain."""
+    """Bytes per second between `ranks` neighbouring ranks: over NVLink if they fit in one domain, else the network."""
     return LINK_EFFICIENCY * (gpu.nvlink_bandwidth if ranks <= nvlink_size else gpu.network_bandwidth)
 
 
 @lru_cache(maxsize=256)
 def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, engines: int, running: int) -> float:
-    """Seconds until the last response is done.
+    """Seconds until the last response is finished.
 
-    A decode iteration reads all weights that its tokens meet, and each running response reads its own KV cache. With R
-    responses an engine, of which B run together, it takes L_max + max(0, R/B - 1) L_mean iterations: when the last one
-    starts, all others are at least under way (list scheduling; L_max is max_response_tokens, since among thousands of
-    responses some run into the limit). The weights are read once an iteration, the caches once for every token.
+    A decode iteration reads every weight that is active for one of its tokens, and each running response reads its own
+    KV cache. With R responses per engine, of which B run concurrently, there are L_max + max(0, R/B - 1) L_mean
+    iterations: when the last response starts, all others have at least started (list scheduling; L_max is
+    max_response_tokens, since among thousands of responses some reach the limit). The weights are read once per
+    iteration, the caches once per token.
+
+    Args:
+        running: most responses that an engine decodes concurrently (B).
     """
     responses = workload.responses / engines
     batch = min(responses, running)
@@ -265,7 +280,7 @@ def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, eng
 
 
 def decode_parameters(shape: Shape, *, tokens: float) -> float:
-    """Parameters that a batch of `tokens` tokens meets: of E experts with k chosen, E (1 - (1 - k/E)^tokens)."""
+    """Parameters active for a batch of `tokens` tokens: of E experts with top-k routing, E (1 - (1 - k/E)^tokens)."""
     total = float(shape.hidden_size * shape.vocab_size)
     for layer in range(shape.num_layers):
         moe = experts(shape, layer)
@@ -277,5 +292,5 @@ def decode_parameters(shape: Shape, *, tokens: float) -> float:
 
 
 def sync_seconds(shape: Shape, layout: Layout, gpu: Gpu, *, num_parameters: int) -> float:
-    """Every trainer pipeline stage sends its weights, in bfloat16, over one GPU's network link."""
+    """Seconds of a weight sync: every pipeline stage sends its weights in bfloat16 over one GPU's network link."""
     return 2 * num_parameters / layout.sizes.pp / (LINK_EFFICIENCY * gpu.network_bandwidth)

@@ -1,6 +1,6 @@
-"""How well a step uses its hardware: shares of padding, of the pipeline's bubble, of waiting; MFU.
+"""Metrics of how well a step uses its hardware: padding, pipeline bubbles, idle time, MFU.
 
-The counts follow from the batch and the layout alone; seconds are those of the driver's clock.
+Counts follow from the batch and the layout alone; times are measured by the driver.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from megatron_hapo.types import TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Utilization:
-    """Metrics of one job."""
+    """Computes the utilization metrics of one run."""
 
     config: Config
     shape: Shape
     peak_flops: float | None
-    """Operations a second of one trainer GPU; None where they are not known, as on a CPU: there is no MFU then."""
+    """Peak operations per second of one trainer GPU. None if unknown, as on a CPU; MFU is then omitted."""
 
     def of_batches(self, parts: Sequence[TrainBatch]) -> dict[str, float]:
-        """Of the updates on these mini-batches.
+        """Metrics of scoring these mini-batches and updating on them.
 
-        `padding_share`: of the tokens that the ranks compute. `dp_imbalance`: tokens of the busiest data-parallel rank
-        over the mean. `bubble_share`: of an update's time, in which a pipeline stage waits for the first micro-batch
-        and after the last, if all stages take equally long. `model_tflops`: 10^12 operations of the model in scoring
-        and updates, recomputation not counted.
+        `padding_share`: share of padding among the tokens that the ranks compute. `dp_imbalance`: tokens of the busiest
+        data-parallel rank over the mean. `bubble_share`: share of an update in which a pipeline stage waits for its
+        first micro-batch or after its last, if all stages take equally long. `model_tflops`: 10^12 operations of the
+        model in scoring and updates, without recomputation.
         """
         parallel = self.config.parallel
         real = padded = slowest = 0
@@ -59,9 +59,9 @@ class Utilization:
         }
 
     def of_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Of the whole step, from its metrics with `time/*`; idle shares are of the step's time.
+        """Metrics of a whole step, from its metrics including `time/*`; idle shares are shares of the step's time.
 
-        `mfu`: the model's operations over what the trainer's GPUs could have done while they scored and updated.
+        `mfu`: the model's operations over the peak of the trainer's GPUs in the time of scoring and updates.
         """
         config, seconds = self.config, metrics["time/step"]
         training = metrics["time/log_probs"] + metrics["time/update"]
@@ -79,12 +79,13 @@ class Utilization:
         return result
 
     def _computed(self, lengths_B: np.ndarray) -> int:
+        """Tokens of a micro-batch with these sequence lengths, including padding."""
         parallel = self.config.parallel
         multiple = parallel.tp if parallel.sequence_parallel else 1
         return int(sum(padded_lengths(lengths_B, multiple=multiple, cp_size=parallel.cp)))
 
     def _operations(self, parts: Sequence[TrainBatch]) -> float:
-        """One forward pass to score, and a forward and a backward pass, which is two, to update."""
+        """Model operations: a forward pass to score; a forward and a backward pass (twice a forward) to update."""
         lengths = np.concatenate([part.sequence_lengths for part in parts]).astype(float)
         tokens, responses = lengths.sum(), sum(part.num_response_tokens for part in parts)
         mean_of_token = float((lengths**2).sum() / tokens)

@@ -1,4 +1,4 @@
-"""A plan as a config file, which is a job of its own: what the plan chose, on top of what was asked for."""
+"""Writes a plan as a config file that `train` accepts: the plan's settings on top of the requested ones."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from megatron_hapo.sizing.tables import title
 
 
 def write_plan(plan: LayoutPlan, path: Path, *, base: Path | None, asked: Mapping[str, Any], cluster: Cluster) -> None:
-    """Write a config that makes this plan, on top of `base`.
-
-    Without a base the file is a part, which a config can build on.
+    """Write the settings of a plan to a config file that builds on `base`.
 
     Args:
-        asked: settings of the command line, which the plan was made for.
+        base: without one, the file is not a complete config, but one that others can name in `base:`.
+        asked: settings from the command line that the plan was made for.
 
     Raises:
-        HapoError: the file cannot be written, or a run would refuse it; nothing is written.
+        HapoError: the file cannot be written, or `train` would reject it; nothing is written.
     """
     settings = merge(asked, merge(placement_settings(cluster.placement), plan_settings(plan)))
     if base is not None:
         if path.resolve() in files_of(base):
-            raise HapoError(f"--write: {path}: {base} builds on this file, which cannot build on itself")
+            raise HapoError(f"--write: {path}: {base} builds on this file; write to another one")
         settings = {"base": os.path.relpath(base.parent.resolve() / base.name, path.parent.resolve()), **settings}
-    header = f"# {title(cluster)}: {describe(plan.layout)}; {plan.trainer.total / GIB:.1f} GiB a trainer GPU.\n"
+    header = f"# {title(cluster)}: {describe(plan.layout)}; {plan.trainer.total / GIB:.1f} GiB on a trainer GPU.\n"
     try:
         _write_checked(path, header + OmegaConf.to_yaml(OmegaConf.create(settings)), complete=base is not None)
     except OSError as error:
@@ -42,7 +41,11 @@ def write_plan(plan: LayoutPlan, path: Path, *, base: Path | None, asked: Mappin
 
 
 def _write_checked(path: Path, text: str, *, complete: bool) -> None:
-    """Write a file that a run accepts, or none. What was there before stays until then."""
+    """Write the file, if `train` accepts it; an existing file is replaced only then.
+
+    Args:
+        complete: whether the text is a complete config, so that it can be checked.
+    """
     if path.exists() and not path.is_file():
         raise HapoError(f"--write: {path}: is not a file")
     partial = path.with_name(f"{path.name}.partial")

@@ -29,7 +29,7 @@ def through_megatron_folders(rank: int, folder: Path) -> list[dict[str, Any]]:
 
     def at(sizes: dict[str, int]) -> parallel_layout.ParallelLayout:
         return parallel_layout.initialize(
-            ParallelSizes(**sizes), device=torch.device("cpu"), seed=0, timeout_seconds=60
+            ParallelSizes.for_world(2, **sizes), device=torch.device("cpu"), seed=0, timeout_seconds=60
         )
 
     seen = []

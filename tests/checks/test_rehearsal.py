@@ -1,4 +1,4 @@
-"""What the rehearsal says about figures that a sound run does not have."""
+"""Findings of the rehearsal for values that a healthy run does not have."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_log_probs_are_held_to_what_the_dtype_allows(mean: float, dtype: str, ve
 def test_groups_without_differing_rewards_are_a_warning(correct: list[bool], reason: str) -> None:
     first, lengths = group_findings([group(correct)] * 3)
     assert (first.verdict, lengths.verdict) == ("warning", "ok")
-    assert "0 of 3 groups have better and worse" in first.message
+    assert "0 of 3 groups have both better and worse" in first.message
     assert reason in first.message
 
 
@@ -54,4 +54,4 @@ def test_failed_rewards_and_truncated_responses_are_warnings() -> None:
     first, failed, lengths = group_findings([group([True, False], failure="timed out", reason="length")])
     assert [first.verdict, failed.verdict, lengths.verdict] == ["ok", "warning", "warning"]
     assert "2 rewards failed, e.g. timed out" in failed.message
-    assert "100% end at rollout.max_response_tokens" in lengths.message
+    assert "100% were truncated at rollout.max_response_tokens" in lengths.message

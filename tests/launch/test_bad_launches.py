@@ -65,7 +65,7 @@ def test_a_model_that_fits_nowhere(tiny_qwen3: Path, tmp_path: Path, launcher: s
     overrides = ["device=cuda", "parallel.gpu_memory=3GiB", "parallel.dp=1"]
     line = told(tmp_path, tiny_qwen3, launcher, *overrides, **NO_GPU)
     assert re.fullmatch(
-        r"command line: parallel: does not fit: a trainer rank.* needs .* GiB a GPU of 3.0 GiB; .*", line
+        r"command line: parallel: does not fit: a trainer rank.* needs .* GiB, but a GPU has 3.0 GiB; .*", line
     )
 
 

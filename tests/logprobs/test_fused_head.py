@@ -269,7 +269,7 @@ def check_overlapped_reduction(rank: int) -> None:
     from megatron_hapo.config.parallel_sizes import ParallelSizes
     from megatron_hapo.model import parallel_layout
 
-    parallel_layout.initialize(ParallelSizes(), device=torch.device("cpu"), seed=0, timeout_seconds=60)
+    parallel_layout.initialize(ParallelSizes(dp=2), device=torch.device("cpu"), seed=0, timeout_seconds=60)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -114,7 +114,7 @@ def test_an_automatic_layout_is_planned_for_other_machines(folder: Path, capsys:
     assert planned("run.yaml", "parallel=auto", "--gpus", "8").parallel == config.parallel
     capsys.readouterr()
     assert cli.main(["plan", "auto.yaml"]) == cli.EXIT_FAULT
-    assert capsys.readouterr().err == "--gpus: is needed, auto.yaml says parallel: auto\n"
+    assert capsys.readouterr().err == "--gpus: is required, because auto.yaml has parallel: auto\n"
 
 
 def test_without_a_number_the_gpus_are_those_that_the_config_uses(
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_one_line(folder: Path, capsys: pytest.Capture
         ("none/planned.yaml", "cannot be written: No such file or directory"),
         ("run.yaml/planned.yaml", "cannot be written: Not a directory"),
         ("model", "is not a file"),
-        ("run.yaml", "base.yaml builds on this file, which cannot build on itself"),
+        ("run.yaml", "base.yaml builds on this file; write to another one"),
     ):
         (folder / "base.yaml").write_text("base: run.yaml\n")
         assert cli.main(["plan", "base.yaml", "--gpus", "8", "--write", target]) == cli.EXIT_FAULT

@@ -1,4 +1,4 @@
-"""The planner: what fits, in which order, why the rest does not, and what the command prints and writes."""
+"""The planner: what fits, in which order, why the rest is rejected, and what the command prints and writes."""
 
 from __future__ import annotations
 
@@ -73,18 +73,20 @@ def test_more_gpus_and_shared_gpus_are_faster() -> None:
     assert plans_for(64, placement="colocated")[0].time.total < times[1]
 
 
-def test_what_does_not_fit_is_told_with_its_largest_part() -> None:
+def test_a_rejection_names_the_largest_part() -> None:
     cluster = Cluster(gpus=8, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
     _, rejections = search(QWEN3_8B, WORKLOAD, cluster, Limits())
     reasons = {rejection.what: rejection.reason for rejection in rejections}
     alone = reasons["tp=1 pp=1 cp=1 ep=1 dp=1, 13312 tokens, recompute none, optimizer on the host"]
-    assert "of 80.0 GiB; the largest part is activations with 63.1 GiB" in alone
+    assert "but a GPU has 80.0 GiB; the largest part is activations with 63.1 GiB" in alone
 
 
 def test_a_model_that_fits_nowhere_is_one_error() -> None:
     with pytest.raises(HapoError, match=r"no layout of 2 GPUs of 40 GiB fits; nearest: .* the largest part is"):
         plans_for(2, gib=40)
-    with pytest.raises(HapoError, match=r"fits an engine: rollout.tp=8: weights of 1.9 GiB leave room for 0 tokens"):
+    with pytest.raises(
+        HapoError, match=r"has room for an engine: rollout.tp=8: weights of 1.9 GiB leave room for 0 tokens"
+    ):
         plans_for(8, gib=2)
 
 
@@ -230,13 +232,13 @@ def test_a_written_plan_may_have_more_engine_ranks_than_key_value_heads(
 
 
 BAD_PLANS = {
-    "nothing to plan": (["--gpus", "8"], "plan: name a CONFIG or a model with --model"),
+    "nothing to plan": (["--gpus", "8"], "plan: needs a CONFIG or --model"),
     "no size": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--gpu-memory", "eighty"],
         "--gpu-memory: must be a size like 80GiB or 141GB, got 'eighty'",
     ),
     "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
-    "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is needed without a CONFIG"),
+    "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is required without a CONFIG"),
     "a response of no length": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "-5"],
         "--max-response: must be at least 1, got -5",
@@ -251,11 +253,12 @@ BAD_PLANS = {
     ),
     "a mean above the longest": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "5000", "--max-response", "1000"],
-        "--mean-response: 5000 tokens are more than the longest response of 1000",
+        "--mean-response: must be at most the longest response of 1000 tokens, got 5000",
     ),
     "too long": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "100000"],
-        "prompt and response of 101024 tokens are more than the model's 40960 positions; lower --max-response",
+        "the longest prompt and response together have 101024 tokens, more than the model's 40960 positions; "
+        "lower --max-response",
     ),
 }
 
@@ -270,11 +273,11 @@ def test_what_cannot_be_planned_is_one_line(case: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--placement", "colocated"], "rollout.tp=1: a shared GPU needs 10.9 GiB of 10.0 GiB beside a trainer rank"),
-        ([], "trainer and engines on GPUs of their own need two at least; placement=colocated shares one\n"),
+        (["--placement", "colocated"], "rollout.tp=1: engine and trainer rank together need 10.9 GiB"),
+        ([], "placement=disaggregated needs at least 2 GPUs, got 1; use placement=colocated to share it\n"),
     ],
 )
-def test_one_small_gpu_is_told_what_is_missing(
+def test_one_small_gpu_is_rejected_with_a_reason(
     run_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -311,7 +314,7 @@ def test_train_refuses_what_cannot_fit(
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=80GiB"]) == cli.EXIT_FAULT
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("command line: parallel: does not fit: a trainer rank")
-    assert "GiB a GPU of 80.0 GiB; the largest part is activations with" in line
+    assert "GiB, but a GPU has 80.0 GiB; the largest part is activations with" in line
     assert cli.main(["train", "run.yaml", "device=cuda", "parallel.gpu_memory=9GiB", *fits]) == cli.EXIT_FAULT
     first, second = capsys.readouterr().err.splitlines()
     assert "parallel: does not fit" in first
@@ -341,7 +344,7 @@ def test_the_refusal_says_which_layers_it_counted(
     asked = ["device=cuda", "parallel.gpu_memory=80GiB", f"model.spec={spec}"]
     (fault,) = check_run(load_config("run.yaml", asked))
     assert fault.message.startswith(f"does not fit: {rank} ")
-    assert fault.message.endswith(f"; `megatron-hapo {command}` finds layouts that do")
+    assert fault.message.endswith(f"; `megatron-hapo {command}` finds layouts that fit")
 
 
 def test_the_plan_says_which_layers_it_assumes(
@@ -349,7 +352,7 @@ def test_the_plan_says_which_layers_it_assumes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_model(run_folder)
-    word = "Layers: Transformer Engine's are assumed"
+    word = "Layers: Transformer Engine is assumed"
     for asked, line in (([], True), (["model.spec=te"], False), (["model.spec=local"], False)):
         assert cli.main(["plan", "run.yaml", *asked, "--gpus", "8", "--top", "1"]) == 0
         assert capsys.readouterr().out.startswith(word) is line
@@ -385,7 +388,7 @@ def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(
     (run_folder / "auto.yaml").write_text("base: run.yaml\nparallel: auto\ndevice: cuda\n")
     monkeypatch.setattr(from_config, "local_gpus", lambda: [])
     assert cli.main(["train", "auto.yaml"]) == cli.EXIT_FAULT
-    assert "auto.yaml: parallel: auto asks for the GPUs of this machine" in capsys.readouterr().err
+    assert "auto.yaml: parallel: auto uses the GPUs of this machine" in capsys.readouterr().err
     monkeypatch.setattr(from_config, "local_gpus", lambda: [80 * GIB] * 8)
     assert cli.main(["train", "auto.yaml", "seed=3"]) == 0
     (config,) = started
