@@ -20,10 +20,10 @@ from megatron_hapo.sizing.from_config import (
     limits_of,
     workload_of,
 )
+from megatron_hapo.sizing.plan_file import write_plan
 from megatron_hapo.sizing.search import Cluster, Limits, search
 from megatron_hapo.sizing.tables import plans_as_json, print_plans
 from megatron_hapo.sizing.throughput import GPUS, Workload
-from megatron_hapo.sizing.written import write_plan
 
 ASSUMED_LAYERS = "Layers: Transformer Engine is assumed; model.spec=local plans for torch layers (needs a CONFIG)."
 """`model.spec: auto` looks for the package on the machines of the run, which the planner cannot see."""

@@ -152,9 +152,9 @@ class _Search:
         sizes = layout.sizes
         training = train_seconds(shape, layout, workload, cluster.gpu, nvlink_size=cluster.nvlink_size)
         engine_gpus = cluster.gpus if shared else cluster.gpus - sizes.world_size
-        for choice in self.engines.beside(memory if shared else None):
+        for choice in self.engines.fitting(memory if shared else None):
             if engine_gpus < choice.tp:
-                reason = f"{engine_gpus} GPUs remain for engines when the trainer has {sizes.world_size}"
+                reason = f"only {engine_gpus} GPUs remain for engines when the trainer has {sizes.world_size}"
                 self.engines.reject(choice.tp, reason)
                 continue
             plan = _plan(shape, workload, cluster, layout, memory, training, choice, engine_gpus // choice.tp)
@@ -165,7 +165,7 @@ class _Search:
     def nothing_fits(self) -> str:
         """The error message for a search without plans."""
         head = f"no layout of {self.cluster.gpus} GPUs of {self.cluster.gpu_bytes / GIB:.0f} GiB"
-        if self.some_trainer_fits or not self.engines.beside(None):
+        if self.some_trainer_fits or not self.engines.fitting(None):
             last = self.engines.rejections[-1]
             return f"{head} has room for an engine: {last.what}: {last.reason}"
         return f"{head} fits; nearest: {self.nearest[1]}" if self.nearest else f"{head} fits"
@@ -290,7 +290,7 @@ class _Engines:
         self._rejections: dict[Rejection, None] = {}  # an ordered set
         self._known: dict[int, list[_EngineChoice]] = {}
 
-    def beside(self, trainer: TrainerMemory | None) -> list[_EngineChoice]:
+    def fitting(self, trainer: TrainerMemory | None) -> list[_EngineChoice]:
         """Engines on separate GPUs (None), or on GPUs where such trainer ranks rest."""
         rest = 0 if trainer is None else trainer.resting()
         if rest not in self._known:

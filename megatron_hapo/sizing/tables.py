@@ -70,7 +70,7 @@ def _time_table(plans: Sequence[LayoutPlan], heading: str) -> Table:
 
 
 def _memory_table(plans: Sequence[LayoutPlan]) -> Table:
-    caption = "GiB on the fullest trainer rank (activations, logits and sync do not all coincide) | on an engine rank"
+    caption = "GiB on the fullest trainer rank; the total includes only the largest phase | on an engine rank"
     table = Table(caption=caption, box=SIMPLE_HEAD)
     table.add_column("#")
     for name in ("weights", "grads", "optim.", "activ.", "logits", "sync", "reserve", "total"):

@@ -36,14 +36,14 @@ def group(correct: list[bool], *, failure: Any = None, reason: Any = "stop") -> 
     ("mean", "dtype", "verdict"),
     [(1e-5, "float32", "ok"), (0.01, "float32", "fault"), (0.01, "bfloat16", "ok"), (0.2, "bfloat16", "fault")],
 )
-def test_log_probs_are_held_to_what_the_dtype_allows(mean: float, dtype: str, verdict: str) -> None:
+def test_log_prob_differences_are_compared_with_the_dtypes_limit(mean: float, dtype: str, verdict: str) -> None:
     (finding,) = logprob_findings(mismatch(mean), dtype)
     assert finding.verdict == verdict
     assert f"{mean:.2g} on average" in finding.message
 
 
 @pytest.mark.parametrize(("correct", "reason"), [([True, True], "too easy"), ([False, False], "too hard")])
-def test_groups_without_differing_rewards_are_a_warning(correct: list[bool], reason: str) -> None:
+def test_groups_with_equal_rewards_are_a_warning(correct: list[bool], reason: str) -> None:
     first, lengths = group_findings([group(correct)] * 3)
     assert (first.verdict, lengths.verdict) == ("warning", "ok")
     assert "0 of 3 groups have both better and worse" in first.message

@@ -1,4 +1,4 @@
-"""Sizes that cannot be laid out over a world are refused before any process group is made."""
+"""Sizes that do not match a world are rejected before any process group is created."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def test_sizes_that_divide_are_accepted(sizes: dict[str, int]) -> None:
     ParallelSizes.for_world(8, **sizes).check_world(8)
 
 
-def test_a_world_of_another_size_is_refused() -> None:
+def test_a_world_of_another_size_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"tp=2 \* pp=1 \* cp=1 \* dp=2 = 4 must equal the world size, got 8 ranks"):
         ParallelSizes(tp=2, dp=2).check_world(8)

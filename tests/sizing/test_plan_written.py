@@ -1,4 +1,4 @@
-"""`plan --write`: a file that describes the job that was planned, that its run accepts, or no file and one line."""
+"""`plan --write` writes a config of the planned job that `train` accepts, or nothing and a one-line error."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ QWEN3_30B_A3B = HF_CONFIGS / "Qwen--Qwen3-30B-A3B.json"
 
 @pytest.fixture
 def folder(run_folder: Path) -> Path:  # noqa: F811
-    """The current directory of run.yaml, with an 8B model."""
+    """The current directory, which has run.yaml and an 8B model."""
     (run_folder / "model/config.json").write_text(Path(QWEN3_8B_CONFIG).read_text())
     return run_folder
 
 
 def planned(*arguments: str) -> Config:
-    """What `plan ... --write` wrote; the run accepts it."""
+    """The config that `plan ... --write` wrote; checks that `train` accepts it."""
     assert cli.main(["plan", *arguments, "--write", "planned.yaml", "--json"]) == 0
     config = load_config("planned.yaml", ON_GPUS)
     on_known_gpus = [] if config.parallel.gpu_memory else ["parallel.gpu_memory=80GiB"]
@@ -35,7 +35,7 @@ def planned(*arguments: str) -> Config:
     return config
 
 
-def test_the_file_has_what_the_command_line_asked_for(folder: Path) -> None:
+def test_the_file_has_the_overrides_of_the_command_line(folder: Path) -> None:
     (folder / "model").rename(folder / "other")
     asked = ["seed=7", "optimizer.lr=2e-6", "parallel.gpu_memory=60GiB", "data.train.limit=5"]
     lengths = ["--max-response", "3000", "--max-prompt", "200"]
@@ -43,14 +43,14 @@ def test_the_file_has_what_the_command_line_asked_for(folder: Path) -> None:
     assert (config.seed, config.optimizer.lr, config.parallel.gpu_memory) == (7, 2e-6, "60GiB")
     assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (200, 3000)
     assert config.model.path == Path("other")
-    # Of two words on one setting the flag is the stronger, as in the plan itself.
+    # A flag takes precedence over key=value, as in the plan itself.
     config = planned(
         "run.yaml", "rollout.max_response_tokens=90", "model.path=none", "--gpus", "8", "--model", "other", *lengths
     )
     assert (config.rollout.max_response_tokens, config.model.path) == (3000, Path("other"))
 
 
-def test_the_memory_of_a_gpu_is_the_configs_unless_another_is_named(
+def test_the_memory_of_a_gpu_is_the_configs_unless_a_flag_overrides_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "large.yaml").write_text("base: run.yaml\nparallel: {gpu_memory: 141GB}\n")
@@ -69,30 +69,30 @@ SETTINGS_IN_THE_WAY = {
         "weight_sync: {in_flight: pause}",
         ["--gpus", "8", "--placement", "colocated"],
     ),
-    "engines on nodes of their own": ("launch: {engines: own_nodes}", ["--gpus", "8", "--placement", "colocated"]),
+    "engines on separate nodes": ("launch: {engines: own_nodes}", ["--gpus", "8", "--placement", "colocated"]),
     "statistics of a micro-batch": (
         "algorithm: {entropy: {source: micro_batch}}\nrollout: {max_response_tokens: 12288}",
         ["--gpus", "8"],
     ),
-    "a whole optimizer on each rank": ("trainer: {distributed_optimizer: false}", ["--gpus", "8"]),
+    "an unsharded optimizer": ("trainer: {distributed_optimizer: false}", ["--gpus", "8"]),
 }
 
 
 @pytest.mark.parametrize("case", SETTINGS_IN_THE_WAY)
-def test_nothing_that_the_base_says_contradicts_the_plan(case: str, folder: Path) -> None:
+def test_the_plan_overrides_contradicting_settings_of_the_base(case: str, folder: Path) -> None:
     text, arguments = SETTINGS_IN_THE_WAY[case]
     (folder / "base.yaml").write_text(f"base: run.yaml\n{text}\n")
     planned("base.yaml", *arguments)
 
 
 @pytest.mark.parametrize("parallel", ["{dp: 8}", "auto"])
-def test_the_sizes_of_engines_go_together(
+def test_engine_sizes_are_consistent(
     parallel: str,
     folder: Path,
     started: list[Config],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Experts that lay whole on 8 ranks do not on the 4 or fewer of a plan; neither where `train` plans."""
+    """The base has rollout.ep=8; a plan with fewer engine ranks must override it, also when `train` plans."""
     (folder / "model/config.json").write_text(QWEN3_30B_A3B.read_text())
     (folder / "base.yaml").write_text(f"base: run.yaml\nparallel: {parallel}\nrollout: {{tp: 8, ep: 8}}\n")
     config = planned("base.yaml", "--gpus", "32")
@@ -104,8 +104,8 @@ def test_the_sizes_of_engines_go_together(
         assert started[0].rollout.ep in (1, started[0].rollout.tp)
 
 
-def test_an_automatic_layout_is_planned_for_other_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the error of `train` says; what needs several ranks is not refused before there are any."""
+def test_plan_resolves_an_automatic_layout_for_other_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the error of `train` suggests; settings that need several ranks are accepted before the sizes are known."""
     (folder / "auto.yaml").write_text("base: run.yaml\nparallel: auto\n")
     config = planned("auto.yaml", "trainer.overlap_communication=true", "--gpus", "8")
     assert config.parallel.world_size > 1
@@ -117,9 +117,7 @@ def test_an_automatic_layout_is_planned_for_other_machines(folder: Path, capsys:
     assert capsys.readouterr().err == "--gpus: is required, because auto.yaml has parallel: auto\n"
 
 
-def test_without_a_number_the_gpus_are_those_that_the_config_uses(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_default_number_of_gpus_is_that_of_the_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["parallel.tp=2", "parallel.dp=4", "rollout.engines=4", "rollout.tp=2"]
     assert cli.main(["plan", "run.yaml", *asked]) == 0
     assert "16 x h100" in capsys.readouterr().out
@@ -127,7 +125,7 @@ def test_without_a_number_the_gpus_are_those_that_the_config_uses(
     assert "8 x h100" in capsys.readouterr().out
 
 
-def test_what_cannot_be_written_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_is_a_one_line_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for target, reason in (
         ("none/planned.yaml", "cannot be written: No such file or directory"),
         ("run.yaml/planned.yaml", "cannot be written: Not a directory"),
@@ -140,8 +138,8 @@ def test_what_cannot_be_written_is_one_line(folder: Path, capsys: pytest.Capture
         assert (output.out, output.err) == ("", f"--write: {target}: {reason}\n")
 
 
-def test_what_a_run_would_refuse_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor is what was there before lost."""
+def test_a_config_that_train_would_reject_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An existing file is kept."""
     (folder / "planned.yaml").write_text("name: before\n")
     (folder / "base.yaml").write_text("base: run.yaml\nlaunch: {ray_worker_ports: [20000, 20010]}\n")
     names = sorted(path.name for path in folder.iterdir())
@@ -152,8 +150,8 @@ def test_what_a_run_would_refuse_is_not_written(folder: Path, capsys: pytest.Cap
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
-def test_the_file_is_there_before_the_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever reads only the first lines of them closes the pipe."""
+def test_the_file_is_written_before_the_tables_are_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader such as `head` may close the pipe early."""
 
     def closed(*_: object, **__: object) -> None:
         raise BrokenPipeError
@@ -164,7 +162,7 @@ def test_the_file_is_there_before_the_tables(folder: Path, monkeypatch: pytest.M
     load_config("planned.yaml")
 
 
-def test_without_a_config_the_file_is_a_part_to_build_on(folder: Path) -> None:
+def test_without_a_config_the_file_can_be_used_as_a_base(folder: Path) -> None:
     arguments = ["--model", "model", "--gpus", "8", "--max-response", "2000"]
     assert cli.main(["plan", *arguments, "--write", "part.yaml", "--json"]) == 0
     (folder / "whole.yaml").write_text("base: [run.yaml, part.yaml]\n")

@@ -54,7 +54,7 @@ def test_every_plan_fits_its_gpus_and_the_longest_sequence(gpus: int) -> None:
         assert 0 < plan.time.mfu < 0.6
 
 
-def test_layers_that_do_not_split_leave_fewer_to_the_end_stages() -> None:
+def test_layers_that_do_not_divide_give_the_end_stages_fewer() -> None:
     cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"], placement="colocated")
     shape = replace(QWEN3_8B, num_layers=94)
     plans, _ = search(shape, WORKLOAD, cluster, Limits())
@@ -69,7 +69,7 @@ def test_layers_that_do_not_split_leave_fewer_to_the_end_stages() -> None:
 def test_more_gpus_and_shared_gpus_are_faster() -> None:
     times = [plans_for(gpus)[0].time.total for gpus in (8, 64, 512)]
     assert times == sorted(times, reverse=True)
-    # In turn on all GPUs beats half idle on each half, as long as nothing overlaps.
+    # Taking turns on all GPUs is faster than two halves that wait for each other, as long as nothing overlaps.
     assert plans_for(64, placement="colocated")[0].time.total < times[1]
 
 
@@ -90,8 +90,8 @@ def test_a_model_that_fits_nowhere_is_one_error() -> None:
         plans_for(8, gib=2)
 
 
-def test_the_optimizer_goes_to_the_host_only_where_it_must() -> None:
-    """On two GPUs one trains: 91.5 GiB of masters and moments are more than it has."""
+def test_the_optimizer_is_offloaded_only_if_it_does_not_fit() -> None:
+    """With two GPUs, one trains, and cannot hold 91.5 GiB of master weights and moments."""
     for plan in plans_for(2):
         assert plan.layout.cpu_offload
         assert plan.trainer.optimizer == 0
@@ -115,7 +115,7 @@ def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
             QWEN3_8B, tp=plan.rollout_tp, gpu_bytes=80 * GIB, memory_fraction=Limits().memory_fraction,
             num_parameters=model_parameters(QWEN3_8B),
         )  # fmt: skip
-        # The trainer's weights stay; what an engine needs beside weights and cache, it keeps.
+        # The trainer's weights reduce the engine's cache, not what it needs besides weights and cache.
         assert plan.engine.kv_cache <= alone.kv_cache - plan.trainer.resting()
         assert plan.engine.runtime >= alone.runtime
 
@@ -127,8 +127,8 @@ def test_no_more_data_parallel_ranks_than_responses() -> None:
     assert any("a mini-batch has 16 responses, fewer than dp=" in rejection.reason for rejection in rejections)
 
 
-def test_a_token_costs_two_operations_a_weight_and_the_attention() -> None:
-    """8.19 billion parameters, of which the embedding is no product; norms are not counted by hand here."""
+def test_a_token_costs_two_operations_per_weight_and_the_attention() -> None:
+    """8.19 billion parameters, without the embedding, which is not a matrix product; norms are within the tolerance."""
     flops = model_flops(QWEN3_8B, tokens=1, length=0, response_share=1)
     assert flops == pytest.approx(2 * (8.19e9 - 151936 * 4096), rel=0.001)
     attention = model_flops(QWEN3_8B, tokens=1, length=1000, response_share=1) - flops
@@ -140,7 +140,7 @@ def test_generation_waits_for_the_longest_response_and_gains_from_more_engines()
         return generate_seconds(QWEN3_8B, WORKLOAD, GPUS["h100"], **{"tp": 1, "engines": 8, "running": 256, **options})
 
     assert seconds(engines=16) < seconds() < seconds(running=64)
-    # However many engines there are: every token of the longest response reads all weights once.
+    # With any number of engines, every token of the longest response reads all weights once.
     least = WORKLOAD.max_response_tokens * 2 * decode_parameters(QWEN3_8B, tokens=1) / GPUS["h100"].memory_bandwidth
     assert seconds(engines=4096) > least
 
@@ -154,7 +154,7 @@ def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> No
     assert "…" not in out
 
 
-def test_json_is_the_same_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_same_plans_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", QWEN3_8B_CONFIG, "--gpus", "8", "--json", "--top", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["plans"]) == 2
@@ -163,7 +163,7 @@ def test_json_is_the_same_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"reason", "what"} == answer["rejected"][0].keys()
 
 
-def test_the_written_config_is_the_best_plan_that_a_config_can_say(
+def test_the_written_config_has_a_plan_that_fits(
     run_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -205,12 +205,12 @@ def test_a_colocated_plan_is_written_and_passes_its_own_check(
     assert check_run(config) == []
     (fault,) = check_run(load_config("planned.yaml", [*on_gpus, "rollout.memory_fraction=0.95"]))
     assert str(fault).startswith("rollout.memory_fraction: does not fit: an engine with 0.95 of a GPU of 80.0 GiB")
-    # What a trainer rank keeps counts in the engine's turn.
+    # Memory that the trainer rank keeps counts during the engine's turn.
     keeps = ["memory_turns.trainer=gradients", f"rollout.memory_fraction={config.rollout.memory_fraction + 0.1:.2f}"]
     assert [fault.key for fault in check_run(load_config("planned.yaml", [*on_gpus, *keeps]))] == [
         "rollout.memory_fraction"
     ]
-    # Planned again it does not shrink.
+    # Planning from the written config again gives the same engine.
     assert cli.main(["plan", "planned.yaml", "--gpus", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["rollout"] == best["rollout"]
 
@@ -219,7 +219,7 @@ def test_a_written_plan_may_have_more_engine_ranks_than_key_value_heads(
     run_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Qwen3-235B-A22B has 4, and its weights need 8 GPUs; not so on a CPU, where SGLang does not repeat a head."""
+    """Qwen3-235B-A22B has 4 heads and needs 8 GPUs; on a CPU SGLang does not replicate heads, so this is rejected."""
     model = Path(QWEN3_8B_CONFIG).with_name("Qwen--Qwen3-235B-A22B.json")
     (run_folder / "model/config.json").write_text(model.read_text())
     assert cli.main(["plan", "run.yaml", "--gpus", "256", "--write", "planned.yaml"]) == 0
@@ -233,21 +233,21 @@ def test_a_written_plan_may_have_more_engine_ranks_than_key_value_heads(
 
 BAD_PLANS = {
     "nothing to plan": (["--gpus", "8"], "plan: needs a CONFIG or --model"),
-    "no size": (
+    "invalid memory": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--gpu-memory", "eighty"],
         "--gpu-memory: must be a size like 80GiB or 141GB, got 'eighty'",
     ),
     "no GPUs": (["--model", QWEN3_8B_CONFIG, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
-    "nothing to count GPUs of": (["--model", QWEN3_8B_CONFIG], "--gpus: is required without a CONFIG"),
-    "a response of no length": (
+    "no number of GPUs": (["--model", QWEN3_8B_CONFIG], "--gpus: is required without a CONFIG"),
+    "negative response length": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-response", "-5"],
         "--max-response: must be at least 1, got -5",
     ),
-    "a prompt of no length": (
+    "empty prompt": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--max-prompt", "0"],
         "--max-prompt: must be at least 1, got 0",
     ),
-    "a mean of no length": (
+    "mean of zero": (
         ["--model", QWEN3_8B_CONFIG, "--gpus", "8", "--mean-response", "0"],
         "--mean-response: must be at least 1, got 0",
     ),
@@ -264,7 +264,7 @@ BAD_PLANS = {
 
 
 @pytest.mark.parametrize("case", BAD_PLANS)
-def test_what_cannot_be_planned_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_a_one_line_error(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, message = BAD_PLANS[case]
     assert cli.main(["plan", *arguments]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == message + "\n"
@@ -303,11 +303,11 @@ def write_model(folder: Path) -> None:
     (folder / "model/config.json").write_text(Path(QWEN3_8B_CONFIG).read_text())
 
 
-def test_train_refuses_what_cannot_fit(
+def test_train_rejects_a_layout_that_cannot_fit(
     run_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before anything is loaded; on a CPU nothing is refused."""
+    """Before anything is loaded; on a CPU nothing is rejected."""
     write_model(run_folder)
     fits = ["parallel.tp=4", "parallel.dp=4", "rollout.tp=2"]
     assert check_run(load_config("run.yaml", ["device=cuda", "parallel.gpu_memory=80GiB", *fits])) == []
@@ -331,7 +331,7 @@ def test_train_refuses_what_cannot_fit(
         ("te", False, "a trainer rank needs", "plan"),
     ],
 )
-def test_the_refusal_says_which_layers_it_counted(
+def test_the_error_names_the_layers_that_it_assumes(
     run_folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     spec: str,
@@ -347,7 +347,7 @@ def test_the_refusal_says_which_layers_it_counted(
     assert fault.message.endswith(f"; `megatron-hapo {command}` finds layouts that fit")
 
 
-def test_the_plan_says_which_layers_it_assumes(
+def test_the_plan_names_the_layers_that_it_assumes(
     run_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -360,7 +360,7 @@ def test_the_plan_says_which_layers_it_assumes(
     assert json.loads(capsys.readouterr().out)["spec"] == "local"
 
 
-def test_train_refuses_a_model_that_no_engine_can_serve(run_folder: Path) -> None:  # noqa: F811
+def test_train_rejects_a_model_that_no_engine_can_serve(run_folder: Path) -> None:  # noqa: F811
     experts = json.loads((HF_CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text())
     asked = ["device=cuda", "parallel.tp=4", "parallel.dp=4", "parallel.ep=4", "rollout.tp=4"]
     for setting in ({}, {"mlp_only_layers": [1]}, {"tie_word_embeddings": True}):

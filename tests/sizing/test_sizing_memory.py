@@ -1,4 +1,4 @@
-"""The memory model against real Megatron ranks: what they hold, and what a forward and backward pass needs."""
+"""Compares the memory model with real Megatron ranks: their state, and the peak of a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tiny_model import write_tiny_qwen3
 from tests.trainer.test_trainer import make_batch, make_config, make_grid
 
 SIZES: dict[str, Any] = {"hidden": 256, "heads": 6, "kv_heads": 2, "head_dim": 32, "intermediate": 768}
-"""Query heads are narrower than the hidden size, so that a formula that takes one for the other is seen."""
+"""The query heads are narrower than the hidden size, so that confusing the two in a formula fails a test."""
 HELD = [
     {"tp": 2, "dtype": "bfloat16"},
     {"pp": 2, "dtype": "float32"},
@@ -42,7 +42,7 @@ HELD = [
     {"tp": 2, "ep": 2, "model": "experts", "dtype": "bfloat16"},
     {"tp": 2, "model": "experts", "dtype": "float32"},
 ]
-"""Layouts of two ranks with the model, dense and untied unless named, and its dtype."""
+"""Layouts of two ranks, with the model (default: dense and untied) and its dtype."""
 EXPERTS = {"hidden_size": 256, "moe_intermediate_size": 96, "vocab_size": 1021}
 SEQUENCE, SEQUENCES = 250, 4
 
@@ -53,7 +53,7 @@ def layout_of(case: dict[str, Any]) -> Layout:
 
 
 def layout_with(**settings: Any) -> Layout:
-    """A layout from its settings and its sizes, all by name."""
+    """A layout from its settings and its sizes, all as keywords."""
     sizes = {name: settings.pop(name) for name in ParallelSizes.model_fields if name in settings}
     return Layout(sizes=ParallelSizes(**sizes), **settings)
 
@@ -127,7 +127,7 @@ def test_a_rank_holds_what_the_model_says(tmp_path: Path) -> None:
 
 
 def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompute]]) -> list[float]:
-    """Most bytes alive at once in a forward and backward pass, beyond the parameters and their gradients."""
+    """Peak bytes of a forward and backward pass, besides parameters, gradients and logits."""
     import torch
 
     from megatron_hapo.model import parallel_layout
@@ -171,7 +171,7 @@ def test_activations_are_what_the_model_says(tmp_path: Path, layers: int) -> Non
         assert measured == pytest.approx(expected, rel=0.15), (layers, dtype, recompute)
 
 
-def test_the_known_model_has_its_known_size() -> None:
+def test_qwen3_8b_has_its_published_size() -> None:
     """Qwen3-8B's model card: 8.2 billion parameters, 6.95 billion without embeddings."""
     assert model_parameters(QWEN3_8B) == 8_190_735_360
     without = model_parameters(QWEN3_8B) - 2 * 151936 * 4096
@@ -182,7 +182,7 @@ def test_the_known_model_has_its_known_size() -> None:
     "layout", [layout_with(tp=4, pp=2), layout_with(tp=8), layout_with(pp=4), layout_with(tp=2, pp=9, dp=3)]
 )
 def test_the_ranks_of_a_layout_hold_the_whole_model(layout: Layout) -> None:
-    """All but the norms, of which every tensor-parallel rank has a copy."""
+    """Norms are replicated on every tensor-parallel rank."""
     held = sum(stage_parameters(QWEN3_8B, layout, stage).total for stage in range(layout.sizes.pp)) * layout.sizes.tp
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     assert held - (layout.sizes.tp - 1) * norms == model_parameters(QWEN3_8B)
@@ -195,14 +195,14 @@ def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
     assert two - one == 151936 * 4096
 
 
-def test_logits_take_two_and_three_quarter_bytes_an_element() -> None:
+def test_logits_take_two_and_three_quarter_bytes_per_element() -> None:
     layout = Layout(tokens_per_microbatch=16384)
     rows, hidden, vocabulary = 16384, 4096, 151936
     around = 2 * 2 * rows * hidden + 2 * vocabulary * hidden
     assert head_bytes(QWEN3_8B, layout, rows=rows) - around == pytest.approx(2.75 * rows * vocabulary)
 
 
-def test_the_fused_head_takes_a_chunk_however_many_tokens() -> None:
+def test_the_fused_head_takes_one_chunk_for_any_number_of_tokens() -> None:
     from megatron_hapo.logprobs.fused_head import CHUNK_BYTES
 
     layout = Layout(tokens_per_microbatch=131_072, output_head="fused")
@@ -210,7 +210,7 @@ def test_the_fused_head_takes_a_chunk_however_many_tokens() -> None:
     assert head_bytes(QWEN3_8B, layout, rows=131_072) - around == pytest.approx(1.25 * CHUNK_BYTES)
 
 
-def test_each_size_cuts_what_it_is_to_cut() -> None:
+def test_each_size_reduces_its_part() -> None:
     def parts(**settings: Any) -> Any:
         return trainer_memory(QWEN3_8B, layout_with(**settings), gpu_bytes=80 * GIB)
 
@@ -224,7 +224,7 @@ def test_each_size_cuts_what_it_is_to_cut() -> None:
     assert parts(recompute="full").activations < 0.1 * whole.activations
     none, selective, full = (parts(recompute=recompute).activations for recompute in ("none", "selective", "full"))
     assert full < selective < 0.7 * none
-    # The first stage of a pipeline keeps as many micro-batches as there are stages: no gain without recomputation.
+    # The first stage holds as many micro-batches as there are stages, so it saves no memory without recomputation.
     first = activation_bytes(QWEN3_8B, layout_with(pp=4), 0, in_flight=4, spec="te")
     assert first == pytest.approx(whole.activations, rel=0.05)
 
@@ -264,11 +264,11 @@ def test_an_engine_that_cannot_hold_the_weights_has_no_room() -> None:
 @pytest.mark.parametrize(
     ("text", "size"), [("80GiB", 80 << 30), ("141GB", 141 * 10**9), ("1024", 1024), ("1.5 KiB", 1536), ("7B", 7)]
 )
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_memory_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["80 gigs", "", "-1GiB", "GiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_memory_sizes_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="80GiB or 141GB"):
         parse_bytes(text)

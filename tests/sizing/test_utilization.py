@@ -1,4 +1,4 @@
-"""Shares that can be counted by hand."""
+"""Utilization metrics of batches small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def batch(lengths: list[int], responses: int = 1) -> TrainBatch:
     )
 
 
-def test_a_single_rank_without_rounding_has_no_padding_and_no_bubble() -> None:
+def test_a_single_rank_has_no_padding_and_no_bubble() -> None:
     found = utilization().of_batches([batch([3, 7, 10])])
     assert found["utilization/padding_share"] == 0
     assert found["utilization/dp_imbalance"] == 1
     assert found["utilization/bubble_share"] == 0
 
 
-def test_padding_is_what_sequence_parallelism_rounds_up() -> None:
+def test_sequence_parallelism_pads_to_a_multiple_of_tp() -> None:
     found = utilization(tp=4).of_batches([batch([3, 7, 9])])  # micro-batches of 9 and of 3 + 7 tokens: 12 and 12
     assert found["utilization/padding_share"] == pytest.approx(1 - 19 / 24)
 
@@ -60,7 +60,7 @@ def test_imbalance_is_the_busiest_rank_over_the_mean() -> None:
 
 
 @pytest.mark.parametrize(("sizes", "share"), [({"pp": 2}, 1 / 3), ({"pp": 2, "vpp": 2}, 0.5 / 2.5)])
-def test_the_bubble_is_the_filling_of_the_pipeline(sizes: dict[str, int], share: float) -> None:
+def test_the_bubble_is_the_time_to_fill_the_pipeline(sizes: dict[str, int], share: float) -> None:
     found = utilization(**sizes).of_batches([batch([9, 9])])  # two micro-batches
     assert found["utilization/bubble_share"] == pytest.approx(share)
 
