@@ -1,4 +1,4 @@
-"""The one reader of Megatron's process groups: every other module takes what it needs from a ParallelLayout."""
+"""The only module that reads Megatron's process groups; all others take them from a ParallelLayout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_hapo.config.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes, this rank's coordinates and the groups of the trainer's process grid."""
+    """The trainer's process grid as one rank sees it: sizes, its coordinates, its process groups."""
 
     device: torch.device
     tp_size: int
@@ -35,33 +35,34 @@ class ParallelLayout:
     dp_cp_group: dist.ProcessGroup
     """All ranks that hold different tokens of a mini-batch and the same parameters."""
     ep_size: int
-    """Over so many groups of a pipeline stage's ranks the experts are dealt out."""
+    """Groups of a pipeline stage's ranks over which the experts are distributed."""
     ep_rank: int
     ep_group: dist.ProcessGroup
     etp_size: int
-    """Over so many ranks, neighbours in a tp group, each expert is cut."""
+    """Neighbouring ranks of a tp group over which each expert is cut."""
     etp_rank: int
     etp_group: dist.ProcessGroup
     expert_dp_rank: int
-    """Rank among those that hold the same parts of the same experts."""
+    """Rank among those that hold the same shards of the same experts."""
 
     @property
     def pp_size(self) -> int:
+        """Number of pipeline stages."""
         return self.pipeline.pp
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank has the model's last layer, and the output head, in the last of its chunks."""
+        """Whether this rank's last chunk ends with the model's last layer and the output head."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel slice: last stage, first tp rank, first cp rank."""
+        """Whether this rank returns the results of its data-parallel slice: last stage, tp rank 0, cp rank 0."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank is of the first of the grids that hold the same parameters."""
+        """Whether this rank belongs to the first of the model replicas."""
         return self.dp_rank == 0 and self.cp_rank == 0
 
 
@@ -81,10 +82,10 @@ def initialize(
 ) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
-    Experts have a grid of their own over the ranks of a pipeline stage: etp, then ep, then replicas.
+    Experts have their own grid over the ranks of a pipeline stage: etp, then ep, then replicas.
 
     Raises:
-        ValueError: the sizes do not divide the world, or etp x ep the ranks that share the experts.
+        ValueError: the sizes do not divide the world, or etp x ep does not divide the ranks of a pipeline stage.
     """
     check_sizes(dist.get_world_size(), tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
     parallel_state.initialize_model_parallel(
@@ -124,12 +125,12 @@ def initialize(
 
 
 def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int, etp: int = 1) -> None:
-    """Raise ValueError where so many ranks cannot be laid out like this; dp takes what tp, pp and cp leave."""
+    """Raise ValueError if these sizes do not divide the world; dp is what tp, pp and cp leave over."""
     for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep), ("etp", etp)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     if world_size % (tp * pp * cp):
-        raise ValueError(f"{world_size} ranks are no multiple of tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp}")
+        raise ValueError(f"{world_size} ranks must be a multiple of tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp}")
     if tp % etp:
         raise ValueError(f"etp must divide tp={tp}, got {etp}")
     if world_size // pp % (etp * ep):
@@ -139,7 +140,7 @@ def check_sizes(world_size: int, *, tp: int, pp: int, cp: int, ep: int, etp: int
 
 
 def _one(group: object) -> dist.ProcessGroup:
-    """Megatron's getters are typed for layouts with several groups a rank, which this project does not use."""
+    """The group, checked: Megatron's getters are typed for layouts with several groups per rank, not used here."""
     assert isinstance(group, dist.ProcessGroup), f"expected one process group, got {group!r}"
     return group
 
@@ -147,7 +148,7 @@ def _one(group: object) -> dist.ProcessGroup:
 def init_distributed(
     *, rank: int, world_size: int, init_method: str | Store, device: torch.device, timeout_seconds: float
 ) -> None:
-    """Join the trainer's world, by torch's URL or a store: NCCL on GPUs, gloo on CPUs."""
+    """Join the trainer's world: NCCL on GPUs, gloo on CPUs. `init_method` is a URL as torch takes it, or a store."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if isinstance(init_method, str) else None,

@@ -1,4 +1,4 @@
-"""Sizes that cannot be laid out over a world are refused before any process group is made."""
+"""Sizes that do not divide the world are rejected before any process group is made."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_hapo.model.parallel_layout import check_sizes
 @pytest.mark.parametrize(
     ("world_size", "sizes", "message"),
     [
-        (4, {"cp": 3}, "4 ranks are no multiple of tp=1 x pp=1 x cp=3 = 3"),
-        (8, {"tp": 2, "cp": 3}, "8 ranks are no multiple of tp=2 x pp=1 x cp=3 = 6"),
+        (4, {"cp": 3}, "4 ranks must be a multiple of tp=1 x pp=1 x cp=3 = 3"),
+        (8, {"tp": 2, "cp": 3}, "8 ranks must be a multiple of tp=2 x pp=1 x cp=3 = 6"),
         (8, {"pp": 2, "ep": 8}, r"etp x ep must divide the 4 ranks of a pipeline stage \(tp x cp x dp\), got 1 x 8"),
         (4, {"ep": 3}, "ep must divide the 4 ranks"),
         (8, {"tp": 2, "etp": 2, "ep": 8}, "etp x ep must divide the 8 ranks .*, got 2 x 8"),

@@ -17,8 +17,8 @@ from typing import Literal, assert_never
 from megatron_hapo.model.families.shape import Shape, padded_vocab_size
 
 Cut = Literal["whole", "rows", "columns", "kv_heads", "vocabulary"]
-"""How tensor parallelism cuts a parameter: not at all; each HF tensor's rows (columns) evenly; whole KV heads with their
-queries; rows of the padded vocabulary."""
+"""How tensor parallelism cuts a parameter: not at all; each HF tensor's rows (columns) evenly; whole KV heads with
+their queries; rows of the padded vocabulary."""
 
 Spec = Literal["te", "local"]
 """Whose layers the model has: Transformer Engine's, which fuse the norms into the linear layers, or our own."""
