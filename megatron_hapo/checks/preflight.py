@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.data.prompts import file_faults

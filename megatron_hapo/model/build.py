@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def transformer_config(
             "moe_ffn_hidden_size": shape.moe.ffn_size,
             "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
             "moe_router_topk": shape.moe.top_k,
-            # Softmax over all experts before top-k, or over the chosen experts after it, which normalises their weights.
+            # Softmax over all experts before top-k, or over the chosen experts after it, which normalises.
             "moe_router_pre_softmax": not shape.moe.normalize_top_k,
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": te,
@@ -77,7 +77,7 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=pipeline.last_stage_layers,
         context_parallel_size=layout.cp_size,
         sequence_parallel=sequence_parallel and layout.tp_size > 1,
-        # Packed micro-batches differ in length, which Megatron accepts, for dense models too, only with this dispatcher.
+        # Packed micro-batches differ in length. Megatron accepts that only with this dispatcher, even in dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # The loss is already divided by the mini-batch's global token count, so Megatron must not average again.
@@ -137,7 +137,7 @@ def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig
 
 
 def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters of this rank's chunks, where layers are numbered as in the whole model, not as in the chunk."""
+    """Names and parameters of this rank's chunks; layers are numbered as in the whole model."""
     for chunk in model:
         offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
         for name, parameter in chunk.named_parameters():
@@ -157,6 +157,8 @@ def _recompute_options(recompute: Recompute, *, te: bool) -> dict[str, Any]:
             # Transformer Engine's fused attention stores only its inputs and output anyway.
             modules = ["mlp", "moe"] if te else ["core_attn", "mlp", "moe"]
             return {"recompute_granularity": "selective", "recompute_modules": modules}
+        case _:
+            assert_never(recompute)
 
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:

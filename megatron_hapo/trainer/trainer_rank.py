@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megatron_hapo.algorithm.batching import MicroBatch, pack, plan_microbatches
 from megatron_hapo.algorithm.objective import policy_loss
-from megatron_hapo.checkpoint import distributed as checkpoint
-from megatron_hapo.checkpoint.hf import place_of, spoken_tensors, write_stage
+from megatron_hapo.checkpoint import resumable as checkpoint
+from megatron_hapo.checkpoint.hf_weights import local_placement, owned_tensors, write_hf_shards
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.entropy import EntropyStats
@@ -270,14 +270,14 @@ class TrainerRank:
             checksums=self._engine_cut() if verify else None,
         )
         self._finish_gathering()
-        for name, tensor in spoken_tensors(self.model, self.shape, self.layout):
+        for name, tensor in owned_tensors(self.model, self.shape, self.layout):
             yield from bucket.add(name, tensor.to(dtype))
         yield from bucket.rest()
 
     def own_parameters(self) -> tuple[Parameter, ...]:
         """What this rank holds of the policy, in Hugging Face coordinates; a tied output head is not repeated."""
         return rank_parameters(
-            self._named_parameters(), lambda name: place_of(name, self.shape, self.layout), self.shape
+            self._named_parameters(), lambda name: local_placement(name, self.shape, self.layout), self.shape
         )
 
     def prepare_sending(self, task: SendingTask) -> None:
@@ -316,7 +316,7 @@ class TrainerRank:
     def export_hf(self, folder: Path) -> dict[str, str] | None:
         """Write this rank's part of an HF folder; returns tensor name to file name where it wrote any."""
         self._finish_gathering()
-        return write_stage(self.model, self.shape, self.layout, folder)
+        return write_hf_shards(self.model, self.shape, self.layout, folder)
 
     def save_checkpoint(self, folder: Path) -> None:
         self._needs_its_memory("save_checkpoint")

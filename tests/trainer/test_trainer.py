@@ -162,7 +162,7 @@ def with_everything(batch: TrainBatch, scores: TokenScores) -> TrainBatch:
 
 def weights_of(trainer: Any) -> dict[str, np.ndarray]:
     """Whole HF tensors of the rank's pipeline stage."""
-    from megatron_hapo.checkpoint.hf import hf_tensors
+    from megatron_hapo.checkpoint.hf_weights import hf_tensors
 
     trainer._finish_gathering()
     tensors = hf_tensors(trainer.model, trainer.shape, trainer.layout)
@@ -173,7 +173,7 @@ def reduced_gradients(trainer: Any) -> dict[str, np.ndarray]:
     """Whole HF tensors of the stage's gradients, as the optimizer is about to see them."""
     import torch.distributed as dist
 
-    from megatron_hapo.checkpoint.hf import hf_tensors
+    from megatron_hapo.checkpoint.hf_weights import hf_tensors
 
     buffers = [buffer for chunk in trainer._ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     for buffer in buffers if trainer.config.trainer.distributed_optimizer else ():
