@@ -25,19 +25,16 @@ class ParallelLayout:
     tp_group: dist.ProcessGroup
     pipeline: Pipeline
     pp_rank: int
-    pp_group: dist.ProcessGroup
     cp_size: int
     cp_rank: int
     cp_group: dist.ProcessGroup
     dp_size: int
     dp_rank: int
-    dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """All ranks that hold different tokens of a mini-batch and the same parameters."""
     ep_size: int
     """Groups of a pipeline stage's ranks over which the experts are distributed."""
     ep_rank: int
-    ep_group: dist.ProcessGroup
     etp_size: int
     """Neighbouring ranks of a tp group over which each expert is cut."""
     etp_rank: int
@@ -106,17 +103,14 @@ def initialize(
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
         pipeline=Pipeline(pp=pp, vpp=vpp, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
         cp_size=cp,
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=_one(parallel_state.get_context_parallel_group()),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=_one(parallel_state.get_data_parallel_group()),
         dp_cp_group=_one(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep_size=ep,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        ep_group=_one(parallel_state.get_expert_model_parallel_group()),
         etp_size=etp,
         etp_rank=_one(parallel_state.get_expert_tensor_parallel_group()).rank(),
         etp_group=_one(parallel_state.get_expert_tensor_parallel_group()),
