@@ -18,8 +18,12 @@ from megatron_hapo.model.families import (
     padded_vocab_size,
     placement,
     read_shape,
+    table,
     table_parameters,
 )
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import make_plan
+from megatron_hapo.sizing.parameters import Layout, stage_parameters
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, num_layers=2, hidden_size=48, ffn_size=96, head_dim=16)
@@ -90,6 +94,27 @@ def test_listed_parameters_have_a_place_of_their_size(spec: Spec, ep: int) -> No
             elements += rows * math.prod(size) // size[place.axis or 0]
         padding = SHAPE.hidden_size if parameter.cut == "vocabulary" else 0  # 101 rows become 102
         assert parameter.num_local_elements(2) == elements + padding, parameter
+
+
+def test_a_new_row_reaches_all_that_is_derived_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that docs/families.md is right: besides the table, a new parameter touches only shape.py and build.py."""
+    name, tensor = "self_attention.linear_proj.bias", "model.layers.1.self_attn.o_proj.bias"
+    row = table._Row((name,), {"self_attn.o_proj.bias": ("hidden",)}, "whole")
+    monkeypatch.setattr(table, "_LAYER_ROWS", (*table._LAYER_ROWS, row))
+    monkeypatch.setitem(table._LAYER_BY_NAME, name, [row])
+    shape = replace(SHAPE, family="new")  # not in a cache
+    assert hf_tensor_shapes(shape).keys() - hf_tensor_shapes(SHAPE).keys() >= {tensor}
+    added = 2 * SHAPE.hidden_size
+    for stage in range(2):
+        counts = [stage_parameters(s, Layout(tp=2, pp=2), stage).total for s in (SHAPE, shape)]
+        assert counts[1] - counts[0] == added // 2
+    engine = engine_parameters(shape, 2)
+    assert all(tensor in {parameter.name for parameter in parameters} for parameters in engine)
+    shards = trainer_shards(shape, tp=2, dp=1, spec="local")
+    assert all(f"decoder.layers.1.{name}" in {parameter.name for parameter in shard.parameters} for shard in shards)
+    make_plan(
+        shards, engine, matrix_sizes(shape), engines=1, itemsize=4, max_copy_bytes=4096
+    )  # every element has a source
 
 
 def test_layers_count_from_the_pipeline_stage() -> None:
