@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
 from megatron_hapo.sizing.command import run as plan_command

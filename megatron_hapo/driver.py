@@ -14,7 +14,7 @@ from megatron_hapo.algorithm.prepare import (
     with_advantages,
     with_scores,
 )
-from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
+from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import PromptSampler
 from megatron_hapo.entropy import EntropyStats

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: every rank is a process that may use Megatron."""
+"""Real gloo ranks for tests; every rank is a process that can use Megatron."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
-    """Run `fn(rank, *args)` on `world_size` ranks of one gloo world; returns their results, raises their errors.
+    """Run `fn(rank, *args)` on every rank of a gloo world; returns their results in rank order, raises their errors.
 
-    `fn` is at module level and may build a ParallelLayout. The rendezvous is a file, so no port can clash.
+    `fn` is defined at module level and may build a ParallelLayout. The rendezvous is a file, so no port can clash.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
@@ -28,11 +28,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
             done, pending = wait(futures, timeout_seconds, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            assert not pending, f"ranks {[futures.index(f) for f in pending]} did not end in {timeout_seconds} s"
+            assert not pending, f"ranks {[futures.index(f) for f in pending]} did not finish within {timeout_seconds} s"
             ended = True
             return [future.result() for future in futures]
         finally:
-            # Ranks that still hang in a collective would never answer a polite shutdown.
+            # Ranks that hang in a collective would never react to a regular shutdown.
             for process in [] if ended else list((executor._processes or {}).values()):
                 process.kill()
             executor.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""An independent reading of folders that `megatron-hapo quantize` wrote: the formats' arithmetic in plain torch."""
+"""An independent reader of folders that `megatron-hapo quantize` wrote: the formats' arithmetic in plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def write_prompts(path: Path, count: int = 24) -> Path:
-    """A calibration file in the layout of training data."""
+    """Write a calibration file in the format of training data; returns its path."""
     rows = [
         {
             "prompt": f"What is {number * 7 % 31} + {number * number % 97} - {number}?",
@@ -27,18 +27,19 @@ def write_prompts(path: Path, count: int = 24) -> Path:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a quantized folder stands for, float32 where they were quantized."""
+    """The weights that a quantized folder represents, in float32 if they were quantized."""
     scales = {name.removesuffix("_scale"): value for name, value in tensors.items() if name.endswith(".weight_scale")}
     weights = {name: value for name, value in tensors.items() if not name.endswith("_scale")}
     return {name: value.float() * scales[name] if name in scales else value for name, value in weights.items()}
 
 
 def write_dequantized(folder: Path, source: Path, target: Path) -> Path:
-    """A plain model folder with the weights of a quantized one, in the dtype of the original."""
+    """Write a plain model folder with the weights of a quantized one, in the original's dtype; returns `target`."""
     target.mkdir()
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -52,11 +53,11 @@ def write_dequantized(folder: Path, source: Path, target: Path) -> Path:
 def quantized_logits(
     folder: Path, source: Path, sequences: Sequence[Sequence[int]], *, exact_kv: bool = False
 ) -> list[Tensor]:
-    """Logits of a quantized dense model: weights as they stand, activations and KV cache rounded as the format says.
+    """Logits of a quantized dense model in float32, with activations and KV cache rounded as the format requires.
 
     Args:
-        source: the original; gives the architecture.
-        exact_kv: without rounding the KV cache.
+        source: the original model, which determines the architecture.
+        exact_kv: do not round the KV cache.
     """
     import torch.nn.functional as F
     from transformers import AttentionInterface, AutoModelForCausalLM

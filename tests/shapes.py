@@ -1,4 +1,4 @@
-"""Sizes of models that exist as numbers only."""
+"""Shapes of models without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of live tensor storages, counted at every operator: what a computation needs at its peak, on any device."""
+"""Counts the bytes of live tensor storages at every operator, and so a computation's peak memory, on any device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class PeakStorage(TorchDispatchMode):
-    """Counts storages that operators inside the `with` return, and those handed to `include`, while they live.
+    """Counts the storages that operators inside the `with` return, and those passed to `include`, while they live.
 
-    The work space inside a single operator is not seen.
+    Work space within a single operator is not counted.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,12 @@ class PeakStorage(TorchDispatchMode):
         self._live: dict[int, weakref.ref[Any]] = {}
 
     def include(self, *tensors: torch.Tensor) -> None:
+        """Count tensors that exist already."""
         for tensor in tensors:
             self._add(tensor)
 
     def reset_peak(self) -> None:
+        """Start a new measurement of the peak, from what is live now."""
         self.peak_bytes = self.live_bytes
 
     def _add(self, tensor: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import pytest
 import ray
 import torch
 
-from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config, ProfileConfig
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer

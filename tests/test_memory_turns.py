@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import PromptSampler

@@ -1,4 +1,4 @@
-"""Tiny random models of every family on disk: uneven sizes, an odd vocabulary, weights that show a mix-up."""
+"""Tiny random models of every family on disk, with uneven sizes, an odd vocabulary, and distinguishable weights."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ _EXPERTS = {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_int
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
-    # Layers enough for the chunks of an interleaved pipeline.
+    # Enough layers for the chunks of an interleaved pipeline.
     "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True, "num_hidden_layers": 4}),
     "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": True}),
-    # One dense layer, weights of chosen experts not normalised; the experts are stored stacked.
+    # One dense layer; weights of the chosen experts are not normalised; the experts are stored stacked.
     "qwen3_moe_mixed": (
         "Qwen3Moe",
         {**_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 4},
     ),
 }
-"""Case to transformers' class prefix and config."""
+"""transformers' class prefix and the config of each case."""
 STACKED = "qwen3_moe_mixed"
+"""The case whose experts are stored stacked."""
 
 
 def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: bool = False, **sizes: int) -> Path:
-    """Writes the case's model, with other `sizes` of its config where they are given; returns the folder."""
+    """Write the case's model, with `sizes` overriding its config; returns the folder."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -61,13 +62,13 @@ def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: 
     state = torch.random.get_rng_state()
     torch.manual_seed(len(case))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(getattr(torch, dtype))
-    with torch.no_grad():  # norms start at one, biases and routers at zero: values that a mix-up would show
+    with torch.no_grad():  # norms start at one, biases and routers at zero: make them distinguishable
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name or "mlp.gate." in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     torch.random.set_rng_state(state)
     model.save_pretrained(folder)
-    if case == STACKED:  # as transformers 5 holds them; by default it saves one tensor an expert
+    if case == STACKED:  # as transformers 5 holds them in memory; it saves one tensor per expert by default
         tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
@@ -76,7 +77,7 @@ def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: 
 
 
 def expected_tensors(folder: Path, case: str) -> dict[str, Any]:
-    """The model's tensors as an export is to have them: experts one by one, a tied head left out."""
+    """The model's tensors as an export must contain them: experts one by one, without a tied head."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 models on disk, for tests of every package."""
+"""Tiny random Qwen3 models on disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def write_tiny_qwen3(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Path:
-    """Writes config, safetensors and a byte-level tokenizer with chat template; returns the folder.
+    """Write config, safetensors and a byte-level tokenizer with chat template; returns the folder.
 
     Weights are large enough that greedy choices are clear and entropies vary between tokens. The default vocabulary is
-    no multiple of 64, so that padding shows; it must hold the tokenizer's 259 entries.
+    not a multiple of 64, so that engines pad it; it must be at least as large as the tokenizer's 259 entries.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -55,7 +55,7 @@ def write_tiny_qwen3(
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
-    with torch.no_grad():  # norms start at one: give them values that a mix-up would show
+    with torch.no_grad():  # norms start at one: make them distinguishable
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -65,6 +65,7 @@ def write_tiny_qwen3(
 
 
 def byte_tokenizer():
+    """A byte-level tokenizer without merges, with ChatML special tokens and chat template: 259 entries."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face folders and Megatron checkpoints, on CPU ranks of this machine or under torchrun."""
+"""Converts between Hugging Face folders and Megatron checkpoints, on CPU ranks of this machine or under torchrun."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_hapo.checkpoint.folder import (
+from megatron_hapo.checkpoint.model_folder import (
+    atomic_folder,
     config_dtype,
     copy_companions,
     finish_folder,
     is_megatron_folder,
     partial_folder,
-    whole_or_nothing,
 )
+from megatron_hapo.checkpoint.progress import folder_growth_bar, progress_bar
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
@@ -32,18 +32,17 @@ from megatron_hapo.model.rank_environment import environment, importing, quieten
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_hapo.checkpoint.hf import Progress
     from megatron_hapo.model.parallel_layout import ParallelLayout
 
 TIMEOUT_SECONDS = 3600.0
-MOST_DIFFERENCE = 1e-3
-"""Of logits in float32 between the two sides; a wrong weight gives differences of the logits' own size."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_LOGIT_DIFFERENCE = 1e-3
+"""Between the float32 logits of the two folders; a wrong weight causes differences as large as the logits."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What is to be converted, and over how many processes."""
+    """A conversion, and the process grid that carries it out."""
 
     direction: Literal["hf-to-megatron", "megatron-to-hf"]
     source: Path
@@ -52,43 +51,46 @@ class Conversion:
     pp: int = 1
     ep: int = 1
     dtype: str | None = None
-    """Of the written weights; None: the source's."""
+    """Dtype of the written weights; None keeps the source's."""
     verify: bool = False
-    """Compare the logits of both sides before the target takes its name."""
+    """Compare the logits of both folders before the target is renamed to its final name."""
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        """Of the source, and to write in."""
+        """Dtypes of the source and of the target."""
         source = config_dtype(self.source)
         return source, self.dtype or source
 
     @property
     def hf_folder(self) -> Path:
+        """The Hugging Face side, under the name that it has during the conversion."""
         return self.source if self.direction == "hf-to-megatron" else partial_folder(self.target)
 
     @property
     def megatron_folder(self) -> Path:
+        """The Megatron side, under the name that it has during the conversion."""
         return self.source if self.direction == "megatron-to-hf" else partial_folder(self.target)
 
 
 def convert(job: Conversion) -> None:
-    """Write the target folder; it appears under its name only when it is whole and, if asked for, verified.
+    """Write the target folder, which gets its final name only when it is complete and, if requested, verified.
 
-    Under torchrun every rank calls this, and the world is split as the job says. Otherwise it starts the
-    processes here, as few as the sizes need.
+    Under torchrun every rank calls this, and the job's sizes split that world. Otherwise this starts the processes
+    itself, as few as the sizes need.
 
     Raises:
-        ConfigError: the source cannot be converted, or the target is in the way; the target is as it was.
+        ConfigError: the source cannot be converted, or the target exists already; the target is unchanged.
+        HapoError: a process died, the disk filled up, or the verification failed; nothing is left behind.
     """
     check(job)
-    # CPUs only: conversion needs memory rather than speed, and the CPU has more of it.
+    # On CPUs only: a conversion needs memory rather than speed, and the host has more of it.
     with _in_environment(environment("cpu", loopback=False)):
         _convert(job)
 
 
 @contextlib.contextmanager
 def _in_environment(variables: dict[str, str]) -> Iterator[None]:
-    """For this process and those that it starts meanwhile."""
+    """Sets environment variables for this process and those that it starts meanwhile."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -113,7 +115,7 @@ def _convert(job: Conversion) -> None:
             for rank in as_completed(ranks):
                 rank.result()
         except BaseException as error:
-            for process in list((executor._processes or {}).values()):  # others may wait for a failed one for long
+            for process in list((executor._processes or {}).values()):  # they may wait for a failed rank for long
                 process.kill()
             executor.shutdown(wait=True, cancel_futures=True)
             shutil.rmtree(partial_folder(job.target), ignore_errors=True)
@@ -124,10 +126,10 @@ def _convert(job: Conversion) -> None:
 
 
 def check(job: Conversion) -> None:
-    """Everything that can be known from the files before any work.
+    """Check everything that can be known from the files before any work starts.
 
     Raises:
-        ConfigError: with all faults at once.
+        ConfigError: lists all faults at once.
     """
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
@@ -136,21 +138,21 @@ def check(job: Conversion) -> None:
     faults = [f"--{name}: {message}" for name, message in found]
     is_megatron = is_megatron_folder(job.source)
     if job.direction == "megatron-to-hf" and not is_megatron:
-        faults.append(f"{job.source}: no Megatron checkpoint (torch_dist)")
+        faults.append(f"{job.source}: is not a Megatron checkpoint (torch_dist)")
     if job.direction == "hf-to-megatron" and is_megatron:
         faults.append(f"{job.source}: is a Megatron checkpoint already")
-    faults += target_faults(job.target, num_parameters(shape) * BYTES[job.dtypes[1]])
+    faults += target_faults(job.target, num_parameters(shape) * DTYPE_BYTES[job.dtypes[1]])
     if faults:
         raise ConfigError(faults)
 
 
 def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
-    """Why a folder of this size cannot be written there."""
+    """Why a folder of this size cannot be written to `target`; empty if it can."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         yield f"{target}: exists and is not empty; choose another folder or remove it"
         return
-    place = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         yield f"{target}: needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk"
 
@@ -165,7 +167,7 @@ def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) ->
         megatron_on_cpu.install()
         from megatron_hapo.model import parallel_layout
 
-    # Memory is touched for the first time twice as fast by two threads.
+    # Two threads touch new memory twice as fast as one.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     device = torch.device("cpu")
     parallel_layout.init_distributed(
@@ -179,7 +181,7 @@ def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) ->
             timeout_seconds=TIMEOUT_SECONDS,
         )
         if rank == 0:
-            with whole_or_nothing(job.target):
+            with atomic_folder(job.target):
                 _convert_rank(job, layout)
         else:
             _convert_rank(job, layout)
@@ -188,11 +190,11 @@ def _rank_main(rank: int, world_size: int, init_method: str, job: Conversion) ->
 
 
 def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
-    """Load, write and verify, on every rank together; rank 0 has made the partial folder and will name it."""
+    """Load, write and verify, on every rank together; rank 0 made the partial folder and will rename it."""
     import torch
     import torch.distributed as dist
 
-    from megatron_hapo.checkpoint.hf import write_stage
+    from megatron_hapo.checkpoint.hf_weights import write_hf_shards
     from megatron_hapo.checkpoint.weights import load_weights, save_weights
     from megatron_hapo.model.build import build_model
 
@@ -201,21 +203,21 @@ def _convert_rank(job: Conversion, layout: ParallelLayout) -> None:
     to_megatron = job.direction == "hf-to-megatron"
     model = build_model(shape, layout, dtype=getattr(torch, dtype if to_megatron else source_dtype))
     num_local = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
-    # Megatron reads a whole checkpoint in one call, which says nothing meanwhile.
-    local_bytes = num_local * BYTES[source_dtype] if to_megatron else None
-    with _progress(f"reading {job.source.name}", local_bytes, show=dist.get_rank() == 0) as progress:
-        load_weights(model, shape, layout, job.source, progress=progress, in_files=True)
+    # Megatron reads a whole checkpoint in one call, which reports no progress.
+    local_bytes = num_local * DTYPE_BYTES[source_dtype] if to_megatron else None
+    with progress_bar(f"reading {job.source.name}", local_bytes, show=dist.get_rank() == 0) as progress:
+        load_weights(model, shape, layout, job.source, progress=progress, as_file_views=True)
     target = partial_folder(job.target)
     if to_megatron:
-        whole_bytes = num_parameters(shape) * BYTES[dtype]
-        with _growth(target, f"writing {job.target.name}", whole_bytes, show=dist.get_rank() == 0):
+        whole_bytes = num_parameters(shape) * DTYPE_BYTES[dtype]
+        with folder_growth_bar(target, f"writing {job.target.name}", whole_bytes, show=dist.get_rank() == 0):
             save_weights(model, layout, target)
         if dist.get_rank() == 0:
             copy_companions(job.source, target, dtype)
     else:
-        own_bytes = num_local * BYTES[dtype] * layout.sizes.tp
-        with _progress(f"writing {job.target.name}", own_bytes, show=dist.get_rank() == 0) as progress:
-            part = write_stage(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
+        own_bytes = num_local * DTYPE_BYTES[dtype] * layout.sizes.tp
+        with progress_bar(f"writing {job.target.name}", own_bytes, show=dist.get_rank() == 0) as progress:
+            part = write_hf_shards(model, shape, layout, target, dtype=getattr(torch, dtype), progress=progress)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, part)
         if dist.get_rank() == 0:
@@ -232,14 +234,14 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
     """Print the largest difference of float32 logits between the two folders on a few random sequences.
 
     Raises:
-        HapoError: on every rank, when the difference is more than rounding.
+        HapoError: on every rank, if the difference is more than rounding.
     """
     import torch
     import torch.distributed as dist
 
     from megatron_hapo.checkpoint.weights import load_weights
     from megatron_hapo.model.build import build_model
-    from megatron_hapo.model.forward import logits_of
+    from megatron_hapo.model.forward import sequence_logits
 
     shape = read_shape(job.megatron_folder)
     generator = torch.Generator().manual_seed(0)
@@ -248,13 +250,13 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
     load_weights(model, shape, layout, job.megatron_folder)
     written = getattr(torch, job.dtypes[1])
     for chunk in model:
-        for parameter in chunk.parameters():  # as the written folder has them, which may be of a narrower type
+        for parameter in chunk.parameters():  # rounded as in the written folder, whose dtype may be narrower
             parameter.data = parameter.data.to(written).float()
-    logits = logits_of(model, shape, layout, sequences)
+    logits = sequence_logits(model, shape, layout, sequences)
     del model
     result = None
     if logits is not None and layout.reports and layout.dp_rank == 0:
-        # In a process of its own: transformers gives wrong logits where Megatron's CPU compatibility is installed.
+        # In its own process: with Megatron's CPU compatibility installed, transformers computes wrong logits.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
             reference = executor.submit(_transformers_logits, job.hf_folder, sequences).result()
         result = max(
@@ -265,12 +267,12 @@ def _verify(job: Conversion, layout: ParallelLayout) -> None:
     worst = next(value for value in results if value is not None)
     if dist.get_rank() == 0:
         print(f"largest difference of logits (float32, {sum(map(len, sequences))} tokens): {worst:.3g}", flush=True)
-    if not worst <= MOST_DIFFERENCE:  # NaN fails too
-        raise HapoError(f"the logits of both sides differ by {worst:.3g}; {job.target} was not written")
+    if not worst <= MAX_LOGIT_DIFFERENCE:  # NaN fails too
+        raise HapoError(f"the logits of the two folders differ by {worst:.3g}; {job.target} was not written")
 
 
 def _transformers_logits(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:
-    """Logits of each sequence in float32."""
+    """float32 logits of each sequence, [length, vocabulary]."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -278,47 +280,3 @@ def _transformers_logits(folder: Path, sequences: list[list[int]]) -> list[np.nd
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     with torch.no_grad():
         return [model(torch.tensor([tokens])).logits[0].numpy() for tokens in sequences]
-
-
-@contextlib.contextmanager
-def _growth(folder: Path, what: str, total: int, *, show: bool) -> Iterator[None]:
-    """A progress bar over what the folder grows by: Megatron writes a whole checkpoint in one call."""
-    if not show:
-        yield
-        return
-    end = threading.Event()
-
-    def watch(progress: Progress) -> None:
-        seen = 0
-        while not end.wait(0.5):
-            size = 0
-            for path in folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # renamed just now
-                    size += path.stat().st_size
-            progress(size - seen)
-            seen = size
-
-    with _progress(what, total, show=True) as progress:
-        thread = threading.Thread(target=watch, args=(progress,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            end.set()
-            thread.join()
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int | None, *, show: bool) -> Iterator[Progress]:
-    """A progress bar on stderr over so many bytes; None shows only that work goes on."""
-    if not show:
-        yield lambda num_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
-        bar.update(task, total=total or 1, completed=total or 1)

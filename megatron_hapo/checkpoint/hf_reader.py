@@ -1,4 +1,4 @@
-"""A safetensors folder, read slice by slice; every fault of it told in one line."""
+"""Reads a safetensors folder slice by slice; each fault of the folder is reported in one line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_hapo.checkpoint.file_views import FileView
-from megatron_hapo.checkpoint.folder import INDEX
+from megatron_hapo.checkpoint.mapped_file import MappedFile
+from megatron_hapo.checkpoint.model_folder import INDEX
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import FusedExpert, Placement, Shape, fused_expert, hf_tensor_shapes
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Old checkpoints keep what is computed from the config, and tied ones their head.
+# Tensors that some checkpoints contain without need: what the config determines, and a tied output head.
 _NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
 
 
@@ -30,31 +30,31 @@ class _File:
 
     name: str
     header: dict[str, Any]
-    """Of each tensor: dtype, shape, data_offsets."""
+    """dtype, shape and data_offsets of each tensor."""
     start: int
-    """Of what the offsets count from, in bytes."""
-    content: FileView
+    """The byte from which the offsets count."""
+    content: MappedFile
 
     @classmethod
     def open(cls, folder: Path, name: str) -> _File:
         path = folder / name
-        with safe_open(path, framework="pt"):  # which proves the header right, and the file as long as it says
+        with safe_open(path, framework="pt"):  # validates the header, and the file's length against it
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return cls(name, header, 8 + length, FileView(path))
+        return cls(name, header, 8 + length, MappedFile(path))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A tensor that lies in one piece of a file: a whole one, or rows of it."""
+    """A contiguous range of a file: a whole tensor, or rows of it."""
 
     file: str
     dtype: torch.dtype
     start: int
-    """In bytes from the beginning of the file."""
+    """Bytes from the beginning of the file."""
     shape: tuple[int, ...]
 
     @property
@@ -65,12 +65,12 @@ class _Block:
         row_bytes = self.num_bytes // self.shape[0]
         return replace(self, start=self.start + start * row_bytes, shape=(stop - start, *self.shape[1:]))
 
-    def one(self, index: int) -> _Block:
+    def select(self, index: int) -> _Block:
         """Entry `index` of the first axis, without that axis."""
         return replace(self.rows(index, index + 1), shape=self.shape[1:])
 
     def followed_by(self, other: _Block) -> _Block | None:
-        """Both as one, if the other's rows come next in the file: those of a gate and an up projection mostly do."""
+        """The union of both if the other's rows come next in the file, as those of gate and up projection mostly do."""
         next_one = (self.file, self.dtype, self.start + self.num_bytes, self.shape[1:])
         if next_one != (other.file, other.dtype, other.start, other.shape[1:]):
             return None
@@ -78,14 +78,14 @@ class _Block:
 
 
 class HfReader:
-    """The tensors of a model folder, read slice by slice; a file stays open while a view of it lives.
+    """The tensors of a model folder, read slice by slice; a file stays mapped as long as a view of it exists.
 
     Args:
-        folder: with safetensors files, and an index where there are several.
-        shape: the model that config.json describes.
+        folder: contains safetensors files, and an index if there are several.
+        shape: of the model that config.json describes.
     Raises:
-        ConfigError: a file or a tensor is missing, or the folder holds one that the model has not. Later, when a tensor
-            is read: its shape or dtype is wrong, or its file is damaged.
+        ConfigError: a file or a tensor is missing, or the folder holds a tensor that the model does not have. When a
+            tensor is read: its shape or dtype is wrong, or its file is damaged.
     """
 
     def __init__(self, folder: Path, shape: Shape):
@@ -97,9 +97,9 @@ class HfReader:
         self._check_names()
 
     def read(self, place: Placement) -> Tensor:
-        """The tensor of these runs, as it stands in the folder (dtype included).
+        """The concatenation of these runs, in the folder's dtype.
 
-        Where the runs lie in one piece it is a view of the file, private: it may be written to.
+        If the runs are contiguous in a file, it is a private view of the file: writing to it does not change the file.
         """
         if place.axis == 1:
             parts = [self._view(self._block(run.tensor))[:, run.start : run.stop] for run in place.runs]
@@ -118,20 +118,16 @@ class HfReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check(self) -> None:
-        """Look at every tensor's shape, dtype and place in its file, without reading it."""
+        """Check every tensor's shape, dtype and position in its file, without reading it."""
         for tensor in sorted(self._expected, key=lambda name: self._files[self._stored_name(name)]):
             self._block(tensor)
-
-    def dtype(self) -> torch.dtype:
-        """Of the embedding, which stands for the model."""
-        return self._block("model.embed_tokens.weight").dtype
 
     def _view(self, block: _Block) -> Tensor:
         values = self._file(block.file).content.tensor(block.start, block.dtype, math.prod(block.shape))
         return values.view(block.shape)
 
     def _block(self, tensor: str) -> _Block:
-        """Where the tensor lies, once its shape and dtype have proved right."""
+        """The position of a tensor, after checking its shape and dtype."""
         fused = self._fused(tensor)
         name, expected = (fused.tensor, fused.shape) if fused else (tensor, self._expected[tensor])
         file = self._file(self._files[name])
@@ -139,18 +135,18 @@ class HfReader:
             raise self._fault(f"{INDEX} says that {name} is in {file.name}, which does not hold it")
         found, dtype = tuple(file.header[name]["shape"]), file.header[name]["dtype"]
         if found != expected:
-            raise self._fault(f"{name} has shape {found}, config.json says {expected}")
+            raise self._fault(f"{name} has shape {found}, but config.json implies {expected}")
         if dtype not in _DTYPES:
             raise self._fault(f"{name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
         start, _ = file.header[name]["data_offsets"]
         block = _Block(file.name, _DTYPES[dtype], file.start + start, expected)
-        return block.one(fused.expert).rows(fused.start, fused.stop) if fused else block
+        return block.select(fused.expert).rows(fused.start, fused.stop) if fused else block
 
     def _fused(self, tensor: str) -> FusedExpert | None:
         return fused_expert(tensor, self._shape) if self._stacked else None
 
     def _stored_name(self, tensor: str) -> str:
-        """Of the tensor in the folder that holds `tensor`."""
+        """The name of the stored tensor that contains `tensor`."""
         fused = self._fused(tensor)
         return fused.tensor if fused else tensor
 
@@ -171,14 +167,14 @@ class HfReader:
             try:
                 files = dict(json.loads(index.read_text())["weight_map"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise self._fault(f"{index} is no index of safetensors files: {error!r}") from error
+                raise self._fault(f"{index} is not an index of safetensors files: {error!r}") from error
             missing = sorted(name for name in set(files.values()) if not (self.folder / name).is_file())
             if missing:
-                raise self._fault(f"{index} names {_some(missing)}, which {_is_or_are(missing)} not there")
+                raise self._fault(f"{index} names {_some(missing)}, which {_is_or_are(missing)} missing")
             return files
         name = "model.safetensors"
         if not (self.folder / name).is_file():
-            raise self._fault(f"neither {INDEX} nor {name} in {self.folder}")
+            raise self._fault(f"{self.folder} contains neither {INDEX} nor {name}")
         return dict.fromkeys(self._file(name).header, name)
 
     def _check_names(self) -> None:

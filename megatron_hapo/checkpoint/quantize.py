@@ -1,4 +1,4 @@
-"""Quantized copies of a model for serving: calibrated and written by nvidia-modelopt, in formats that SGLang loads."""
+"""Writes quantized copies of a model for serving, calibrated by nvidia-modelopt, in formats that SGLang loads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_hapo.checkpoint.convert import BYTES, Conversion, convert, target_faults
-from megatron_hapo.checkpoint.folder import config_dtype, copy_companions, is_megatron_folder, whole_or_nothing
+from megatron_hapo.checkpoint.checkpoint_errors import explain_write_errors
+from megatron_hapo.checkpoint.convert import DTYPE_BYTES, Conversion, convert, target_faults
 from megatron_hapo.checkpoint.hf_reader import HfReader
-from megatron_hapo.checkpoint.writing import writing
+from megatron_hapo.checkpoint.model_folder import atomic_folder, config_dtype, copy_companions, is_megatron_folder
 from megatron_hapo.config import FileData
 from megatron_hapo.data.prompts import file_faults, load_prompts, load_tokenizer
 from megatron_hapo.errors import ConfigError, DataError
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 512
 """Rows of the calibration file that are read."""
 HELD_OUT = 8
-"""Every so many-th prompt is not calibrated on, but compared."""
+"""One prompt in this many is held out of the calibration, for the comparison with the original."""
 MAX_PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What is to be quantized, and how.
+    """A quantization job.
 
     Formats:
-        fp8: weights and activations e4m3 with one scale a tensor, KV cache e4m3 with one scale a layer; SGLang's
-            `modelopt_fp8`. Queries, keys and values share a weight scale, gate and up too, because SGLang stacks
-            them and rounds again where their scales differ.
-        int8: weights with one scale a row, activations rounded token by token as they come (so calibration sets no
-            scale); KV cache as it was. Written as `compressed-tensors` or, with experts, as SGLang's `w8a8_int8`, since
-            no engine loads modelopt's own int8.
+        fp8: weights and activations e4m3 with one scale per tensor, KV cache e4m3 with one scale per layer; SGLang's
+            `modelopt_fp8`. Queries, keys and values share a weight scale, and so do gate and up, because SGLang stacks
+            them and would round again if their scales differed.
+        int8: weights with one scale per row, activations with one scale per token, computed by the engine (so there is
+            nothing to calibrate); KV cache not quantized. Written as `compressed-tensors` or, with experts, as SGLang's
+            `w8a8_int8`, since no engine loads modelopt's own int8.
         nvfp4: weights and activations e2m1 in blocks of 16, KV cache as in fp8; `modelopt_fp4`. Needs a GPU.
     """
 
@@ -52,33 +52,33 @@ class Quantization:
     target: Path
     format: Literal["fp8", "int8", "nvfp4"]
     calibration: Path
-    """Parquet or JSONL with prompts, as `data.train.path` of a run takes them."""
+    """Parquet or JSONL file of prompts, in the format of a run's `data.train.path`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """The quantized model against the original, over all tokens of the held-out prompts."""
+    """How closely the quantized model agrees with the original, over all tokens of the held-out prompts."""
 
     kl: float
-    """Mean KL(original || quantized) of the next token, nats."""
+    """Mean KL(original || quantized) of the next-token distribution, in nats."""
     greedy: float
-    """Share of the tokens after which both find the same next token the most probable."""
+    """Fraction of tokens after which both models consider the same next token the most probable."""
     num_prompts: int
     num_tokens: int
 
 
 def quantize(job: Quantization) -> Agreement:
-    """Write the target folder, whole or not at all; on a GPU where there is one.
+    """Write the target folder, atomically, on a GPU if there is one; returns the comparison with the original.
 
     Raises:
-        ConfigError: source, calibration data or target cannot be used; the target is as it was.
+        ConfigError: source, calibration data or target cannot be used; the target is unchanged.
         DataError: a row of the calibration data cannot be used.
     """
     check(job)
-    with whole_or_nothing(job.target) as folder:
+    with atomic_folder(job.target) as folder:
         if not is_megatron_folder(job.source):
             return _quantize_folder(job, job.source, folder)
-        original = folder / "original"  # where there is room
+        original = folder / "original"  # the disk that was checked for space
         convert(Conversion(direction="megatron-to-hf", source=job.source, target=original))
         agreement = _quantize_folder(job, original, folder)
         shutil.rmtree(original)
@@ -86,20 +86,20 @@ def quantize(job: Quantization) -> Agreement:
 
 
 def check(job: Quantization) -> None:
-    """Everything that can be known from the files before any work.
+    """Check everything that can be known from the files before any work starts.
 
     Raises:
-        ConfigError: with all faults at once.
+        ConfigError: lists all faults at once.
     """
     import torch
 
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
     shape, is_megatron = read_shape(job.source), is_megatron_folder(job.source)
-    bytes_a_parameter = 1 + (BYTES[config_dtype(job.source)] if is_megatron else 0)
+    bytes_per_parameter = 1 + (DTYPE_BYTES[config_dtype(job.source)] if is_megatron else 0)
     faults = [
         *(f"--calibration: {message}" for message in file_faults(job.calibration)),
-        *target_faults(job.target, num_parameters(shape) * bytes_a_parameter),
+        *target_faults(job.target, num_parameters(shape) * bytes_per_parameter),
     ]
     if job.format == "nvfp4" and not torch.cuda.is_available():
         faults.append("--format: nvfp4 needs a GPU and none is visible; fp8 and int8 work on a CPU too")
@@ -110,7 +110,7 @@ def check(job: Quantization) -> None:
 
 
 def _quantize_folder(job: Quantization, source: Path, folder: Path) -> Agreement:
-    # modelopt tells on stdout what it does, and warns of everything that is not installed
+    # modelopt reports on stdout, and warns about every package that is not installed
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _calibrate_and_write(job, source, folder)
@@ -122,20 +122,20 @@ def _calibrate_and_write(job: Quantization, source: Path, folder: Path) -> Agree
     from rich.progress import Progress
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of transformers, one for each file
+    disable_progress_bar()  # transformers shows one for each file
     calibration, held_out = _split(_prompts(job, source), job.calibration)
     model = _load(source)
     with Progress(console=Console(stderr=True)) as progress:
         _calibrate(model, job.format, progress.track(calibration, description="calibrating"))
         agreement = compare(model, progress.track(held_out, description="comparing"))
-    with writing(folder):
+    with explain_write_errors(folder):
         export_hf_checkpoint(model, export_dir=folder)
         quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
         if job.format == "int8":
             _rewrite_int8(folder)
             experts = read_shape(source).moe is not None
             quantization = _int8_config(ignore=quantization["ignore"], experts=experts)
-        # transformers has written the config in its own words; others know those of the original
+        # transformers writes its own version of the config; other software knows the original's keys
         copy_companions(source, folder, config_dtype(source))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}, indent=2))
@@ -155,9 +155,9 @@ def _prompts(job: Quantization, source: Path) -> list[list[int]]:
 
 
 def _split(prompts: list[list[int]], path: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts to calibrate on and, apart from them, to compare on."""
+    """Prompts for the calibration, and the held-out ones for the comparison."""
     if len(prompts) < 2:
-        raise DataError(f"{path}: one prompt; calibration and comparison need at least one each")
+        raise DataError(f"{path}: contains one prompt, but calibration and comparison need at least one each")
     held_out = prompts[1::HELD_OUT]
     return [prompt for number, prompt in enumerate(prompts) if number % HELD_OUT != 1], held_out
 
@@ -171,14 +171,14 @@ def _load(folder: Path) -> PreTrainedModel:
         dtype=config_dtype(folder),
         use_safetensors=True,
         trust_remote_code=False,
-        # modelopt sees the experts' products in no other form, and would calibrate nothing without a word
+        # modelopt recognises the experts' matrix products in no other form, and would silently calibrate nothing
         experts_implementation="eager",
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _calibrate(model: PreTrainedModel, fmt: str, prompts: Iterable[list[int]]) -> None:
-    """Insert modelopt's quantizers and set their scales from these prompts."""
+    """Insert modelopt's quantizers and calibrate their scales on these prompts."""
     import modelopt.torch.quantization as mtq
 
     def forward_loop(_: Any) -> None:
@@ -207,7 +207,7 @@ def _modelopt_config(fmt: str) -> dict[str, Any]:
 
 
 def _share_scale(module: Any, *names: str) -> None:
-    """Give linear layers that an engine stacks the largest of their weight scales."""
+    """Set the weight scales of linear layers that an engine stacks to the largest of them."""
     layers = [getattr(module, name, None) for name in names]
     if all(hasattr(layer, "weight_quantizer") for layer in layers):
         quantizers = [layer.weight_quantizer for layer in layers]  # type: ignore[union-attr]
@@ -217,7 +217,7 @@ def _share_scale(module: Any, *names: str) -> None:
 
 
 def compare(model: PreTrainedModel, prompts: Iterable[list[int]]) -> Agreement:
-    """How far a model with modelopt's quantizers is from itself without them."""
+    """How closely a model with modelopt's quantizers agrees with itself without them."""
     import torch
     from modelopt.torch.quantization import set_quantizer_by_cfg_context
 
@@ -234,7 +234,7 @@ def compare(model: PreTrainedModel, prompts: Iterable[list[int]]) -> Agreement:
 
 
 def _logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    """[T, V] float32."""
+    """Logits of a token sequence, [T, V] float32."""
     import torch
 
     with torch.no_grad():
@@ -242,7 +242,7 @@ def _logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 
 def _rewrite_int8(folder: Path) -> None:
-    """Give modelopt's scales the shape that engines read, file by file."""
+    """Rewrite modelopt's scales, file by file, in the shape that engines read."""
     from safetensors.torch import load_file, save_file
 
     for path in folder.glob("*.safetensors"):
@@ -255,7 +255,7 @@ def _rewrite_int8(folder: Path) -> None:
 
 
 def _int8_config(*, ignore: Sequence[str], experts: bool) -> dict[str, Any]:
-    """The quantization_config of int8 weights; SGLang (0.5.23) serves experts under its own name for them only."""
+    """The quantization_config of int8 weights; with experts, SGLang (0.5.23) serves only its own w8a8_int8."""
     if experts:
         return {"quant_method": "w8a8_int8", "is_dynamic": True, "ignore": list(ignore)}
     int8 = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from megatron_hapo.checkpoint.folder import is_megatron_folder
+from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.parallel_sizes import ParallelSizes

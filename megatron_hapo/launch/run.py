@@ -17,7 +17,7 @@ import ray
 import torch
 from ray._private import ray_constants
 
-from megatron_hapo.checkpoint.run_state import Checkpoints
+from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import Finding, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer

@@ -1,1 +1,1 @@
-"""Hugging Face config to Megatron-Core model, and the process that holds a part of it."""
+"""The Megatron-Core model of a Hugging Face config, and the set-up of a process that holds a shard of it."""

@@ -1,10 +1,10 @@
-"""A Megatron-Core GPTModel from a Hugging Face config, for one rank of a process grid."""
+"""Builds one rank's shard of the Megatron-Core GPTModel that a Hugging Face config describes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,14 @@ _LAYERS = "decoder.layers."
 def transformer_config(
     shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute, te: bool
 ) -> TransformerConfig:
-    """Megatron's config of this model on this layout."""
+    """Megatron's config for this model on this layout; `te`: with Transformer Engine's layers."""
     options: dict[str, Any] = _recompute_options(recompute, te=te)
     sizes = layout.sizes
     if sizes.vpp > 1:
         options |= {
             "virtual_pipeline_model_parallel_size": sizes.vpp,
-            # Else one message exchange carries activations and gradients, and where both neighbours of a stage are the
-            # same (pp = 2) Megatron 0.19.2 takes the shapes of the ones for those of the others.
+            # Otherwise one exchange carries activations and gradients, and where a stage's two neighbours are the same
+            # rank (pp = 2) Megatron 0.19.2 confuses the shapes of the two.
             "overlap_p2p_comm": True,
             "batch_p2p_comm": False,
         }
@@ -45,7 +45,7 @@ def transformer_config(
             "moe_ffn_hidden_size": shape.moe.ffn_size,
             "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
             "moe_router_topk": shape.moe.top_k,
-            # Softmax over all experts and then the choice, or the choice and then softmax, which normalises.
+            # Softmax over all experts before top-k, or over the chosen experts after it, which normalises.
             "moe_router_pre_softmax": not shape.moe.normalize_top_k,
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": te,
@@ -71,18 +71,18 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=sizes.tp,
+        tensor_model_parallel_size=layout.sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
         num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
         num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
-        context_parallel_size=sizes.cp,
-        sequence_parallel=sequence_parallel and sizes.tp > 1,
-        # Packed micro-batches differ in length; Megatron accepts that for dense models only with this dispatcher.
+        context_parallel_size=layout.sizes.cp,
+        sequence_parallel=sequence_parallel and layout.sizes.tp > 1,
+        # Packed micro-batches differ in length. Megatron accepts that only with this dispatcher, even in dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # The loss is already divided by the mini-batch's global token count: Megatron must not average again.
+        # The loss is already divided by the mini-batch's global token count, so Megatron must not average again.
         calculate_per_token_loss=True,
-        # Weights are loaded from a checkpoint; initialising them would only cost time.
+        # Weights are loaded from a checkpoint, so initialising them would waste time.
         perform_initialization=False,
         use_cpu_initialization=layout.device.type == "cpu",
         attention_softmax_in_fp32=True,
@@ -105,9 +105,9 @@ def build_model(
     recompute: Recompute = "none",
     spec: Literal["auto", "te", "local"] = "auto",
 ) -> list[GPTModel]:
-    """The chunks of the model that this rank holds, in the order of their layers, on the layout's device.
+    """The model chunks of this rank, in the order of their layers, on the layout's device, with uninitialised weights.
 
-    Their weights are uninitialised. It is one chunk unless the pipeline is interleaved.
+    There is one chunk unless the pipeline is interleaved.
     """
     te = _use_transformer_engine(spec, layout.device)
     config = transformer_config(
@@ -137,7 +137,7 @@ def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig
 
 
 def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Megatron's names and parameters of this rank's chunks; a layer has its number in the whole model."""
+    """Names and parameters of this rank's chunks; layers are numbered as in the whole model."""
     for chunk in model:
         offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
         for name, parameter in chunk.named_parameters():
@@ -154,13 +154,15 @@ def _recompute_options(recompute: Recompute, *, te: bool) -> dict[str, Any]:
         case "full":
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         case "selective":
-            # Transformer Engine's fused attention keeps no more than its inputs and output.
+            # Transformer Engine's fused attention stores only its inputs and output anyway.
             modules = ["mlp", "moe"] if te else ["core_attn", "mlp", "moe"]
             return {"recompute_granularity": "selective", "recompute_modules": modules}
+        case _:
+            assert_never(recompute)
 
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
-    """Llama 3's frequencies. GPTModel's own rope_scaling takes the factor only and fixes the other three values."""
+    """Set Llama 3's frequencies. GPTModel's own rope_scaling takes only the factor and fixes the other three values."""
     rotary: Any = model.rotary_pos_emb
     rotary.inv_freq = rotary._apply_scaling(
         rotary.inv_freq,
@@ -186,7 +188,7 @@ def _use_transformer_engine(spec: str, device: torch.device) -> bool:
 
 
 def _block_spec(config: TransformerConfig, shape: Shape, te: bool, chunk: int) -> Any:
-    """Specs of a chunk's layers."""
+    """The layer specs of a chunk."""
     first, number = get_transformer_layer_offset(config, chunk), get_num_layers_to_build(config, chunk)
     layer_spec = _te_layer_spec if te else _local_layer_spec
     layers = [layer_spec(config, experts=shape.has_experts(layer)) for layer in range(first, first + number)]
@@ -214,7 +216,7 @@ def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
     )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    if experts:  # as Transformer Engine's layers do, which have no such norm in an expert's first linear layer
+    if experts:  # as in Transformer Engine's spec, where an expert's first linear layer has no fused norm
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention

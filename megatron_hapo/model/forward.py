@@ -1,4 +1,4 @@
-"""Logits of whole sequences, for comparisons: the plain forward pass of a model at any layout."""
+"""Logits of whole sequences at any layout, to compare models."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
 @torch.no_grad()
-def logits_of(
+def sequence_logits(
     model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, sequences: list[list[int]]
 ) -> list[Tensor] | None:
-    """Logits of token sequences, packed into one micro-batch. Every rank calls it with the same sequences.
+    """Logits of token sequences, packed into one micro-batch. Every rank calls it, with the same sequences.
 
     Returns:
-        On the last pipeline stage one [length, vocabulary] tensor for each sequence, without vocabulary padding; None
-        on the other stages.
+        On the last pipeline stage one [length, vocabulary] tensor per sequence, without vocabulary padding. None on
+        the other stages.
     """
     lengths = [len(sequence) for sequence in sequences]
-    padding = -sum(lengths) % layout.sizes.tp  # sequence parallelism needs a multiple
+    padding = -sum(lengths) % layout.sizes.tp  # sequence parallelism needs a multiple of tp
     padded = [*lengths, padding] if padding else lengths
     tokens = torch.tensor([token for sequence in sequences for token in sequence] + [0] * padding)
     positions = torch.cat([torch.arange(length) for length in padded])
@@ -47,7 +47,7 @@ def logits_of(
         forward_step_func=forward_step,
         data_iterator=[iter(()) for _ in model],
         model=list(model),
-        # The interleaved schedule wants as many as there are stages: they are all the same one.
+        # The interleaved schedule needs as many micro-batches as there are stages; all of them are the same one.
         num_microbatches=layout.sizes.pp if len(model) > 1 else 1,
         seq_length=len(tokens),
         micro_batch_size=1,

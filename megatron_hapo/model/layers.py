@@ -1,4 +1,4 @@
-"""The layers of the `local` spec, where Transformer Engine is absent: RMSNorm and packed attention on torch SDPA."""
+"""Layers of the `local` spec, which needs no Transformer Engine: RMSNorm, and packed attention on torch SDPA."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from megatron_hapo.algorithm.batching import zigzag
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm that allows sequence parallelism (Megatron's own torch norm refuses it)."""
+    """RMSNorm that supports sequence parallelism (Megatron's own torch norm does not)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums the gradient of marked parameters over the tp ranks, each of which saw part of the sequence.
+        # Megatron sums the gradients of marked parameters over the tp ranks, each of which saw a part of the sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised and scaled input, same shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention over packed sequences (thd), one SDPA call for all sequences of similar length.
+    """Causal grouped-query attention over packed sequences (thd), with one SDPA call per group of similar lengths.
 
-    With context parallelism a rank holds the queries of its slice and gathers the keys and values of all slices.
+    With context parallelism, a rank has the queries of its slice and gathers the keys and values of all slices.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **__: Any,
     ) -> Tensor:
-        """Args: query [t, heads, d]; key, value [t, kv_heads, d]. Returns: [t, heads * d].
+        """The attention output, [t, heads * d]. All ranks of the context-parallel group call it together.
 
-        All ranks of the context-parallel group call it together.
+        Args:
+            query: [t, heads, d], this rank's slice of the packed tokens.
+            key, value: [t, kv_heads, d].
         """
-        assert attention_mask is None, "packed sequences carry their own mask"
+        assert attention_mask is None, "packed sequences define their own mask"
         output = torch.empty_like(query)
         assert isinstance(packed_seq_params, PackedBatchParams)
         if self.cp_group is not None:
@@ -77,37 +80,37 @@ class PackedAttention(torch.nn.Module):
         return output.flatten(1)
 
     def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
-        """The slices of all ranks in the sequences' order; the backward sums and scatters the gradients."""
+        """The slices of all ranks in sequence order; the backward pass sums and scatters the gradients."""
         return gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[params.gathered_order]
 
 
 @dataclass(frozen=True)
 class PaddedGroup:
-    """Sequences of similar lengths as a padded rectangle."""
+    """Sequences of similar lengths, as a padded rectangle."""
 
     index: Tensor
-    """[sequences, longest] positions of the queries in this rank's slice; its sequence's first where there is none."""
+    """[sequences, longest] positions of the queries in this rank's slice; padding points at its sequence's first."""
     valid: Tensor
-    """[sequences, longest] bool: which of them are real."""
+    """[sequences, longest] bool: False on padding."""
     key_index: Tensor
     """[sequences, longest key] positions of the keys in the packed batch."""
     mask: Tensor | None
-    """[sequences, 1, longest, longest key] bool, which keys a query sees. None is the plain causal mask: padding stands
-    behind each sequence, so that mask alone hides it from every real token."""
+    """[sequences, 1, longest, longest key] bool: which keys a query attends to. None is the plain causal mask, which
+    suffices where padding comes after each sequence: no real token attends to it."""
 
 
 class PackedBatchParams(PackedSeqParams):
-    """Packed sequence boundaries, and the same sequences as a few padded rectangles, made once per micro-batch."""
+    """Boundaries of packed sequences, and the same sequences as a few padded rectangles, made once per micro-batch."""
 
     padded_groups: list[PaddedGroup]
     gathered_order: Tensor
-    """Where each token of the packed batch stands in the gathered slices."""
+    """[t] position in the gathered slices of each token of the packed batch."""
 
 
 def packed_params(
     sequence_lengths: list[int], device: torch.device, *, cp_size: int = 1, cp_rank: int = 0
 ) -> PackedBatchParams:
-    """Boundaries of sequences laid end to end; the lengths are those of the whole sequences."""
+    """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them."""
     lengths = torch.tensor(sequence_lengths, dtype=torch.int32)
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
     longest = int(lengths.max())
@@ -128,7 +131,7 @@ def packed_params(
 
 
 def _similar(lengths: Tensor) -> list[Tensor]:
-    """Sequences whose lengths share a power of two: padding at most doubles a group, and groups are few."""
+    """Groups by the power of two above the length, as bool masks: padding at most doubles a group; groups are few."""
     size_class = torch.ceil(torch.log2(lengths.float().clamp_min(1)))
     return [size_class == size for size in size_class.unique()]
 
@@ -147,7 +150,7 @@ def _padded_group(
 
 
 def _rectangle(lengths: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in the packed batch of the sequences `rows`, and which are real; the others point at their start."""
+    """Positions in the packed batch of the sequences `rows`, and which are not padding (that points at their start)."""
     starts = (lengths.cumsum(0) - lengths)[rows, None]
     offset = torch.arange(int(lengths[rows].max()))[None]
     valid = offset < lengths[rows, None]

@@ -1,8 +1,8 @@
 """Lets Megatron-Core 0.19 run on a CPU over gloo. Call `install()` before megatron.core is imported.
 
-Only for CPU trainer processes: it replaces torch functions process-wide. Nothing here changes logic; each entry answers
-a call that Megatron makes without asking whether CUDA is there, or that NCCL can do and gloo cannot. A GPU process
-never imports this module.
+Only for CPU trainer processes, since it replaces torch functions process-wide; a GPU process never imports this module.
+Nothing here changes logic: each entry replaces a call that Megatron makes without checking for CUDA, or that NCCL
+supports and gloo does not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def install() -> None:
 
 def _no_compilation() -> None:
     """Megatron's jit_fuser is torch.compile, which would need a C++ compiler and minutes. The decorator alone imports
-    the whole of dynamo and inductor: 5 of the 11 seconds that a rank needs to start."""
+    all of dynamo and inductor: 5 of the 11 seconds that a rank takes to start."""
 
     def unchanged(model: Any = None, **options: Any) -> Any:
         return (lambda function: function) if model is None else model
@@ -45,7 +45,7 @@ def _no_compilation() -> None:
 
 
 def _returns(value: Any = None) -> Callable[..., Any]:
-    # a new function each time: torch refuses one object under two names
+    # a new function each time: torch rejects one object under two names
     return lambda *args, **kwargs: value
 
 
@@ -143,7 +143,7 @@ def _megatron_generators() -> None:
 
 
 def _uneven_collectives() -> None:
-    """Gathering and scattering parts of different sizes, as the ranks of a cut expert do with their tokens."""
+    """Gather and scatter parts of different sizes, as the ranks that share an expert (etp) do with their tokens."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 

@@ -1,4 +1,4 @@
-"""The one reader of Megatron's process groups: every other module takes what it needs from a ParallelLayout."""
+"""The only module that reads Megatron's process groups; all others take them from a ParallelLayout."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ class ParallelLayout:
     tp_rank: int
     tp_group: dist.ProcessGroup
     pp_rank: int
-    pp_group: dist.ProcessGroup
     cp_rank: int
     cp_group: dist.ProcessGroup
     dp_rank: int
-    dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """All ranks that hold the same parameters and different tokens of a mini-batch."""
     ep_rank: int
-    ep_group: dist.ProcessGroup
     etp_rank: int
     etp_group: dist.ProcessGroup
     expert_dp_rank: int
@@ -57,7 +54,7 @@ class ParallelLayout:
 def initialize(sizes: ParallelSizes, *, device: torch.device, seed: int, timeout_seconds: float) -> ParallelLayout:
     """Create Megatron's process groups over an initialised torch.distributed world. Every rank calls this once.
 
-    Experts have a grid of their own over the ranks of a pipeline stage: etp, then ep, then replicas.
+    Experts have their own grid over the ranks of a pipeline stage: etp, then ep, then replicas.
 
     Raises:
         ValueError: the sizes contradict each other or do not match the world size.
@@ -80,14 +77,11 @@ def initialize(sizes: ParallelSizes, *, device: torch.device, seed: int, timeout
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=_one(parallel_state.get_context_parallel_group()),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=_one(parallel_state.get_data_parallel_group()),
         dp_cp_group=_one(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        ep_group=_one(parallel_state.get_expert_model_parallel_group()),
         etp_rank=_one(parallel_state.get_expert_tensor_parallel_group()).rank(),
         etp_group=_one(parallel_state.get_expert_tensor_parallel_group()),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
@@ -95,7 +89,7 @@ def initialize(sizes: ParallelSizes, *, device: torch.device, seed: int, timeout
 
 
 def _one(group: object) -> dist.ProcessGroup:
-    """Megatron's getters are typed for layouts with several groups a rank, which this project does not use."""
+    """The group, checked: Megatron's getters are typed for layouts with several groups per rank, not used here."""
     assert isinstance(group, dist.ProcessGroup), f"expected one process group, got {group!r}"
     return group
 
@@ -103,7 +97,7 @@ def _one(group: object) -> dist.ProcessGroup:
 def init_distributed(
     *, rank: int, world_size: int, init_method: str | Store, device: torch.device, timeout_seconds: float
 ) -> None:
-    """Join the trainer's world, by torch's URL or a store: NCCL on GPUs, gloo on CPUs."""
+    """Join the trainer's world: NCCL on GPUs, gloo on CPUs. `init_method` is a URL as torch takes it, or a store."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if isinstance(init_method, str) else None,

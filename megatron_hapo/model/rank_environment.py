@@ -1,4 +1,4 @@
-"""What a process needs before it can hold a part of a Megatron model: variables, quiet imports, a meeting place."""
+"""Set-up of a process before it holds a shard of a Megatron model: environment, fast quiet imports, rendezvous."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def environment(device: str, *, loopback: bool) -> dict[str, str]:
-    """Variables that a rank's process needs before it starts."""
+    """Environment variables that a rank's process needs before it starts; `loopback`: all ranks are on this host."""
     variables = {
-        # Megatron's tensor-parallel overlap relies on the order of kernels.
+        # Megatron's tensor-parallel overlap relies on the launch order of kernels.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device == "cpu":
-        # Large tensors on huge pages: to touch memory for the first time is much of what a conversion costs.
+        # Large tensors on huge pages: touching memory for the first time is much of the cost of a conversion.
         variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
     if loopback:
         variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -26,7 +26,7 @@ def environment(device: str, *, loopback: bool) -> dict[str, str]:
 
 
 def quieten() -> None:
-    """What Megatron and torch say about packages that are not installed is of no use to the user; Ray hides it too."""
+    """Silence warnings of Megatron and torch about packages that are not installed, which no user can act on."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("megatron.core", "torch.utils.cpp_extension"):
@@ -35,8 +35,10 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """While a process imports what it will run: all of that stays, and the garbage collector would go through it again
-    and again, a quarter of the time, and once more when the process ends."""
+    """Disables the garbage collector around a process's imports, and exempts what they created from it afterwards.
+
+    All of it stays until the process ends; scanning it again and again takes a quarter of the import time.
+    """
     gc.disable()
     try:
         yield
@@ -46,5 +48,5 @@ def importing() -> Iterator[None]:
 
 
 def rendezvous_file(folder: Path) -> str:
-    """Where ranks of one node meet without opening a port."""
+    """An init_method with which the ranks of one node rendezvous without opening a port."""
     return f"file://{folder / 'rendezvous'}"

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
-from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, padded_vocab_size, placement
+from megatron_hapo.model.families import (
+    Placement,
+    Shape,
+    Spec,
+    TableParameter,
+    first_parameters,
+    hf_tensor_shapes,
+    is_expert,
+    last_parameters,
+    layer_parameters,
+    padded_vocab_size,
+    placement,
+    table_parameters,
+)
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
 if TYPE_CHECKING:
@@ -72,7 +85,7 @@ def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
     return [Shard(tuple(ranks), own) for own, ranks in replicas.items()]
 
 
-def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: str = "te") -> list[Shard]:
+def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: Spec = "te") -> list[Shard]:
     """Shards of a Megatron grid without building its models.
 
     Ranks count tp, cp, dp, pp; for experts the tp x cp x dp ranks of a stage count etp, ep, replicas.
@@ -86,9 +99,8 @@ def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: str = "te") -> l
     shards = []
     for stage in range(sizes.pp):
         layers = [layer for chunk in sizes.chunks(shape.num_layers, stage) for layer in chunk]
-        names = list(
-            stage_parameter_names(shape, layers, first=stage == 0, last=stage == sizes.pp - 1, ep=ep, spec=spec)
-        )
+        held_by_stage = table_parameters(shape, layers, first=stage == 0, last=stage == sizes.pp - 1, ep=ep)
+        names = [parameter.name(spec) for parameter in held_by_stage]
         dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
         ranks = range(stage * sizes.stage_size, (stage + 1) * sizes.stage_size)
         for tp_rank in range(tp):
@@ -99,40 +111,6 @@ def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: str = "te") -> l
             held = (_planned_parameter(name, shape, **part) for name in experts)
             shards.append(Shard(tuple(ranks[ep_rank * etp + etp_rank :: ep * etp]), tuple(held)))
     return shards
-
-
-def stage_parameter_names(
-    shape: Shape, layers: Sequence[int], *, first: bool, last: bool, ep: int = 1, spec: str = "te"
-) -> Iterator[str]:
-    """Names of a pipeline stage's parameters on a rank, layers with their number in the whole model; a tied output head
-    is not repeated."""
-    te = spec == "te"
-    if first:
-        yield "embedding.word_embeddings.weight"
-    attention = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
-                 "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"]  # fmt: skip
-    if shape.qk_norm:
-        attention += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
-    if shape.qkv_bias:
-        attention.append("self_attention.linear_qkv.bias")
-    dense = ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
-             "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight"]  # fmt: skip
-    for layer in layers:
-        prefix = f"decoder.layers.{layer}."
-        yield from (prefix + name for name in attention)
-        if not shape.has_experts(layer):
-            yield from (prefix + name for name in dense)
-            continue
-        assert shape.moe is not None
-        yield from (prefix + name for name in ("pre_mlp_layernorm.weight", "mlp.router.weight"))
-        for expert in range(shape.moe.num_experts // ep):
-            for linear in ("linear_fc1", "linear_fc2"):
-                inner = f"{linear}.weight{expert}" if te else f"local_experts.{expert}.{linear}.weight"
-                yield f"{prefix}mlp.experts.{inner}"
-    if last:
-        yield "decoder.final_layernorm.weight"
-        if not shape.tied_embeddings:
-            yield "output_layer.weight"
 
 
 def _planned_parameter(name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, **of_expert: int) -> Parameter:
@@ -185,42 +163,47 @@ def engine_parameters(shape: Shape, tp: int, ep: int = 1) -> list[tuple[Paramete
 
 
 def _engine_rank(shape: Shape, tp: int, ep: int, rank: int) -> Iterator[Parameter]:
-    hidden = shape.hidden_size
-    yield _vocabulary("model.embed_tokens.weight", shape, tp, rank)
-    q = _cut(shape, "attention heads", shape.num_heads, tp, rank, shape.head_dim)
-    kv = _kv_cut(shape, tp, rank)
+    yield from (_engine_parameter(parameter, shape, tp, rank) for parameter in first_parameters(shape))
     for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        yield _whole(prefix + "input_layernorm.weight", hidden)
-        attention = prefix + "self_attn."
-        qkv = tuple((f"{attention}{name}_proj", cut) for name, cut in (("q", q), ("k", kv), ("v", kv)))
-        yield _stacked(attention + "qkv_proj.weight", [(f"{name}.weight", cut) for name, cut in qkv], hidden)
-        if shape.qkv_bias:
-            yield _stacked(attention + "qkv_proj.bias", [(f"{name}.bias", cut) for name, cut in qkv], 1)
-        if shape.qk_norm:
-            yield _whole(attention + "q_norm.weight", shape.head_dim)
-            yield _whole(attention + "k_norm.weight", shape.head_dim)
-        yield _columns(attention + "o_proj.weight", hidden, q)
-        yield _whole(prefix + "post_attention_layernorm.weight", hidden)
-        mlp = prefix + "mlp."
+        yield from (_engine_parameter(parameter, shape, tp, rank) for parameter in layer_parameters(shape, layer))
         if shape.has_experts(layer):
-            yield from _experts(mlp, shape, tp, ep, rank)
-            continue
-        ffn = _cut(shape, "MLP columns", shape.ffn_size, tp, rank, 1)
-        gate_up = [(mlp + "gate_proj.weight", ffn), (mlp + "up_proj.weight", ffn)]
-        yield _stacked(mlp + "gate_up_proj.weight", gate_up, hidden)
-        yield _columns(mlp + "down_proj.weight", hidden, ffn)
-    yield _whole("model.norm.weight", hidden)
-    if not shape.tied_embeddings:  # SGLang's tied output head is the embedding itself
-        yield _vocabulary("lm_head.weight", shape, tp, rank)
+            yield from _experts(f"model.layers.{layer}.mlp.", shape, tp, ep, rank)
+    # SGLang's tied output head is the embedding itself.
+    yield from (_engine_parameter(parameter, shape, tp, rank) for parameter in last_parameters(shape))
+
+
+def _engine_parameter(parameter: TableParameter, shape: Shape, tp: int, rank: int) -> Parameter:
+    """SGLang cuts a parameter as Megatron does, but stacks whole tensors where Megatron interleaves KV heads."""
+    name, *_ = parameter.tensors
+    rows, columns = matrix_size(parameter.tensors[name])
+    match parameter.cut:
+        case "whole":
+            return Parameter(name, rows, columns, (Block(name, 0, 0, rows, columns, 0, 0),))
+        case "vocabulary":
+            return _vocabulary(name, shape, tp, rank)
+        case "columns":
+            return _columns(name, rows, _cut(shape, f"columns of {name}", columns, tp, rank, 1))
+        case "rows":
+            sizes = {tensor: size[0] for tensor, size in parameter.tensors.items()}
+            parts = [(tensor, _cut(shape, f"rows of {tensor}", size, tp, rank, 1)) for tensor, size in sizes.items()]
+            return _stacked(_stacked_name(name), parts, columns)
+        case "kv_heads":
+            queries = _cut(shape, "attention heads", shape.num_heads, tp, rank, shape.head_dim)
+            cuts = [queries] + [_kv_cut(shape, tp, rank)] * (len(parameter.tensors) - 1)
+            return _stacked(_stacked_name(name), list(zip(parameter.tensors, cuts, strict=True)), columns)
+        case _:
+            assert_never(parameter.cut)
+
+
+def _stacked_name(first_tensor: str) -> str:
+    """SGLang's name of the parameter that starts with this HF tensor."""
+    return first_tensor.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
 
 
 def _experts(mlp: str, shape: Shape, tp: int, ep: int, rank: int) -> Iterator[Parameter]:
-    """The router, and a layer's experts in FusedMoE's w13 [experts, gate; up, hidden] and w2 [experts, hidden, ffn]."""
+    """A layer's experts in FusedMoE's w13 [experts, gate; up, hidden] and w2 [experts, hidden, ffn]."""
     assert shape.moe is not None
     hidden, count = shape.hidden_size, shape.moe.num_experts
-    router = mlp + "gate.weight"
-    yield Parameter(router, count, hidden, (Block(router, 0, 0, count, hidden, 0, 0),))
     first, last = _cut(shape, "experts", count, ep, rank, 1) if ep > 1 else (0, count)
     start, stop = _cut(shape, "expert MLP columns", shape.moe.ffn_size, tp // ep, rank % (tp // ep), 1)
     width, w13, w2 = stop - start, [], []
@@ -248,10 +231,6 @@ def _kv_cut(shape: Shape, tp: int, rank: int) -> tuple[int, int]:
         raise ValueError(f"{shape.family}: the engine's tp={tp} is no multiple of {shape.num_kv_heads} key/value heads")
     head = rank // (tp // shape.num_kv_heads)
     return head * shape.head_dim, (head + 1) * shape.head_dim
-
-
-def _whole(name: str, rows: int) -> Parameter:
-    return Parameter(name, rows, 1, (Block(name, 0, 0, rows, 1, 0, 0),))
 
 
 def _stacked(name: str, parts: list[tuple[str, tuple[int, int]]], columns: int) -> Parameter:

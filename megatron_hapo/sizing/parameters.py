@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
-from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
+from megatron_hapo.model.families import (
+    MoeShape,
+    Shape,
+    TableParameter,
+    expert_parameters,
+    first_parameters,
+    last_parameters,
+    layer_parameters,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -64,24 +72,19 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
     With tied embeddings the last stage holds a copy of the embedding, unless it is also the first stage.
     """
-    sizes = layout.sizes
     dense = expert = 0
     for layer in stage_layers(shape, layout, stage):
-        dense += _attention(shape, sizes.tp) + 2 * shape.hidden_size
-        moe = experts(shape, layer)
-        if moe is None:
-            dense += 3 * shape.hidden_size * shape.ffn_size // sizes.tp
-        else:
-            dense += shape.hidden_size * moe.num_experts  # the router
-            expert += moe.num_experts // sizes.ep * 3 * shape.hidden_size * moe.ffn_size // sizes.etp
-    vocabulary = padded_vocab_size(shape.vocab_size, sizes.tp) // sizes.tp * shape.hidden_size
-    first, last = stage == 0, stage == sizes.pp - 1
+        dense += _num_elements(layer_parameters(shape, layer), layout.sizes.tp)
+        if (moe := experts(shape, layer)) is not None:
+            one = expert_parameters(shape, layer, expert=0, local_expert=0)
+            expert += moe.num_experts // layout.sizes.ep * _num_elements(one, layout.sizes.etp)
+    first, last = stage == 0, stage == layout.sizes.pp - 1
     if first:
-        dense += vocabulary
+        dense += _num_elements(first_parameters(shape), layout.sizes.tp)
     if last:
-        dense += shape.hidden_size
-        if not (shape.tied_embeddings and first):
-            dense += vocabulary
+        dense += _num_elements(last_parameters(shape), layout.sizes.tp)
+        if shape.tied_embeddings and not first:
+            dense += _num_elements(first_parameters(shape), layout.sizes.tp)
     return Parameters(dense, expert)
 
 
@@ -101,25 +104,22 @@ def experts(shape: Shape, layer: int) -> MoeShape | None:
     return None if shape.moe is None or layer in shape.moe.dense_layers else shape.moe
 
 
+@lru_cache(maxsize=1024)
 def active_parameters(shape: Shape, layer: int) -> int:
-    """Parameters of one layer that take part in matrix products for one token."""
-    return _attention(shape, 1) + feed_forward_parameters(shape, layer)
+    """Parameters of one layer that one token meets in a matrix multiplication."""
+    attention = [p for p in layer_parameters(shape, layer) if ".self_attention." in p.local_name]
+    return _num_elements(attention) + feed_forward_parameters(shape, layer)
 
 
+@lru_cache(maxsize=1024)
 def feed_forward_parameters(shape: Shape, layer: int) -> int:
     """The part of `active_parameters` in the feed-forward block, or in the router and the selected experts."""
     moe = experts(shape, layer)
-    if moe is None:
-        return 3 * shape.hidden_size * shape.ffn_size
-    return shape.hidden_size * (moe.num_experts + 3 * moe.top_k * moe.ffn_size)
+    one = expert_parameters(shape, layer, expert=0, local_expert=0)
+    block = [p for p in layer_parameters(shape, layer) if ".mlp." in p.local_name]
+    return _num_elements(block) + (0 if moe is None else moe.top_k * _num_elements(one))
 
 
-def _attention(shape: Shape, tp: int) -> int:
-    """Parameters of a layer's attention on one tensor-parallel rank, without its input norm."""
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    number = (2 * queries + 2 * keys) * shape.hidden_size // tp
-    if shape.qkv_bias:
-        number += (queries + 2 * keys) // tp
-    if shape.qk_norm:
-        number += 2 * shape.head_dim
-    return number
+def _num_elements(parameters: Iterable[TableParameter], num_ranks: int = 1) -> int:
+    """Elements on one of the ranks that cut these parameters."""
+    return sum(parameter.num_local_elements(num_ranks) for parameter in parameters)

@@ -1,1 +1,1 @@
-"""One trainer rank, and the trainer as the driver sees it."""
+"""One trainer rank, and all ranks together as the trainer that the driver uses."""

@@ -1,8 +1,9 @@
-"""What a trainer rank gives back while engines use its GPU: gradient buffers, and the optimizer's state in host memory.
+"""The memory that a trainer rank releases while engines use its GPU: gradient buffers and the optimizer's state.
 
-The tensors stay the objects that they are; only what they store goes away and comes back, so that Megatron's own
-references to them, and views of them, stay true. Megatron 0.19.2 has `MegatronOptimizer.offload_to_cpu`, which gives
-float32 parameters, too, a memory of their own, and so cuts a distributed optimizer off from the model.
+The state is copied to host memory. All tensors stay the same objects and only their storage is freed and restored, so
+that Megatron's references to them, and views of them, stay valid. Megatron 0.19.2's own
+`MegatronOptimizer.offload_to_cpu` moves float32 parameters to new memory, too, which disconnects a distributed
+optimizer from the model.
 """
 
 from __future__ import annotations
@@ -13,86 +14,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hapo.checkpoint.resumable import chained_optimizers
 
-class TrainerMemory:
-    """Gives back and takes again; on a CPU too, where the host's memory is the device's.
+
+class ReleasableMemory:
+    """Releases and restores a rank's memory. The code is the same on a CPU, where state moves within host memory.
 
     Args:
-        chunks: the model's, wrapped in Megatron's DistributedDataParallel.
+        chunks: of the model, wrapped in Megatron's DistributedDataParallel.
         optimizer: Megatron's.
-        device: of the rank. What is elsewhere stays there.
+        device: the rank's. Tensors on other devices stay where they are.
     """
 
     def __init__(self, chunks: Sequence[Any], optimizer: Any, device: torch.device):
         self._chunks, self._optimizer, self._device = chunks, optimizer, device
         self._on_host: dict[int, Tensor] = {}
-        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
-        self._parts: set[str] = set()
+        self._offloaded: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._released: set[str] = set()
 
     @property
-    def given_back(self) -> frozenset[str]:
-        """Of gradients and optimizer."""
-        return frozenset(self._parts)
+    def released(self) -> frozenset[str]:
+        """The parts that are released now: any of `gradients` and `optimizer`."""
+        return frozenset(self._released)
 
     def release(self, parts: Sequence[str]) -> None:
-        """Give back `gradients`, whose values are lost, or `optimizer`; a part that is away already stays so."""
+        """Release `gradients`, whose values are lost, or `optimizer`; releasing a part twice has no effect."""
         for part in parts:
-            if part in self._parts:
+            if part in self._released:
                 continue
             if part == "gradients":
                 for chunk in self._chunks:
                     chunk.offload_grad_buffers(empty_cache=False)
             else:
                 self._move_to_host()
-            self._parts.add(part)
+            self._released.add(part)
         torch.cuda.empty_cache()
 
-    def take(self, parts: Sequence[str]) -> None:
-        """The opposite; gradients come back as zeros. A part that is here already stays so."""
+    def restore(self, parts: Sequence[str]) -> None:
+        """Undo `release`; gradients become zero. Restoring a part that is not released has no effect."""
         for part in parts:
-            if part not in self._parts:
+            if part not in self._released:
                 continue
             if part == "gradients":
                 for chunk in self._chunks:
                     chunk.restore_grad_buffers()
             else:
                 self._move_back()
-            self._parts.remove(part)
+            self._released.remove(part)
 
-    def _move_to_host(self) -> None:
-        storages = {storage._cdata: storage for storage in self._storages() if storage.nbytes()}
-        kept, self._on_host = self._on_host, {}
-        for key, storage in storages.items():
-            host = kept.get(key)
-            if host is None or host.numel() != storage.nbytes():
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
-            self._on_host[key] = host.copy_(_bytes_of(storage), non_blocking=True)
-        torch.cuda.synchronize()
-        for key, storage in storages.items():
-            storage.resize_(0)
-            self._away.append((storage, self._on_host[key]))
-
-    def _move_back(self) -> None:
-        for storage, host in self._away:
-            storage.resize_(host.numel())
-            _bytes_of(storage).copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
-        self._away = []
-
-    def _storages(self) -> Iterator[torch.UntypedStorage]:
-        """Of the optimizer alone: its parameters may be the model's, or views of them."""
+    def optimizer_storages(self) -> Iterator[torch.UntypedStorage]:
+        """Storages on the device that only the optimizer uses; its parameters may be the model's, or views of them."""
         model = {parameter.untyped_storage()._cdata for chunk in self._chunks for parameter in chunk.parameters()}
         for tensor in optimizer_tensors(self._optimizer):
             storage = tensor.untyped_storage()
             if tensor.device.type == self._device.type and storage._cdata not in model:
                 yield storage
 
+    def _move_to_host(self) -> None:
+        storages = {storage._cdata: storage for storage in self.optimizer_storages() if storage.nbytes()}
+        previous, self._on_host = self._on_host, {}  # pinned memory is reused
+        for key, storage in storages.items():
+            host = previous.get(key)
+            if host is None or host.numel() != storage.nbytes():
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+            self._on_host[key] = host.copy_(_bytes_of(storage), non_blocking=True)
+        torch.cuda.synchronize()
+        for key, storage in storages.items():
+            storage.resize_(0)
+            self._offloaded.append((storage, self._on_host[key]))
+
+    def _move_back(self) -> None:
+        for storage, host in self._offloaded:
+            storage.resize_(host.numel())
+            _bytes_of(storage).copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        self._offloaded = []
+
 
 def optimizer_tensors(optimizer: Any) -> Iterable[Tensor]:
-    """Parameters, which are masters where the model's are not float32, and their state."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    """The optimizer's parameters (master weights, where the model's are not float32) and their state."""
+    for part in chained_optimizers(optimizer):
         inner = part.optimizer
-        if inner is None:  # of a rank without parameters of this kind
+        if inner is None:  # this rank has no parameters of this kind
             continue
         for group in inner.param_groups:
             yield from group["params"]

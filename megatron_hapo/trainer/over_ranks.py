@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hapo.checkpoint.folder import copy_companions, finish_folder, whole_or_nothing
+from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions, finish_folder
 from megatron_hapo.config import Config
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
@@ -117,7 +117,7 @@ class TrainerOverRanks(ABC):
         self._all("take_memory", tuple(parts))
 
     def export_hf(self, folder: Path) -> None:
-        with whole_or_nothing(folder) as partial:
+        with atomic_folder(folder) as partial:
             parts = self._all("export_hf", partial)
             weight_map = {name: file for part in parts if part for name, file in part.items()}
             finish_folder(partial, self._config.model.path, weight_map, self._config.trainer.dtype)

@@ -1,4 +1,4 @@
-"""A process becomes a trainer rank, whoever started it."""
+"""Turns a process, whatever started it, into a trainer rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
     """Join the trainer's world and build this rank's shard. All ranks call it together.
 
     Args:
-        init_method: where the ranks meet: torch's URL, or a store that only they use.
+        init_method: for the rendezvous of the ranks: a URL as torch takes it, or a store that only they use.
     Raises:
         ConfigError: the config needs GPUs, and `device: auto` found none.
     """
@@ -28,14 +28,14 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
 
         if device == "cpu":
             if config.optimizer.cpu_offload:
-                raise ConfigError(["optimizer.cpu_offload: needs GPUs, and this machine shows none; set it to false"])
+                raise ConfigError(["optimizer.cpu_offload: needs GPUs, but this machine has none; set it to false"])
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
             from megatron_hapo.model import megatron_on_cpu
 
             megatron_on_cpu.install()
             torch_device = torch.device("cpu")
         else:
-            # Ray shows an actor its own GPU only; under torchrun every rank sees all of its node.
+            # Ray makes only its own GPU visible to an actor; under torchrun a rank sees all GPUs of its node.
             torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
 

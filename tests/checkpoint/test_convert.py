@@ -1,4 +1,4 @@
-"""`megatron-hapo convert`: there and back bitwise over other layouts, whole folders only, faults in one line."""
+"""`megatron-hapo convert`: bitwise round trips over different layouts, atomic folders, one-line errors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_hapo import cli
-from megatron_hapo.checkpoint.folder import INDEX, is_megatron_folder, whole_or_nothing
-from megatron_hapo.checkpoint.metadata import read_metadata
+from megatron_hapo.checkpoint.model_folder import INDEX, atomic_folder, is_megatron_folder
+from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
 from tests.tiny_families import expected_tensors, write_family
 
 
@@ -39,15 +39,15 @@ def megatron(moe: Path) -> Path:
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors, each where the index says."""
+    """All tensors, each from the file that the index names."""
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     files = {name: load_file(folder / name) for name in set(weight_map.values())}
     assert sum(len(tensors) for tensors in files.values()) == len(weight_map)
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def test_the_way_back_at_another_layout_is_bitwise(moe: Path, megatron: Path, capfd: pytest.CaptureFixture) -> None:
-    """The vocabulary is odd, so that the first layout's padding must not reach the second."""
+def test_a_round_trip_over_another_layout_is_bitwise(moe: Path, megatron: Path, capfd: pytest.CaptureFixture) -> None:
+    """The vocabulary size is odd, so the first layout pads it; that padding must not reach the second."""
     assert is_megatron_folder(megatron)
     back = megatron.parent / "back"
     arguments = ["convert", "megatron-to-hf", str(megatron), str(back), "--pp", "2", "--verify"]
@@ -75,7 +75,7 @@ def test_torchrun_converts_and_verifies_in_another_dtype(megatron: Path) -> None
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_fault_is_told_and_nothing_is_written(
+def test_faults_are_reported_together_and_nothing_is_written(
     moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, direction: str
 ) -> None:
     full = tmp_path / "full"
@@ -87,14 +87,12 @@ def test_a_fault_is_told_and_nothing_is_written(
     assert "--tp: 6 attention heads do not split over tp=4\n" in error
     assert "--ep: 4 experts do not split over ep=3\n" in error
     assert f"{full}: exists and is not empty; choose another folder or remove it\n" in error
-    assert ("no Megatron checkpoint (torch_dist)" in error) == (direction == "megatron-to-hf")
+    assert ("is not a Megatron checkpoint (torch_dist)" in error) == (direction == "megatron-to-hf")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 
 @pytest.mark.parametrize("source", ["none", "gpt2"])
-def test_a_source_that_is_no_model_of_ours_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture, source: str
-) -> None:
+def test_an_unsupported_source_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture, source: str) -> None:
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     assert cli.main(["convert", "hf-to-megatron", str(tmp_path / source), str(tmp_path / "out")]) == cli.EXIT_FAULT
@@ -104,7 +102,7 @@ def test_a_source_that_is_no_model_of_ours_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_foreseen(
+def test_too_little_disk_space_is_reported_before_the_start(
     moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -114,8 +112,8 @@ def test_a_full_disk_is_foreseen(
 
 
 @pytest.fixture
-def disk_that_is_full_soon() -> Iterator[None]:
-    """No file of this process and of those that it starts may grow beyond 16 KiB: less than the weights need."""
+def disk_with_little_space() -> Iterator[None]:
+    """Limits every file of this process and its children to 16 KiB, less than the weights need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, hard))
     yield
@@ -123,12 +121,12 @@ def disk_that_is_full_soon() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_disk_that_fills_up_meanwhile_leaves_no_folder(
+def test_a_disk_that_fills_up_leaves_no_folder(
     moe: Path,
     megatron: Path,
     tmp_path: Path,
     direction: str,
-    disk_that_is_full_soon: None,
+    disk_with_little_space: None,
     capfd: pytest.CaptureFixture,
 ) -> None:
     source = moe if direction == "hf-to-megatron" else megatron
@@ -139,7 +137,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_folder(
 
 
 class Code:
-    """Whose pickle makes a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, parent: Path):
         self._parent = parent
@@ -148,22 +146,22 @@ class Code:
         return os.mkdir, (str(self._parent / "it ran"),)
 
 
-def test_metadata_that_would_run_code_are_refused(
+def test_metadata_that_would_run_code_is_rejected(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = shutil.copytree(megatron, tmp_path / "source")
     (source / ".metadata").write_bytes(pickle.dumps(Code(tmp_path)))
     assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
-    assert f"{source}/.metadata is no metadata of a checkpoint, and was not used: it names posix.mkdir" in (
+    assert f"{source}/.metadata is not the metadata of a checkpoint, rejected: it names posix.mkdir" in (
         capsys.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_other_objects_that_would_run_code_are_refused(
+def test_other_objects_that_would_run_code_are_rejected(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """What is no tensor torch loads as a pickle of any kind."""
+    """torch unpickles objects other than tensors without restrictions."""
     source = shutil.copytree(megatron, tmp_path / "source")
     metadata = read_metadata(source)
     index = next(index for index in metadata.storage_data if index.fqn.startswith("common_state"))
@@ -174,13 +172,13 @@ def test_other_objects_that_would_run_code_are_refused(
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
     assert re.fullmatch(
-        rf"model\.path: {source}/common\.distcp: common_state.* is no plain value, and was not used: .*\n",
+        rf"model\.path: {source}/common\.distcp: common_state.* is not a plain value, rejected: .*\n",
         capsys.readouterr().err,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_checkpoint_of_another_model_is_told_in_one_line(
+def test_a_checkpoint_of_another_model_is_reported_in_one_line(
     megatron: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     source = shutil.copytree(megatron, tmp_path / "source")
@@ -193,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_told_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_narrower_type_is_verified_against_what_was_rounded(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_narrower_dtype_is_verified_against_rounded_weights(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     source = write_family(tmp_path / "hf", "qwen3", tokenizer=True)
     assert cli.main(["convert", "hf-to-megatron", str(source), str(tmp_path / "megatron")]) == 0
     arguments = [str(tmp_path / "megatron"), str(tmp_path / "back"), "--dtype", "bfloat16", "--verify"]
@@ -202,7 +200,7 @@ def test_a_narrower_type_is_verified_against_what_was_rounded(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_told_in_one_line(
+def test_a_damaged_checkpoint_is_reported_in_one_line(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fault: str
 ) -> None:
     source = shutil.copytree(megatron, tmp_path / "source")
@@ -231,14 +229,14 @@ def test_a_fault_found_while_reading_leaves_no_folder(moe: Path, tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_atomically(tmp_path: Path) -> None:
     target = tmp_path / "target"
     partial = tmp_path / "target.partial"
     partial.mkdir()
     (partial / "left by a killed run").touch()
 
     def write(content: str, *, fails: bool) -> None:
-        with whole_or_nothing(target) as folder:
+        with atomic_folder(target) as folder:
             assert list(folder.iterdir()) == []
             (folder / "file").write_text(content)
             if fails:

@@ -1,4 +1,4 @@
-"""Faults of a model folder: one clear line each, before anything is built on it."""
+"""Faults of a model folder are reported in one line each, and slices are read as views where possible."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_hapo.checkpoint.file_views import FileView
-from megatron_hapo.checkpoint.folder import INDEX
 from megatron_hapo.checkpoint.hf_reader import HfReader
+from megatron_hapo.checkpoint.mapped_file import MappedFile
+from megatron_hapo.checkpoint.model_folder import INDEX
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Placement, Run, hf_tensor_shapes, read_shape
 from tests.tiny_families import STACKED, expected_tensors, write_family
@@ -50,7 +50,7 @@ def read_everything(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def change_file(folder: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-    """Replace a tensor in its file, or take it out where `change` gives None."""
+    """Replace a tensor in its file, or remove it if `change` returns None."""
     path = folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
     tensors = {name: value.clone() for name, value in load_file(path).items()}
     changed = change(tensors.pop(tensor))
@@ -72,12 +72,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (truncate, r"cannot read .*model-1\.safetensors \(incomplete download or copy\?\)"),
     "missing shard": (
         lambda f: (f / "model-0.safetensors").unlink(),
-        r"names model-0\.safetensors, which is not there",
+        r"names model-0\.safetensors, which is missing",
     ),
-    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "is no index of safetensors files"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "is not an index of safetensors files"),
     "wrong shape": (
         lambda f: change_file(f, Q_PROJ, lambda t: t[:-1].clone()),
-        rf"{Q_PROJ} has shape \(47, 48\), config\.json says \(48, 48\)",
+        rf"{Q_PROJ} has shape \(47, 48\), but config\.json implies \(48, 48\)",
     ),
     "wrong dtype": (
         lambda f: change_file(f, Q_PROJ, lambda t: t.to(torch.int32)),
@@ -85,16 +85,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor in no file": (lambda f: change_index(f, lambda m: m.pop(Q_PROJ)), f"has no tensor {Q_PROJ}"),
     "tensor not where the index says": (lambda f: change_file(f, Q_PROJ, lambda t: None), f"says that {Q_PROJ} is in"),
-    "tensor that the model has not": (
+    "tensor that the model does not have": (
         lambda f: change_index(f, lambda m: m.update({"model.layers.0.self_attn.q_proj.bias": "model-0.safetensors"})),
         r"has model\.layers\.0\.self_attn\.q_proj\.bias, which a llama model does not have",
     ),
-    "no weights": (lambda f: (f / INDEX).unlink(), "neither model.safetensors.index.json nor model.safetensors"),
+    "no weights": (
+        lambda f: (f / INDEX).unlink(),
+        "contains neither model.safetensors.index.json nor model.safetensors",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_folder_is_told_in_one_line(sharded: Path, fault: str) -> None:
+def test_a_fault_of_the_folder_is_reported_in_one_line(sharded: Path, fault: str) -> None:
     spoil, message = FAULTS[fault]
     spoil(sharded)
     with pytest.raises(ConfigError, match=message) as raised:
@@ -103,7 +106,7 @@ def test_a_fault_of_the_folder_is_told_in_one_line(sharded: Path, fault: str) ->
     assert "\n" not in str(raised.value)
 
 
-def test_a_sound_folder_reads_whole(sharded: Path, sound: dict[str, torch.Tensor]) -> None:
+def test_a_sound_folder_is_read_completely(sharded: Path, sound: dict[str, torch.Tensor]) -> None:
     for name, value in read_everything(sharded).items():
         assert torch.equal(value, sound[name]), name
 
@@ -120,20 +123,20 @@ def test_stacked_experts_are_read_one_by_one_in_slices(tmp_path: Path) -> None:
         assert torch.equal(part, want[name].narrow(axis, 5, 6)), name
 
 
-def test_a_file_larger_than_the_memory_can_be_looked_at(tmp_path: Path) -> None:
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     path.touch()
     size = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     os.truncate(path, size)
-    values = FileView(path).tensor(size - 7, torch.bfloat16, 3)
+    values = MappedFile(path).tensor(size - 7, torch.bfloat16, 3)
     assert values.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("start", "adjacent"), [(0, True), (3, False)], ids=["whole", "rows"])
-def test_runs_that_lie_in_one_piece_are_a_view_and_others_are_joined(
+def test_contiguous_runs_are_a_view_and_others_are_concatenated(
     sound: dict[str, torch.Tensor], sharded: Path, start: int, adjacent: bool
 ) -> None:
-    """One file holds gate and up projection one after the other; in the other folder they are in two files."""
+    """One folder stores gate and up projection one after the other; the other stores them in two files."""
     folder = Path(str(sound["folder"]))
     gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
     place = Placement(0, (Run(gate, start, len(sound[gate])), Run(up, start, len(sound[up]))))

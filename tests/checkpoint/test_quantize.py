@@ -1,4 +1,4 @@
-"""`megatron-hapo quantize`: what stands in the folder, what it says about the model, and its faults."""
+"""`megatron-hapo quantize`: the written folder, the printed comparison, and the errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORT = re.compile(r"KL (\S+) nats a token, greedy agreement (\S+)% \((\d+) hel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibration prompts, and the models under their cases' names."""
+    """A folder with calibration prompts and the models, named as their cases."""
     folder = tmp_path_factory.mktemp("quantize")
     write_prompts(folder / "prompts.jsonl")
     for case in {case for case, _ in CASES}:
@@ -70,7 +70,7 @@ def test_every_linear_weight_is_quantized_and_nothing_else(quantized: tuple[Path
         scale = tensors[f"{stem}.weight_scale"]
         assert scale.dtype == torch.float32
         assert scale.shape == ((len(value), 1) if fmt == "int8" else ())
-        # e4m3 has three bits behind the point; bfloat16, in which modelopt divides, rounds once more
+        # e4m3 has three mantissa bits; bfloat16, in which modelopt divides, rounds once more
         half_a_step = scale / 2 if fmt == "int8" else torch.maximum(value.abs() / 16, scale * 2**-10)
         assert ((weights[name] - value).abs() <= half_a_step * 1.07 + value.abs() / 250).all(), name
         if fmt == "fp8":
@@ -85,7 +85,7 @@ def test_every_linear_weight_is_quantized_and_nothing_else(quantized: tuple[Path
         assert not [name for name in tensors if name.endswith(("input_scale", "k_scale", "v_scale"))]
 
 
-def test_the_folder_is_the_original_but_for_the_quantization(quantized: tuple[Path, Path, str, str]) -> None:
+def test_the_folder_equals_the_original_except_for_the_quantization(quantized: tuple[Path, Path, str, str]) -> None:
     source, target, fmt, _ = quantized
     config, want = (json.loads((path / "config.json").read_text()) for path in (target, source))
     quantization = config.pop("quantization_config")
@@ -101,8 +101,8 @@ def test_the_folder_is_the_original_but_for_the_quantization(quantized: tuple[Pa
     assert (target / "hf_quant_config.json").exists() == (fmt == "fp8")
 
 
-def test_the_printed_figures_are_those_of_the_written_weights(quantized: tuple[Path, Path, str, str]) -> None:
-    """Against the folder's own numbers in plain torch and float32."""
+def test_the_printed_comparison_describes_the_written_weights(quantized: tuple[Path, Path, str, str]) -> None:
+    """Recomputed from the folder's own numbers, in plain torch and float32."""
     source, target, _, printed = quantized
     match = REPORT.search(printed)
     assert match, printed
@@ -120,7 +120,7 @@ def test_the_printed_figures_are_those_of_the_written_weights(quantized: tuple[P
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         original = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in prompts]).log_softmax(-1)
-    tolerance = 0.02 if source.name in DTYPES else 0.15  # of the command's bfloat16 arithmetic
+    tolerance = 0.02 if source.name in DTYPES else 0.15  # for the command's bfloat16 arithmetic
     found = torch.cat(quantized_logits(target, source, prompts)).log_softmax(-1)
     assert kl == pytest.approx(float((original.exp() * (original - found)).sum(-1).mean()), rel=tolerance)
     if source.name in DTYPES:  # at bfloat16 the command's own rounding flips the near-ties of a random model
@@ -128,8 +128,8 @@ def test_the_printed_figures_are_those_of_the_written_weights(quantized: tuple[P
         assert greedy / 100 == pytest.approx(float(same), abs=0.02)
 
 
-def test_weights_that_float8_can_hold_are_written_as_they_are(folder: Path, tmp_path: Path) -> None:
-    """So the fp8 export of a policy that was trained at trainer.quantization=fp8 has exactly the policy's weights."""
+def test_weights_that_float8_can_represent_are_written_exactly(folder: Path, tmp_path: Path) -> None:
+    """So the fp8 export of a policy trained with trainer.quantization=fp8 has exactly the policy's weights."""
     prompts = folder / "prompts.jsonl"
     assert quantize(folder / "qwen3", tmp_path / "first", "fp8", prompts) == 0
     rounded = write_dequantized(tmp_path / "first", folder / "qwen3", tmp_path / "rounded")
@@ -154,7 +154,7 @@ def test_a_megatron_checkpoint_gives_the_same_folder(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nvfp4_says_that_it_needs_a_gpu(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nvfp4_without_a_gpu_is_rejected(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert quantize(folder / "qwen3", tmp_path / "out", "nvfp4") == cli.EXIT_FAULT
     assert capsys.readouterr().err == (
         "--format: nvfp4 needs a GPU and none is visible; fp8 and int8 work on a CPU too\n"
@@ -162,7 +162,7 @@ def test_nvfp4_says_that_it_needs_a_gpu(folder: Path, tmp_path: Path, capsys: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_faults_are_told_together_and_nothing_is_written(
+def test_all_faults_are_reported_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -176,7 +176,7 @@ def test_faults_are_told_together_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("fault", ["truncated", "quantized already", "one prompt"])
-def test_a_source_that_cannot_be_quantized(
+def test_an_unusable_source_leaves_no_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fault: str
 ) -> None:
     source, prompts = tmp_path / "source", folder / "prompts.jsonl"

@@ -1,4 +1,4 @@
-"""One SGLang engine on a GPU: its own kernels, CUDA graphs, bfloat16; the self-test runs when it starts."""
+"""One SGLang engine on a GPU, with its own kernels, CUDA graphs and bfloat16; the self-test runs when it starts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_proves_its_hook_and_repeats_its_seeds(tmp_path: Path, dtype: str) -> None:
+def test_an_engine_passes_its_self_test_and_repeats_its_seeds(tmp_path: Path, dtype: str) -> None:
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         rollouts = executor.submit(run_engine, model, dtype).result(timeout=600)
@@ -64,6 +64,6 @@ def test_an_engine_proves_its_hook_and_repeats_its_seeds(tmp_path: Path, dtype: 
         np.array_equal(a.response_ids, b.response_ids)
         for a, b in zip(rollouts["first"], rollouts["again"], strict=True)
     ]
-    assert np.mean(same) > 0.9  # rounding differs between batch shapes
+    assert np.mean(same) > 0.9  # rounding depends on the batch shape
     temperatures = np.concatenate([rollout.temperatures for rollout in rollouts["adaptive"]])
     assert 0.7 - 1e-6 <= temperatures.min() < temperatures.max() <= 1.3 + 1e-6

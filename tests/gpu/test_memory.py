@@ -1,4 +1,4 @@
-"""A GPU's memory: the turns of a trainer rank and an engine that share it, and the optimizer on the host."""
+"""GPU memory: a trainer rank and an engine that hold it in turn, and the optimizer on the host."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def turns_of_an_engine(model: Path) -> dict[str, Any]:
-    """Free bytes of the GPU after each move, and greedy responses before the first and after the last."""
+    """Free bytes of the GPU after each step, and greedy responses before the first and after the last."""
     import torch
     from safetensors.torch import load_file
 
@@ -63,7 +63,7 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
         before = greedy()
         free["all held"] = torch.cuda.mem_get_info()[0]
         engine.release_memory((KV_CACHE, WEIGHTS))
-        free["given back"] = torch.cuda.mem_get_info()[0]
+        free["released"] = torch.cuda.mem_get_info()[0]
         with pytest.raises(RolloutError, match="has given back its memory"):
             greedy()
         engine.take_memory((WEIGHTS,))
@@ -86,18 +86,18 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
         engine.shutdown()
 
 
-def test_an_engine_gives_its_memory_back_and_is_itself_again_after_a_sync(tmp_path: Path) -> None:
+def test_an_engine_releases_its_memory_and_is_restored_by_a_sync(tmp_path: Path) -> None:
     model = write_tiny_qwen3(tmp_path / "model", dtype="bfloat16", **LARGE)
     seen = in_own_process(turns_of_an_engine, model)
     free, weights = seen["free"], (model / "model.safetensors").stat().st_size
-    assert free["given back"] - free["all held"] > 0.4 * free["total"]
-    assert free["given back"] - free["weights"] == pytest.approx(weights, rel=0.2)
+    assert free["released"] - free["all held"] > 0.4 * free["total"]
+    assert free["released"] - free["weights"] == pytest.approx(weights, rel=0.2)
     assert abs(free["all held again"] - free["all held"]) < 0.01 * free["total"]
     assert seen["after"] == seen["before"]
 
 
 def turns_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
-    """Bytes that torch has reserved of the GPU, and whether the optimizer's state came back as it was."""
+    """GPU bytes that torch has reserved, and whether the optimizer's state was restored exactly."""
     import torch
 
     from megatron_hapo.trainer.offload import optimizer_tensors
@@ -115,12 +115,12 @@ def turns_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
     first = rank.update(batch, step=1)
     before, held = [tensor.cpu().clone() for tensor in optimizer_tensors(rank._optimizer)], reserved()
     rank.release_memory(BOTH)
-    given_back = reserved()
+    after_release = reserved()
     scores_meanwhile = merge_scores([rank.log_probs(batch)], batch)
     rank.take_memory(BOTH[::-1])
     after = [tensor.cpu() for tensor in optimizer_tensors(rank._optimizer)]
     return {
-        "freed": held - given_back,
+        "freed": held - after_release,
         "held_again": reserved(),
         "held": held,
         "same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
@@ -130,12 +130,12 @@ def turns_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
     }
 
 
-def test_a_rank_gives_its_memory_back_and_takes_it_again_as_it_was(tmp_path: Path) -> None:
+def test_a_rank_releases_its_memory_and_restores_it(tmp_path: Path) -> None:
     model = write_tiny_qwen3(tmp_path / "model", dtype="bfloat16", **LARGE)
     config = config_for(model, dtype="bfloat16", spec="local")
     seen = in_own_process(turns_of_a_rank, config, f"file://{tmp_path / 'rendezvous'}")
     assert seen["same"]
-    # Gradients in float32; masters and two moments.
+    # Gradients, master weights and two moments, all in float32.
     assert seen["freed"] == pytest.approx(16 * seen["parameters"], rel=0.05)
     assert seen["held_again"] == pytest.approx(seen["held"], rel=0.05)
     assert seen["moved"] > 0
@@ -149,7 +149,7 @@ def device_bytes_in_use() -> int:
 
 @pytest.mark.parametrize("method", ["direct", "gather"])
 def test_a_run_on_one_gpu_never_holds_the_sum_of_both(tmp_path: Path, method: str) -> None:
-    """One engine and one rank on one GPU, weights verified at every sync; the whole GPU is watched meanwhile."""
+    """One engine and one rank on one GPU, with weights verified at every sync, while the GPU's memory is sampled."""
     import torch
 
     model, total = write_tiny_qwen3(tmp_path / "model", dtype="bfloat16", **LARGE), torch.cuda.mem_get_info()[1]
@@ -179,13 +179,13 @@ def test_a_run_on_one_gpu_never_holds_the_sum_of_both(tmp_path: Path, method: st
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["rollout/logprob_abs_diff"] < 0.05 for row in rows[1:])
     parameters = (model / "model.safetensors").stat().st_size / 2
-    contexts = 3 << 30  # of both processes, with CUDA graphs and work spaces
+    contexts = 3 << 30  # both processes' CUDA contexts, graphs and work spaces
     in_turn = 0.5 * total + 2 * parameters + contexts
-    assert peak - before < in_turn + 8 * parameters  # beside it 16 bytes a parameter would be the sum
+    assert peak - before < in_turn + 8 * parameters  # holding both at once would add 16 bytes per parameter
 
 
 def updates_of(config: Config, rendezvous: str, folder: Path, source: Path | None) -> dict[str, Any]:
-    """Three updates, the third from a checkpoint; where the optimizer's state is, and the weights."""
+    """Three updates, the third from a checkpoint; the place of the optimizer's state, and the weights."""
     import torch
 
     from megatron_hapo.trainer.offload import optimizer_tensors
@@ -211,7 +211,7 @@ def updates_of(config: Config, rendezvous: str, folder: Path, source: Path | Non
     }
 
 
-def test_an_optimizer_on_the_host_trains_as_one_on_the_gpu_and_reads_its_checkpoints(tmp_path: Path) -> None:
+def test_an_optimizer_on_the_host_trains_like_one_on_the_gpu_and_reads_its_checkpoints(tmp_path: Path) -> None:
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
     config = config_for(model, dtype="bfloat16", spec="local")
     offloaded = Config.model_validate(
@@ -223,7 +223,7 @@ def test_an_optimizer_on_the_host_trains_as_one_on_the_gpu_and_reads_its_checkpo
     assert moved["state_on_gpu"] == 0
     for mine, other in zip(moved["updates"], kept["updates"], strict=True):
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
-    # Adam rounds differently there; a weight near the middle of two bfloat16 values may fall to either side.
+    # Adam rounds differently on the host; a weight halfway between two bfloat16 values may round either way.
     for name, value in kept["weights"].items():
         close = np.isclose(moved["weights"][name], value, rtol=0.01, atol=1e-4)
         assert close.mean() > 0.999, name

@@ -1,4 +1,4 @@
-"""The output heads on a GPU: the kernel itself, and products that add to a float32 buffer."""
+"""The output heads on a GPU: the Triton kernel, and matrix products that accumulate into a float32 buffer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.logprobs.test_logprobs import relative_error
 from tests.logprobs.test_row_statistics import compare_with_twin
 
 
-def test_the_kernel_equals_its_twin() -> None:
+def test_the_kernel_equals_its_torch_reference() -> None:
     compare_with_twin("cuda")
 
 
@@ -32,11 +32,11 @@ def test_the_fused_head_agrees_with_the_function_on_logits(dtype: torch.dtype) -
         (outputs[0] * weights_2N[0] + outputs[1] * weights_2N[1]).sum().backward()
         results.append((*outputs, hidden.grad, weight.main_grad if fused else weight.grad))
     for mine, other in zip(*results, strict=True):
-        # Both sides round the gradient of the weight, or of the logits, on their own.
+        # The two round the gradients of the weight and of the logits independently.
         assert relative_error(mine.detach(), other.detach().double()) < 2 * MAX_GRADIENT_ERROR[dtype]
 
 
-def test_the_fused_head_needs_a_chunk_of_memory() -> None:
+def test_the_fused_head_needs_the_memory_of_one_chunk() -> None:
     hidden_NH, weight_VH, targets_N, *_ = (tensor.cuda() for tensor in make_case(4096, 32_768, 256, torch.bfloat16))
     hidden_NH, weight, chunk_bytes = hidden_NH.requires_grad_(), in_buffer(weight_VH), 16 << 20
     torch.cuda.synchronize()
@@ -46,5 +46,5 @@ def test_the_fused_head_needs_a_chunk_of_memory() -> None:
     (log_probs_N.sum() + entropies_N.sum()).backward()
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - given
-    # Sixteen chunks in all. cuBLAS takes a work space of its own at its first call.
+    # There are sixteen chunks. cuBLAS allocates its own work space at its first call.
     assert extra < 1.5 * chunk_bytes + hidden_NH.numel() * 2 + 256 * len(hidden_NH) + (64 << 20)

@@ -1,4 +1,4 @@
-"""Quantized folders on a GPU: made there, and served by SGLang's own kernels."""
+"""Quantized folders, made on a GPU and served by SGLang's own kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trainer rank on a GPU: NCCL, bfloat16, Transformer Engine where installed."""
+"""One trainer rank on a GPU: NCCL, bfloat16, and Transformer Engine if it is installed."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def in_own_process(config: Config, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.1)])
-def test_a_rank_scores_as_transformers_and_learns(tmp_path: Path, spec: str, dtype: str, tolerance: float) -> None:
+def test_a_rank_scores_like_transformers_and_learns(tmp_path: Path, spec: str, dtype: str, tolerance: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     if spec == "te" and dtype == "float32":
-        pytest.skip("Transformer Engine's packed attention takes 16-bit types only")
+        pytest.skip("Transformer Engine's packed attention supports 16-bit types only")
     # A head dimension that the fused attention kernels support.
     model_path = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64)
     result = in_own_process(config_for(model_path, dtype=dtype, spec=spec), tmp_path)
@@ -90,7 +90,7 @@ def test_a_rank_scores_as_transformers_and_learns(tmp_path: Path, spec: str, dty
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_rank_reads_what_convert_wrote(tmp_path: Path, spec: str) -> None:
-    """Conversion builds the model of local layers, on CPUs; Transformer Engine would keep more in a checkpoint."""
+    """Conversion uses local layers on CPUs; Transformer Engine's layers have extra state that it does not write."""
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
     megatron = tmp_path / "megatron"
     command = [sys.executable, "-m", "megatron_hapo", "convert", "hf-to-megatron", str(model), str(megatron)]

@@ -1,8 +1,9 @@
-"""The family table: every element of every tensor is placed exactly once, for any tensor parallel size."""
+"""The family table: every element of every tensor is placed exactly once, at any tensor-parallel size."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,19 @@ import numpy as np
 import pytest
 
 from megatron_hapo.errors import ConfigError
-from megatron_hapo.model.families import MoeShape, hf_tensor_shapes, padded_vocab_size, placement, read_shape
+from megatron_hapo.model.families import (
+    MoeShape,
+    Spec,
+    hf_tensor_shapes,
+    padded_vocab_size,
+    placement,
+    read_shape,
+    table,
+    table_parameters,
+)
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.plan import make_plan
+from megatron_hapo.sizing.parameters import Layout, stage_parameters
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, num_layers=2, hidden_size=48, ffn_size=96, head_dim=16)
@@ -51,6 +64,59 @@ def test_every_element_is_placed_once(spec: str, tp_size: int) -> None:
         assert (count == 1).all(), name
 
 
+@pytest.mark.parametrize("spec", ["local", "te"])
+def test_the_table_lists_the_parameters_of_a_stage(spec: Spec) -> None:
+    whole = [parameter.name(spec) for parameter in table_parameters(SHAPE, range(2), first=True, last=True)]
+    assert sorted(whole) == sorted(parameters(spec))
+    layers = [parameter.name(spec) for parameter in table_parameters(SHAPE, [1], first=False, last=False)]
+    assert sorted(layers) == sorted(name for name in whole if ".layers.1." in name)
+    tied = replace(SHAPE, tied_embeddings=True)
+    last = [parameter.name(spec) for parameter in table_parameters(tied, [], first=False, last=True)]
+    assert last == ["decoder.final_layernorm.weight"]
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("spec", ["local", "te"])
+def test_listed_parameters_have_a_place_of_their_size(spec: Spec, ep: int) -> None:
+    """One layer with experts and one without; norms are fused into the linear layers of the latter only."""
+    moe = MoeShape(num_experts=8, ffn_size=24, top_k=2, normalize_top_k=True, dense_layers=frozenset({1}))
+    shape, sizes = replace(SHAPE, moe=moe), hf_tensor_shapes(SHAPE) | hf_tensor_shapes(replace(SHAPE, moe=moe))
+    listed = list(table_parameters(shape, range(2), first=True, last=True, ep=ep))
+    assert sum(".experts." in parameter.local_name for parameter in listed) == 2 * 8 // ep
+    for parameter in listed:
+        place = placement(
+            parameter.name(spec), shape, first_layer=0, tp_rank=1, tp_size=2, ep_size=ep, etp_rank=1, etp_size=2
+        )
+        elements = 0
+        for run in place.runs:
+            size = sizes[run.tensor]
+            rows = size[place.axis or 0] if place.axis is None else run.stop - run.start
+            elements += rows * math.prod(size) // size[place.axis or 0]
+        padding = SHAPE.hidden_size if parameter.cut == "vocabulary" else 0  # 101 rows become 102
+        assert parameter.num_local_elements(2) == elements + padding, parameter
+
+
+def test_a_new_row_reaches_all_that_is_derived_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that docs/families.md is right: besides the table, a new parameter touches only shape.py and build.py."""
+    name, tensor = "self_attention.linear_proj.bias", "model.layers.1.self_attn.o_proj.bias"
+    row = table._Row((name,), {"self_attn.o_proj.bias": ("hidden",)}, "whole")
+    monkeypatch.setattr(table, "_LAYER_ROWS", (*table._LAYER_ROWS, row))
+    monkeypatch.setitem(table._LAYER_BY_NAME, name, [row])
+    shape = replace(SHAPE, family="new")  # not in a cache
+    assert hf_tensor_shapes(shape).keys() - hf_tensor_shapes(SHAPE).keys() >= {tensor}
+    added = 2 * SHAPE.hidden_size
+    for stage in range(2):
+        counts = [stage_parameters(s, Layout(tp=2, pp=2), stage).total for s in (SHAPE, shape)]
+        assert counts[1] - counts[0] == added // 2
+    engine = engine_parameters(shape, 2)
+    assert all(tensor in {parameter.name for parameter in parameters} for parameters in engine)
+    shards = trainer_shards(shape, tp=2, dp=1, spec="local")
+    assert all(f"decoder.layers.1.{name}" in {parameter.name for parameter in shard.parameters} for shard in shards)
+    make_plan(
+        shards, engine, matrix_sizes(shape), engines=1, itemsize=4, max_copy_bytes=4096
+    )  # every element has a source
+
+
 def test_layers_count_from_the_pipeline_stage() -> None:
     place = placement("decoder.layers.1.mlp.linear_fc2.weight", SHAPE, first_layer=7, tp_rank=0, tp_size=1)
     assert place.runs[0].tensor == "model.layers.8.mlp.down_proj.weight"
@@ -65,13 +131,13 @@ def test_qkv_keeps_each_kv_head_with_its_queries() -> None:
     ]
 
 
-def test_vocabulary_padding_belongs_to_no_tensor() -> None:
+def test_vocabulary_padding_is_part_of_no_tensor() -> None:
     assert padded_vocab_size(101, 4) == 104
     last = placement("output_layer.weight", SHAPE, first_layer=0, tp_rank=3, tp_size=4)
     assert (last.runs[0].start, last.runs[0].stop) == (78, 101)
 
 
-def test_a_parameter_that_the_table_does_not_know_is_refused() -> None:
+def test_a_parameter_missing_from_the_table_is_rejected() -> None:
     with pytest.raises(KeyError):
         placement("decoder.layers.0.mlp.experts.weight", SHAPE, first_layer=0, tp_rank=0, tp_size=1)
 
@@ -93,7 +159,7 @@ def test_a_parameter_that_the_table_does_not_know_is_refused() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_by_name(
+def test_unsupported_features_are_named(
     tiny_qwen3: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     config = json.loads((tiny_qwen3 / "config.json").read_text())
@@ -102,14 +168,14 @@ def test_what_the_model_cannot_do_is_refused_by_name(
         read_shape(tmp_path)
 
 
-def test_mistral_without_a_window_that_matters_is_accepted(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_mistral_with_a_window_as_long_as_its_positions_is_accepted(tiny_qwen3: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_qwen3 / "config.json").read_text()) | {"model_type": "mistral"}
     for window in (None, config["max_position_embeddings"]):
         (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
         assert read_shape(tmp_path).family == "mistral"
 
 
-def test_experts_are_dealt_out_whole() -> None:
+def test_each_expert_is_on_one_expert_parallel_rank() -> None:
     moe = MoeShape(num_experts=8, ffn_size=24, top_k=2, normalize_top_k=True, dense_layers=frozenset({1}))
     shape = replace(SHAPE, moe=moe)
 
@@ -130,7 +196,7 @@ def test_experts_are_dealt_out_whole() -> None:
         place("experts.local_experts.0.linear_fc2.weight", ep_size=3)
 
 
-def test_old_and_new_rope_settings_read_alike(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_old_and_new_rope_settings_give_the_same_shape(tiny_qwen3: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_qwen3 / "config.json").read_text())
     config.pop("rope_parameters", None)
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5, "rope_scaling": None}))

@@ -1,4 +1,4 @@
-"""A run whose model.path is a Megatron checkpoint, exporting while it trains: the command line and all real parts."""
+"""A run whose model.path is a Megatron checkpoint and that exports while it trains, through the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from megatron_hapo import cli
-from megatron_hapo.checkpoint.folder import INDEX
+from megatron_hapo.checkpoint.model_folder import INDEX
 from tests.test_loop import make_config
 
 
@@ -24,8 +24,8 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_a_megatron_folder_and_exports_on_its_way(tiny_qwen3: Path, tmp_path: Path) -> None:
-    """The engines have no weights to load, so that their log-probs show what the first sync brought."""
+def test_a_run_starts_from_a_megatron_folder_and_exports_while_training(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """The engines have no weights to load, so their log-probs depend on the first sync."""
     megatron = tmp_path / "megatron"
     assert cli.main(["convert", "hf-to-megatron", str(tiny_qwen3), str(megatron)]) == 0
     config = make_config(megatron, tmp_path / "runs", {"tp": 2}).model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Every family on real Megatron over gloo: transformers' logits at every layout, and a bitwise way there and back."""
+"""Every family on real Megatron over gloo: logits equal transformers' at every layout; round trips are bitwise."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def sequences() -> list[list[int]]:
 
 
 def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, int]]]) -> list[dict[str, Any]]:
-    """One rank's part of each case and layout: float32 logits, and the tensors that it speaks for in bfloat16."""
+    """One rank's results of each case and layout: float32 logits, and the tensors that it owns in bfloat16."""
     from megatron.core import parallel_state
 
-    from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors
+    from megatron_hapo.checkpoint.hf_weights import load_hf_weights, owned_tensors
     from megatron_hapo.model import parallel_layout
     from megatron_hapo.model.build import build_model
     from megatron_hapo.model.families import is_hf_expert, read_shape
-    from megatron_hapo.model.forward import logits_of
+    from megatron_hapo.model.forward import sequence_logits
 
     seen = []
     for case, layouts in cases.items():
@@ -65,11 +65,11 @@ def through_megatron(rank: int, folder: Path, cases: dict[str, list[dict[str, in
             shape = read_shape(folder / case)
             model = build_model(shape, layout, dtype=torch.float32)
             load_hf_weights(model, shape, layout, folder / case)
-            logits = logits_of(model, shape, layout, sequences())
+            logits = sequence_logits(model, shape, layout, sequences())
             model = build_model(shape, layout, dtype=torch.bfloat16)
             load_hf_weights(model, shape, layout, folder / f"{case}_bf16")
-            tensors = [(name, value.clone()) for name, value in spoken_tensors(model, shape, layout)]
-            # A rank whose experts nobody takes yet must not be needed any more for what others gather.
+            tensors = [(name, value.clone()) for name, value in owned_tensors(model, shape, layout)]
+            # A rank whose consumer has not reached its experts yet must not hold up what others gather.
             experts = [is_hf_expert(name) for name, _ in tensors]
             assert experts == sorted(experts)
             seen.append(
@@ -110,7 +110,7 @@ def reference(models: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_logits_equal_transformers_and_weights_come_back_bitwise(
+def test_logits_equal_transformers_and_round_trips_are_bitwise(
     models: Path, reference: dict[str, Any], world_size: int
 ) -> None:
     cases = LAYOUTS[world_size]

@@ -1,4 +1,4 @@
-"""Quantization-aware training on real ranks: forward pass and exports see float8 values, the optimizer exact ones."""
+"""Quantization-aware training on real ranks: forward pass and exports use float8 values, the optimizer exact ones."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def make_quantized_config(model: Path, layout: dict[str, Any]) -> Config:
 
 
 def train_one_step(rank: int, folder: Path) -> None:
-    """One update of each case; what the engines get and the masters, before and after it."""
+    """One update of each case; saves the weights that engines get, and the master weights, before and after it."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_hapo.checkpoint.hf import hf_tensors
+    from megatron_hapo.checkpoint.hf_weights import hf_tensors
     from megatron_hapo.model.fake_quantization import round_to_float8
     from megatron_hapo.trainer.trainer_rank import TrainerRank
 
@@ -41,7 +41,7 @@ def train_one_step(rank: int, folder: Path) -> None:
         trainer = TrainerRank(config, make_grid(config))
 
         def whole(masters: bool, trainer: Any = trainer) -> dict[str, Tensor]:
-            """HF tensors that this rank can put together: of the weights, or of the optimizer's masters."""
+            """Whole HF tensors of this rank's stage: the weights, or the optimizer's master weights."""
             (chunk,) = trainer.model
             shown = {name: p.main_param.view(p.shape) if masters else p for name, p in chunk.named_parameters()}
             model: Any = SimpleNamespace(named_parameters=shown.items, config=chunk.config, vp_stage=None)
@@ -73,7 +73,7 @@ def train_one_step(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[dict, dict]]]:
-    """For each case and moment the whole model: weights, masters."""
+    """The whole model's weights and master weights, by case and moment."""
     folder = tmp_path_factory.mktemp("quantization_aware")
     for case in CASES:
         write_family(folder / case, case, dtype="bfloat16")
@@ -90,7 +90,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tupl
 
 
 def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What bfloat16 weights must be for these masters, worked out on whole tensors of the Hugging Face layout."""
+    """The bfloat16 weights that these master weights imply, computed on whole HF tensors."""
     groups: dict[str, list[str]] = {}
     for name in tensors:
         stem, _, kind = name.removesuffix(".weight").rpartition(".")

@@ -1,9 +1,7 @@
-"""Memory given back between updates, or an optimizer on the host: training is bit for bit the same."""
+"""Releasing memory between updates, or an optimizer on the host, leaves training unchanged bit for bit."""
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from tests.tiny_model import write_tiny_qwen3
 from tests.trainer.test_trainer import make_batch, make_config, make_grid
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    # Model, layout, dtype. The optimizer's own parameters are masters with bfloat16, and views of the model's without.
+    # Model, layout, dtype. With bfloat16 the optimizer's own parameters are master weights, else views of the model's.
     "sharded": ("dense", {"dp": 2}, "float32"),
     "sharded, masters": ("dense", {"dp": 2, "overlap": True}, "bfloat16"),
     "whole": ("dense", {"dp": 2, "distributed_optimizer": False}, "float32"),
@@ -38,7 +36,7 @@ def config_of(folder: Path, case: str) -> Config:
 
 
 def train_both_ways(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Compares, and returns the bytes of each case: `freed` of the optimizer in each turn, `held` by the gradients."""
+    """Trains with and without engines' turns and compares; returns bytes `freed` by each turn, `held` by gradients."""
     from megatron.core import parallel_state
 
     seen = {}
@@ -60,6 +58,7 @@ def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None 
     """Two updates, a checkpoint, and a third update from it, or from another one, with engines' turns or without."""
     import torch.distributed as dist
 
+    from megatron_hapo.trainer.optimizer import wait_for_weights
     from megatron_hapo.trainer.trainer_rank import TrainerRank
 
     trainer = TrainerRank(config, make_grid(config))
@@ -72,7 +71,7 @@ def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None 
 
     def engines_turn() -> None:
         if turns:
-            freed.append(give_back(trainer))
+            freed.append(release_and_check(trainer))
             trainer.take_memory(BOTH[::-1])
 
     engines_turn()  # before the first step Adam has no moments
@@ -86,7 +85,7 @@ def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None 
     trainer.load_checkpoint(source or checkpoint)
     engines_turn()
     steps.append(trainer.update(batch, step=3))
-    trainer._finish_gathering()
+    wait_for_weights(trainer._chunks)
     return {
         "steps": steps,
         "inner": getattr(trainer._optimizer, "chained_optimizers", [trainer._optimizer])[0].optimizer,
@@ -96,14 +95,16 @@ def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None 
     }
 
 
-def give_back(trainer: Any) -> int:
-    """An engines' turn; the bytes of the optimizer that it frees. Weights can be scored and sent meanwhile."""
-    trainer._finish_gathering()
+def release_and_check(trainer: Any) -> int:
+    """Releases all memory; returns the bytes of the optimizer that this freed. Weights can still be read."""
+    from megatron_hapo.trainer.optimizer import wait_for_weights
+
+    wait_for_weights(trainer._chunks)
     before = {name: value.detach().clone() for name, value in trainer._named_parameters()}
-    storages = list({s._cdata: s for s in trainer._memory._storages()}.values())
+    storages = list({s._cdata: s for s in trainer._memory.optimizer_storages()}.values())
     num_bytes = sum(storage.nbytes() for storage in storages)
     trainer.release_memory(BOTH)
-    trainer.release_memory(BOTH)  # nothing happens twice
+    trainer.release_memory(BOTH)  # the second call has no effect
     assert [storage.nbytes() for storage in storages] == [0] * len(storages)
     assert [buffer.grad_data.untyped_storage().nbytes() for buffer in buffers_of(trainer)] == [0] * len(
         buffers_of(trainer)
@@ -111,7 +112,7 @@ def give_back(trainer: Any) -> int:
     for parameter in trainer.model[0].parameters():
         assert parameter.main_grad.untyped_storage().nbytes() == 0
     for call in (lambda: trainer.update(make_batch(), step=1), lambda: trainer.save_checkpoint(Path("nowhere"))):
-        with pytest.raises(AssertionError, match="take_memory comes first"):
+        with pytest.raises(AssertionError, match="call take_memory first"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in trainer._named_parameters())
     list(trainer.weight_buckets(verify=False))  # weights can be read
@@ -119,7 +120,7 @@ def give_back(trainer: Any) -> int:
 
 
 def buffers_of(trainer: Any) -> list[Any]:
-    return [buffer for chunk in trainer._ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return [buffer for chunk in trainer._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def kept(trainer: Any) -> dict[str, list[torch.Tensor]]:
@@ -131,43 +132,31 @@ def kept(trainer: Any) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def let_it_take_tensors_for_a_gpus() -> None:
-    """Megatron's HybridDeviceOptimizer asks whether a parameter is a CUDA tensor: here all are but its own copies."""
-    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+class HostTensor(torch.Tensor):
+    """Stands for a tensor in host memory, as does whatever is computed from it; all other tensors stand for a GPU's."""
 
-    on_host: set[int] = set()
-    copies: list[torch.Tensor] = []  # so that no other tensor gets their ids
 
-    def to_host(tensor: torch.Tensor) -> torch.Tensor:
-        on_host.add(id(tensor))
-        copies.append(tensor)
-        return tensor
+def simulate_a_gpu_in_the_hybrid_optimizer() -> None:
+    """Megatron's HybridDeviceOptimizer offloads only CUDA tensors: let it see all but its own copies as such."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    source = textwrap.dedent(inspect.getsource(hybrid_optimizer.HybridDeviceOptimizer._get_sub_optimizer_param_groups))
-    for old, new in {
-        "param.is_cuda": "on_gpu(param)",
-        "param.detach().clone().cpu().pin_memory()": "to_host(param.detach().clone())",
-        "param = param.detach().clone().float()": "param = like(param, param.detach().clone().float())",
-    }.items():
-        assert old in source
-        source = source.replace(old, new)
-    names = dict(
-        vars(hybrid_optimizer),
-        to_host=to_host,
-        on_gpu=lambda tensor: id(tensor) not in on_host,
-        like=lambda tensor, copy: to_host(copy) if id(tensor) in on_host else copy,
-    )
-    exec(source, names)
-    patched: Any = hybrid_optimizer.HybridDeviceOptimizer
-    patched._get_sub_optimizer_param_groups = names["_get_sub_optimizer_param_groups"]
+    find_parameters = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def find_parameters_on_the_gpu(self: Any, offload_fraction: float) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, HostTensor)))
+            patch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(HostTensor))
+            return find_parameters(self, offload_fraction)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = find_parameters_on_the_gpu
 
 
 def train_with_and_without_host(rank: int, folder: Path) -> None:
-    """The optimizer's state on the host changes nothing, nor does the kind of run that wrote the checkpoint."""
+    """Neither the place of the optimizer's state nor that of the run that wrote the checkpoint changes anything."""
     from megatron.core import parallel_state
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    let_it_take_tensors_for_a_gpus()
+    simulate_a_gpu_in_the_hybrid_optimizer()
     trained: list[dict[str, Any]] = []
     for offload in (False, True):
         config = config_of(folder, "sharded, masters")
@@ -183,12 +172,12 @@ def train_with_and_without_host(rank: int, folder: Path) -> None:
         assert torch.equal(moved["tensors"][name], kept["tensors"][name]), name
 
 
-def test_an_optimizer_on_the_host_trains_as_one_on_the_device(tmp_path: Path) -> None:
+def test_an_optimizer_on_the_host_gives_the_same_training(tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "dense")
     run_ranks(2, train_with_and_without_host, tmp_path, timeout_seconds=240)
 
 
-def test_giving_memory_back_does_not_show_in_training(tmp_path: Path) -> None:
+def test_releasing_memory_does_not_change_training(tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "dense")
     write_family(tmp_path / "moe", "qwen3_moe")
     for seen in run_ranks(2, train_both_ways, tmp_path, timeout_seconds=240):

@@ -1,4 +1,4 @@
-"""One trainer rank group on real Megatron over gloo: every layout gives what transformers and a single process give."""
+"""Trainer ranks on real Megatron over gloo: every layout agrees with transformers and with a single process."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ RESUMED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 TEMPERATURE = 1.25
 ADAM_EPS = 1e-2
-"""Large, so that Adam does not turn rounding in tiny gradients into steps of a share of the learning rate."""
+"""Large, so that Adam does not amplify the rounding of tiny gradients to a visible share of the learning rate."""
 
 
 def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config:
@@ -141,7 +141,7 @@ def make_batch() -> TrainBatch:
 
 
 def with_everything(batch: TrainBatch, scores: TokenScores) -> TrainBatch:
-    """The batch with all that any method's loss reads."""
+    """The batch with every field that some method's loss reads."""
     generator, num_tokens = np.random.default_rng(1), len(scores.log_probs)
     return replace(
         batch,
@@ -156,24 +156,25 @@ def with_everything(batch: TrainBatch, scores: TokenScores) -> TrainBatch:
 
 def weights_of(trainer: Any) -> dict[str, np.ndarray]:
     """Whole HF tensors of the rank's pipeline stage."""
-    from megatron_hapo.checkpoint.hf import hf_tensors
+    from megatron_hapo.checkpoint.hf_weights import hf_tensors
+    from megatron_hapo.trainer.optimizer import wait_for_weights
 
-    trainer._finish_gathering()
+    wait_for_weights(trainer._chunks)
     tensors = hf_tensors(trainer.model, trainer.shape, trainer.layout)
     return {name: tensor.clone().numpy() for name, tensor in tensors}
 
 
 def reduced_gradients(trainer: Any) -> dict[str, np.ndarray]:
-    """Whole HF tensors of the stage's gradients, as the optimizer is about to see them."""
+    """Whole HF tensors of the stage's gradients, as the optimizer is about to use them."""
     import torch.distributed as dist
 
-    from megatron_hapo.checkpoint.hf import hf_tensors
+    from megatron_hapo.checkpoint.hf_weights import hf_tensors
 
-    buffers = [buffer for chunk in trainer._ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    buffers = [buffer for chunk in trainer._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     for buffer in buffers if trainer.config.trainer.distributed_optimizer else ():
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
-            # The distributed optimizer needs, and gets, the sum of its own shard only.
+            # The distributed optimizer reduces only the shard of its own rank.
             shards = list(bucket.grad_data.chunk(group.size()))
             dist.all_gather(shards, shards[group.rank()].clone(), group=group)
     parameters = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
@@ -189,7 +190,7 @@ def reduced_gradients(trainer: Any) -> dict[str, np.ndarray]:
 
 
 def update_with_gradients(trainer: Any, batch: TrainBatch, *, step: int) -> tuple[Any, dict[str, np.ndarray]]:
-    """An update's metrics and the gradient behind it."""
+    """An update's metrics, and its gradients."""
     seen, prepare_grads = {}, trainer._optimizer.prepare_grads
 
     def look() -> Any:
@@ -205,7 +206,7 @@ def update_with_gradients(trainer: Any, batch: TrainBatch, *, step: int) -> tupl
 
 OTHER_METHODS = AlgorithmConfig.model_validate(
     {
-        # What reads more of a micro-batch than the default does: the whole response, current entropies, token kinds.
+        # Reads more of a micro-batch than the default does: whole responses, current entropies, token kinds.
         "ratio": "sequence",
         "entropy": {"source": "current"},
         "dual_constraint": {"enabled": True, "kl": 0.1},
@@ -214,15 +215,15 @@ OTHER_METHODS = AlgorithmConfig.model_validate(
 
 
 def train_on(rank: int, folder: Path, cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """What one rank sees of each model and layout: see `train_once`."""
+    """One rank's results of each model and layout: see `train_once`."""
     from functools import partial
 
     from megatron.core import parallel_state
 
-    from megatron_hapo.trainer import trainer_rank as trainer
+    from megatron_hapo.trainer import optimizer
 
-    # Buckets of a parameter or two, so that those that overlap come one after the other.
-    trainer.DistributedDataParallelConfig = partial(trainer.DistributedDataParallelConfig, bucket_size=5000)
+    # Buckets of one or two parameters, so that with overlap there are several.
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=5000)
     seen: dict[str, list[dict[str, Any]]] = {}
     for model, layouts in cases.items():
         for layout in layouts:
@@ -234,7 +235,7 @@ def train_on(rank: int, folder: Path, cases: dict[str, list[dict[str, Any]]]) ->
 
 
 def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    """Scores, two updates, weights, a checkpoint, a third update, and one with what other methods read."""
+    """Scores, two updates, weights, a checkpoint, a third update, and one with another method's loss."""
     import torch.distributed as dist
 
     from megatron_hapo.logprobs.output_head import FusedHead
@@ -282,14 +283,14 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
 
 
 def assert_layers_are_as_planned(trainer: Any) -> None:
-    """`ParallelSizes.chunks` says what Megatron does."""
+    """`Pipeline` distributes the layers as Megatron does."""
     layout = trainer.layout
     planned = [list(layers) for layers in layout.sizes.chunks(trainer.shape.num_layers, layout.pp_rank)]
     assert [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in trainer.model] == planned
 
 
 def resume_and_update(rank: int, folder: Path, cases: dict[str, list[tuple[Any, Any]]]) -> dict[str, list[Any]]:
-    """Load checkpoints of other layouts, then repeat the third update."""
+    """Load checkpoints that other layouts wrote, then repeat the third update."""
     from megatron.core import parallel_state
 
     from megatron_hapo.trainer.trainer_rank import TrainerRank
@@ -350,7 +351,7 @@ def whole(views: list[dict[str, Any]], key: str) -> dict[str, np.ndarray]:
 def assert_close(
     got: dict[str, np.ndarray], want: dict[str, np.ndarray], layout: dict[str, Any], share: float = 1e-5
 ) -> None:
-    """Within this share of each tensor's largest element: float32 sums in another order."""
+    """Equal within this fraction of each tensor's largest element, since float32 sums depend on their order."""
     assert got.keys() == want.keys(), layout
     for name, value in want.items():
         atol = share * float(np.abs(value).max())
@@ -382,7 +383,7 @@ def test_scores_equal_transformers(trained: dict[str, Any]) -> None:
     np.testing.assert_allclose(scores.entropies, -(base.exp() * base).sum(-1), atol=2e-5)
 
 
-def test_every_layout_scores_alike(trained: dict[str, Any]) -> None:
+def test_every_layout_gives_the_same_scores(trained: dict[str, Any]) -> None:
     reference = trained["results"][1][0][0]["scores"]
     for layout, views in layouts_of(trained):
         for name in ("log_probs", "rollout_temperature_log_probs", "entropies"):
@@ -390,7 +391,7 @@ def test_every_layout_scores_alike(trained: dict[str, Any]) -> None:
             np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{layout} {name}")
 
 
-def test_every_layout_updates_alike(trained: dict[str, Any]) -> None:
+def test_every_layout_gives_the_same_update(trained: dict[str, Any]) -> None:
     single = trained["results"][1][0][0]
     for layout, views in layouts_of(trained):
         for got, want in zip(first_report(views, "updates"), single["updates"], strict=True):
@@ -399,12 +400,12 @@ def test_every_layout_updates_alike(trained: dict[str, Any]) -> None:
         assert_close(whole(views, "weights"), single["weights"], layout)
 
 
-def test_every_layout_updates_alike_with_every_methods_parts(trained: dict[str, Any]) -> None:
-    """The sequence ratio sums over context-parallel ranks; current entropies and token kinds are cut like the rest."""
+def test_every_layout_gives_the_same_update_with_another_method(trained: dict[str, Any]) -> None:
+    """The sequence ratio sums over context-parallel ranks; entropies and token kinds are sliced like the rest."""
     single = trained["results"][1][0][0]
     for layout, views in layouts_of(trained):
         assert first_report(views, "other") == pytest.approx(single["other"], rel=1e-4, abs=1e-6), layout
-        # Three updates on, so the gradient shows the rounding of the weights too.
+        # After three updates the gradient also reflects the rounding of the weights.
         assert_close(whole(views, "other_gradients"), single["other_gradients"], layout, share=1e-4)
 
 
@@ -445,7 +446,7 @@ def test_buckets_hold_every_weight_once(trained: dict[str, Any]) -> None:
 
 
 def test_a_plan_moves_every_layouts_weights_into_engine_ranks(trained: dict[str, Any]) -> None:
-    """From what real ranks say that they hold, bit for bit: chunks of an interleaved pipeline, uneven stages."""
+    """From the parameters that real ranks report, bit for bit, also with interleaved chunks and uneven stages."""
     shape = read_shape(trained["model"])
     for layout, views in layouts_of(trained):
         engine = engine_parameters(shape, 2)
@@ -458,8 +459,8 @@ def test_a_plan_moves_every_layouts_weights_into_engine_ranks(trained: dict[str,
                 np.testing.assert_array_equal(got[rank][name], want, err_msg=f"{layout} rank {rank} {name}")
 
 
-def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[str, Any]) -> None:
-    """What every rank says it holds is what `trainer_shards` says without building the model."""
+def test_ranks_hold_the_parameters_of_the_planned_grid(trained: dict[str, Any]) -> None:
+    """Every rank's parameters are those that `trainer_shards` computes without building the model."""
     shape = read_shape(trained["model"])
     for layout, views in layouts_of(trained):
         sizes = make_config(trained["model"], layout).parallel
@@ -474,17 +475,17 @@ def test_every_layouts_parameters_are_those_of_the_planned_grid(trained: dict[st
 
 
 def test_a_checkpoint_resumes_at_another_layout(all_trained: dict[str, Any]) -> None:
-    """The optimizer's state too: the update after it gives the same weights."""
+    """The optimizer's state is restored, too: the next update gives the same weights."""
     resumed = run_ranks(2, resume_and_update, all_trained["folder"], RESUMED, timeout_seconds=240)
     for model, pairs in RESUMED.items():
         for number, (source, layout) in enumerate(pairs):
             views = [rank[model][number] for rank in resumed]
             saved_at = LAYOUTS[2][model].index(source)
             saved = [rank[model][saved_at] for rank in all_trained["results"][2]]
-            weights, told = whole(saved, "weights"), f"{model}: {source} to {layout}"
-            assert whole(views, "weights").keys() == weights.keys(), told
-            # On each rank: of a distributed optimizer each has overwritten its own shard.
+            weights, case = whole(saved, "weights"), f"{model}: {source} to {layout}"
+            assert whole(views, "weights").keys() == weights.keys(), case
+            # On each rank, since with a distributed optimizer each has overwritten its own shard.
             for name, got in (item for view in views for item in view["weights"].items()):
-                np.testing.assert_array_equal(got, weights[name], err_msg=f"{told} {name}")
-            assert first_report(views, "third") == pytest.approx(first_report(saved, "third"), rel=1e-4, abs=1e-6), told
+                np.testing.assert_array_equal(got, weights[name], err_msg=f"{case} {name}")
+            assert first_report(views, "third") == pytest.approx(first_report(saved, "third"), rel=1e-4, abs=1e-6), case
             assert_close(whole(views, "later_weights"), whole(saved, "later_weights"), layout)

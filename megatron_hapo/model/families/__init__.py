@@ -1,6 +1,6 @@
-"""What a model family is: how its HF config reads, and one table from Megatron parameters to HF tensors.
+"""What a model family is: how its HF config is read, and one table from Megatron parameters to HF tensors.
 
-The tables serve import, export, resharding and sizing. No torch here. How to add a family: docs/families.md.
+Import, export, resharding and sizing iterate over the table. No torch here. How to add a family: docs/families.md.
 """
 
 from megatron_hapo.model.families.shape import FAMILIES as FAMILIES
@@ -13,9 +13,16 @@ from megatron_hapo.model.families.shape import read_shape as read_shape
 from megatron_hapo.model.families.table import FusedExpert as FusedExpert
 from megatron_hapo.model.families.table import Placement as Placement
 from megatron_hapo.model.families.table import Run as Run
+from megatron_hapo.model.families.table import Spec as Spec
+from megatron_hapo.model.families.table import TableParameter as TableParameter
+from megatron_hapo.model.families.table import expert_parameters as expert_parameters
+from megatron_hapo.model.families.table import first_parameters as first_parameters
 from megatron_hapo.model.families.table import fused_expert as fused_expert
 from megatron_hapo.model.families.table import hf_tensor_shapes as hf_tensor_shapes
 from megatron_hapo.model.families.table import is_expert as is_expert
 from megatron_hapo.model.families.table import is_hf_expert as is_hf_expert
+from megatron_hapo.model.families.table import last_parameters as last_parameters
+from megatron_hapo.model.families.table import layer_parameters as layer_parameters
 from megatron_hapo.model.families.table import num_parameters as num_parameters
 from megatron_hapo.model.families.table import placement as placement
+from megatron_hapo.model.families.table import table_parameters as table_parameters

@@ -1,4 +1,4 @@
-"""HF config.json to the sizes and switches of a model; what the model cannot do is refused by name."""
+"""The sizes and switches of a model, read from its HF config.json; unsupported features are rejected by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hapo.errors import ConfigError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's rescaling of the rotary frequencies; the fields have HF's names."""
+    """Llama 3's rescaling of the rotary frequencies, under HF's names."""
 
     factor: float
     low_freq_factor: float
@@ -28,17 +28,17 @@ class MoeShape:
 
     num_experts: int
     ffn_size: int
-    """Of one expert."""
+    """Feed-forward size of one expert."""
     top_k: int
     normalize_top_k: bool
     """Whether the weights of the chosen experts are divided by their sum."""
     dense_layers: frozenset[int]
-    """Layers with an ordinary feed-forward block (of Shape.ffn_size) instead."""
+    """Layers that have an ordinary feed-forward block (of Shape.ffn_size) instead of experts."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that its parameter layout depends on, and what its forward pass needs, from HF's config."""
+    """What a model's parameter layout and its forward pass depend on, from HF's config."""
 
     family: str
     num_layers: int
@@ -58,6 +58,7 @@ class Shape:
     moe: MoeShape | None = None
 
     def has_experts(self, layer: int) -> bool:
+        """Whether this layer has experts instead of an ordinary feed-forward block."""
         return self.moe is not None and layer not in self.moe.dense_layers
 
 
@@ -65,8 +66,8 @@ def read_shape(model_path: Path) -> Shape:
     """The shape in a model folder's config.json.
 
     Raises:
-        ConfigError: no such folder, no config.json or one that says too little, or a model that this project cannot
-            train, by name.
+        ConfigError: there is no such folder or no config.json in it, a key is missing, or the model has a feature that
+            this project cannot train, which the error names.
     """
     path = model_path / "config.json"
     if not path.is_file():
@@ -88,7 +89,7 @@ def read_shape(model_path: Path) -> Shape:
 
 
 def layout_faults(shape: Shape, sizes: ParallelSizes) -> Iterator[tuple[str, str]]:
-    """Why the model does not split over a layout: (name of the size, what is wrong); nothing where it does."""
+    """Why the model does not split over a layout, as (name of the size, message); empty where it does."""
     tp = sizes.tp
     parts = {
         "attention heads": shape.num_heads,
@@ -109,12 +110,12 @@ def layout_faults(shape: Shape, sizes: ParallelSizes) -> Iterator[tuple[str, str
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up to a multiple of tp."""
+    """The vocabulary size, rounded up to a multiple of tp."""
     return -(-vocab_size // tp_size) * tp_size
 
 
 def _unsupported(config: dict[str, Any]) -> Iterator[str]:
-    """What the config asks for and the model cannot do."""
+    """Features that the config asks for and this project does not support."""
     if _slides(config):
         yield "sliding-window attention (sliding_window, use_sliding_window, layer_types) is not supported"
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -123,7 +124,7 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
         if config.get(switch):
             yield f"{switch} is not supported"
     if config.get("quantization_config"):
-        yield "quantization_config: quantized weights cannot be trained; take the original checkpoint"
+        yield "quantization_config: quantized weights cannot be trained; use the original checkpoint"
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "llama3"):
         yield f"rope type {rope['rope_type']!r} is not supported (default and llama3 are)"
@@ -132,17 +133,17 @@ def _unsupported(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _slides(config: dict[str, Any]) -> bool:
-    """Whether some layer sees less than the whole sequence."""
+    """Whether some layer attends to less than the whole sequence."""
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         return True
     if config["model_type"] != "mistral":
         return bool(config.get("use_sliding_window"))
-    window = config.get("sliding_window", 4096)  # transformers' default where the key is absent
+    window = config.get("sliding_window", 4096)  # transformers' default if the key is missing
     return window is not None and window < config["max_position_embeddings"]
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters (transformers 5), or rope_theta with rope_scaling (older configs), under the new names."""
+    """rope_parameters (transformers 5), or rope_theta and rope_scaling (older configs), under the new names."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -162,7 +163,7 @@ def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:
 
 
 def _decoder(config: dict[str, Any], *, qk_norm: bool = False, qkv_bias: bool = False) -> Shape:
-    """What all families share: pre-norm RMSNorm, rotary grouped-query attention, gated SiLU feed-forward."""
+    """The architecture that all families share: pre-norm RMSNorm, rotary grouped-query attention, gated SiLU MLP."""
     return Shape(
         family=config["model_type"],
         num_layers=config["num_hidden_layers"],
@@ -187,7 +188,7 @@ def _qwen2(config: dict[str, Any]) -> Shape:
 
 
 def _qwen3(config: dict[str, Any]) -> Shape:
-    # transformers' default is 128, not hidden / heads
+    # transformers' default is 128, not hidden_size / num_heads
     return _decoder({"head_dim": 128, **config}, qk_norm=True)
 
 
@@ -213,4 +214,4 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {
     "llama": _decoder,
     "mistral": _decoder,
 }
-"""HF model_type to the reader of its config."""
+"""The reader of a config.json, by its model_type."""

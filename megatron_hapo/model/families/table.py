@@ -1,23 +1,27 @@
-"""The table from Megatron parameters to HF tensors, for any tensor- and expert-parallel size.
+"""The table that maps Megatron parameters to HF tensors, at any tensor- and expert-parallel size.
 
 Every Megatron parameter on a rank is a concatenation, along one axis, of runs of rows (or columns) of HF tensors. The
-table gives those runs; whoever moves weights only follows it.
+table defines those runs. Import, export, resharding, the engines' layout and the sizing all iterate over it, so that a
+parameter is described here and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, assert_never
 
 from megatron_hapo.model.families.shape import Shape, padded_vocab_size
 
 Cut = Literal["whole", "rows", "columns", "kv_heads", "vocabulary"]
-"""How tensor parallelism cuts: not at all; each tensor's rows (columns) evenly; whole KV heads, each with its queries;
-rows of the padded vocabulary."""
+"""How tensor parallelism cuts a parameter: not at all; each HF tensor's rows (columns) evenly; whole KV heads with
+their queries; rows of the padded vocabulary."""
+
+Spec = Literal["te", "local"]
+"""Whose layers the model has: Transformer Engine's, which fuse the norms into the linear layers, or our own."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Placement:
-    """A local Megatron parameter: these runs, one after the other along `axis`; the rest of it is padding.
-
-    axis None: the whole HF tensor, held by every tensor-parallel rank.
-    """
+    """A local Megatron parameter: these runs, one after the other along `axis`; the rest of it is padding."""
 
     axis: int | None
+    """None: the whole HF tensor, on every tensor-parallel rank."""
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
 class FusedExpert:
-    """Where an expert's tensor lies in a checkpoint that stacks a layer's experts: tensor[expert, start:stop]."""
+    """Where a checkpoint that stacks a layer's experts stores one expert's tensor: tensor[expert, start:stop]."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -53,28 +55,63 @@ class FusedExpert:
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of the table."""
+    """One row of the table."""
 
     megatron: tuple[str, ...]
-    """Megatron's names: local spec, and Transformer Engine's where it fuses modules."""
+    """Megatron's name: in the local spec, and in Transformer Engine's where that differs."""
     hf: dict[str, tuple[str, ...]]
-    """HF tensors in the order in which they lie, with their sizes (keys of `_sizes`)."""
+    """The HF tensors in the order in which the parameter concatenates them, with their sizes (keys of `_sizes`)."""
     cut: Cut
     when: Callable[[Shape, int], bool] = lambda shape, layer: True
-    """Whether a layer has it."""
+    """Whether a layer has the parameter."""
+
+
+@dataclass(frozen=True)
+class TableParameter:
+    """A row of the table, applied to a model: one Megatron parameter before any parallelism cuts it."""
+
+    local_name: str
+    """Megatron's name in the local spec."""
+    te_name: str
+    """Megatron's name in Transformer Engine's spec."""
+    tensors: dict[str, tuple[int, ...]]
+    """Names and shapes of its HF tensors, in the order in which the parameter concatenates them."""
+    cut: Cut
+
+    def name(self, spec: Spec) -> str:
+        """Megatron's name in this spec."""
+        return self.te_name if spec == "te" else self.local_name
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all its HF tensors, without vocabulary padding."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    def num_local_elements(self, num_ranks: int) -> int:
+        """Elements on one of the ranks that cut it (tp ranks; etp ranks for an expert), vocabulary padding included."""
+        match self.cut:
+            case "whole":
+                return self.num_elements
+            case "vocabulary":
+                ((vocab_size, hidden_size),) = self.tensors.values()
+                return padded_vocab_size(vocab_size, num_ranks) // num_ranks * hidden_size
+            case "rows" | "columns" | "kv_heads":
+                return self.num_elements // num_ranks
+            case _:
+                assert_never(self.cut)
 
 
 def _dense(shape: Shape, layer: int) -> bool:
     return not shape.has_experts(layer)
 
 
-_MODEL_ROWS = (
-    _Row(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")}, "vocabulary"),
-    _Row(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, "whole"),
-    _Row(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, "vocabulary"),
+_EMBEDDING = _Row(
+    ("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")}, "vocabulary"
 )
+_FINAL_NORM = _Row(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, "whole")
+_OUTPUT_LAYER = _Row(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, "vocabulary")
 
-# Names below decoder.layers.N and model.layers.N.
+# Names are relative to decoder.layers.N (Megatron) and model.layers.N (HF).
 _LAYER_ROWS = (
     _Row(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
@@ -113,7 +150,11 @@ _LAYER_ROWS = (
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         {"post_attention_layernorm.weight": ("hidden",)},
         "whole",
+        _dense,
     ),
+    _Row(
+        ("pre_mlp_layernorm.weight",), {"post_attention_layernorm.weight": ("hidden",)}, "whole", Shape.has_experts
+    ),  # Transformer Engine fuses no norm into the experts
     _Row(
         ("mlp.linear_fc1.weight",),
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
@@ -124,7 +165,7 @@ _LAYER_ROWS = (
     _Row(("mlp.router.weight",), {"mlp.gate.weight": ("experts", "hidden")}, "whole", Shape.has_experts),
 )
 
-# {} is the expert: its local number in Megatron's names, its global number in HF's.
+# {} stands for the expert: its number on the rank in Megatron's names, its number in the model in HF's.
 _EXPERT_ROWS = (
     _Row(
         ("mlp.experts.local_experts.{}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{}"),
@@ -143,21 +184,69 @@ _EXPERT_ROWS = (
     ),
 )
 
-_MODEL_BY_NAME = {name: row for row in _MODEL_ROWS for name in row.megatron}
-_LAYER_BY_NAME = {name: row for row in (*_LAYER_ROWS, *_EXPERT_ROWS) for name in row.megatron}
+_MODEL_BY_NAME = {name: row for row in (_EMBEDDING, _FINAL_NORM, _OUTPUT_LAYER) for name in row.megatron}
+_LAYER_BY_NAME: dict[str, list[_Row]] = {}
+for _row in (*_LAYER_ROWS, *_EXPERT_ROWS):
+    for _name in _row.megatron:
+        _LAYER_BY_NAME.setdefault(_name, []).append(_row)
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _MEGATRON_EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=mlp\.experts\.linear_fc\d\.weight)\d+")
 _HF_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def is_expert(name: str) -> bool:
-    """Whether a Megatron parameter belongs to an expert: dealt out over ep, and cut over etp in the place of tp."""
+    """Whether a Megatron parameter belongs to an expert: distributed over ep, and cut over etp instead of tp."""
     return ".mlp.experts." in name
 
 
 def is_hf_expert(tensor: str) -> bool:
-    """The same of an HF tensor."""
+    """Whether an HF tensor belongs to an expert."""
     return _HF_EXPERT.fullmatch(tensor) is not None
+
+
+def first_parameters(shape: Shape) -> tuple[TableParameter, ...]:
+    """Parameters that come before the layers, on the first pipeline stage."""
+    return (_apply(_EMBEDDING, shape),)
+
+
+@lru_cache(maxsize=512)  # the sizing asks for each layer again and again
+def layer_parameters(shape: Shape, layer: int) -> tuple[TableParameter, ...]:
+    """Parameters of a layer (numbered in the whole model), without those of its experts; in the order of the table."""
+    return tuple(_apply(row, shape, layer) for row in _LAYER_ROWS if row.when(shape, layer))
+
+
+def expert_parameters(shape: Shape, layer: int, *, expert: int, local_expert: int) -> tuple[TableParameter, ...]:
+    """Parameters of one expert of a layer; none in a layer without experts.
+
+    Args:
+        expert: its number in the model.
+        local_expert: its number on the rank that holds it, which Megatron's names contain.
+    """
+    return tuple(_apply(row, shape, layer, expert, local_expert) for row in _EXPERT_ROWS if row.when(shape, layer))
+
+
+def last_parameters(shape: Shape) -> tuple[TableParameter, ...]:
+    """Parameters that come after the layers, on the last pipeline stage; a tied output head is not repeated."""
+    rows = (_FINAL_NORM,) if shape.tied_embeddings else (_FINAL_NORM, _OUTPUT_LAYER)
+    return tuple(_apply(row, shape) for row in rows)
+
+
+def table_parameters(
+    shape: Shape, layers: Sequence[int], *, first: bool, last: bool, ep: int = 1
+) -> Iterator[TableParameter]:
+    """Parameters that a rank of a pipeline stage holds, its layers numbered in the whole model.
+
+    Args:
+        first, last: whether it is the first and the last stage.
+        ep: expert-parallel size. The experts are those of expert-parallel rank 0; Megatron's names are the same on all.
+    """
+    yield from first_parameters(shape) if first else ()
+    for layer in layers:
+        yield from layer_parameters(shape, layer)
+        num_experts = shape.moe.num_experts // ep if shape.moe is not None and shape.has_experts(layer) else 0
+        for expert in range(num_experts):
+            yield from expert_parameters(shape, layer, expert=expert, local_expert=expert)
+    yield from last_parameters(shape) if last else ()
 
 
 def placement(
@@ -172,30 +261,35 @@ def placement(
     etp_rank: int = 0,
     etp_size: int = 1,
 ) -> Placement:
-    """Where the local parameter `name` comes from.
+    """Which runs of which HF tensors the local parameter `name` consists of.
 
     Args:
         name: Megatron's parameter name on the rank, e.g. decoder.layers.0.mlp.linear_fc1.weight.
-        first_layer: global index of the model chunk's layer 0.
-        ep_rank, ep_size: expert-parallel rank e of n holds the e-th of n equal ranges of experts.
-        etp_rank, etp_size: of the ranks over which each expert is cut, as all else is over the tp ranks.
+        first_layer: number in the whole model of the model chunk's layer 0.
+        ep_rank, ep_size: expert-parallel rank r of n holds the r-th of n equal ranges of experts.
+        etp_rank, etp_size: rank and number of the ranks over which each expert is cut, as all else is over tp.
     Raises:
-        KeyError: a parameter that the table does not know, or that this model has not.
+        KeyError: the table does not contain the parameter, or this model does not have it.
         ValueError: the model does not split over the layout.
     """
     row, hf = _find(name, shape, first_layer=first_layer, ep_rank=ep_rank, ep_size=ep_size)
     axis = {"whole": None, "columns": 1}.get(row.cut, 0)
-    rank, size, over = (etp_rank, etp_size, "etp") if is_expert(name) else (tp_rank, tp_size, "tp")
-    return Placement(axis, tuple(_runs(row.cut, hf, shape, rank, size, over)))
+    rank, size, size_name = (etp_rank, etp_size, "etp") if is_expert(name) else (tp_rank, tp_size, "tp")
+    return Placement(axis, tuple(_runs(row.cut, hf, shape, rank, size, size_name)))
 
 
 def hf_tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the HF checkpoint, in checkpoint order; experts one by one."""
+    """Name and shape of every tensor of the HF checkpoint, in checkpoint order; each expert has its own tensors."""
     return dict(_hf_tensor_shapes(shape))
 
 
+def num_parameters(shape: Shape) -> int:
+    """Elements of the whole model, without vocabulary padding; a tied output head counts once."""
+    return sum(math.prod(size) for size in hf_tensor_shapes(shape).values())
+
+
 def fused_expert(tensor: str, shape: Shape) -> FusedExpert | None:
-    """Where a checkpoint with stacked experts (transformers 5) keeps this expert tensor; None for any other tensor."""
+    """Where a checkpoint with stacked experts (transformers 5) stores this expert tensor; None for any other tensor."""
     match = _HF_EXPERT.fullmatch(tensor)
     if match is None:
         return None
@@ -219,8 +313,9 @@ def _find(
         return row, hf
     layer, inner = first_layer + int(match[1]), match[2]
     expert = _MEGATRON_EXPERT.search(inner)
-    row = _LAYER_BY_NAME[_MEGATRON_EXPERT.sub("{}", inner)]
-    if not row.when(shape, layer):
+    rows = _LAYER_BY_NAME[_MEGATRON_EXPERT.sub("{}", inner)]
+    row = next((row for row in rows if row.when(shape, layer)), None)
+    if row is None:
         raise KeyError(f"{name}: layer {layer} of this {shape.family} model has no such parameter")
     if expert is None:
         return row, _resolve(row, shape, layer)
@@ -228,6 +323,14 @@ def _find(
     if shape.moe.num_experts % ep_size:
         raise ValueError(f"{name}: {shape.moe.num_experts} experts do not split over ep={ep_size}")
     return row, _resolve(row, shape, layer, ep_rank * (shape.moe.num_experts // ep_size) + int(expert[0]))
+
+
+def _apply(
+    row: _Row, shape: Shape, layer: int | None = None, expert: int | None = None, local_expert: int | None = None
+) -> TableParameter:
+    prefix = "" if layer is None else f"decoder.layers.{layer}."
+    local_name, te_name = (prefix + row.megatron[index].format(local_expert) for index in (0, -1))
+    return TableParameter(local_name, te_name, _resolve(row, shape, layer, expert), row.cut)
 
 
 def _resolve(
@@ -254,13 +357,15 @@ def _sizes(shape: Shape) -> dict[str, int]:
     return sizes
 
 
-def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, rank: int, ranks: int, over: str) -> Iterator[Run]:
-    """The part of rank `rank` of so many; `over` names the size in an error."""
+def _runs(
+    cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, rank: int, num_ranks: int, size_name: str
+) -> Iterator[Run]:
+    """The runs that one of `num_ranks` ranks holds; `size_name` (tp or etp) appears in errors."""
 
     def part_of(name: str, size: int) -> tuple[int, int]:
-        if size % ranks:
-            raise ValueError(f"{name}: size {size} does not split over {over}={ranks}")
-        return rank * size // ranks, (rank + 1) * size // ranks
+        if size % num_ranks:
+            raise ValueError(f"{name}: size {size} does not split over {size_name}={num_ranks}")
+        return rank * size // num_ranks, (rank + 1) * size // num_ranks
 
     match cut:
         case "whole":
@@ -280,25 +385,12 @@ def _runs(cut: Cut, hf: dict[str, tuple[int, ...]], shape: Shape, rank: int, ran
                     yield Run(name, head * rows, (head + 1) * rows)
         case "vocabulary":
             ((name, (vocab_size, _)),) = hf.items()
-            start, stop = part_of(name, padded_vocab_size(vocab_size, ranks))
+            start, stop = part_of(name, padded_vocab_size(vocab_size, num_ranks))
             yield Run(name, min(start, vocab_size), min(stop, vocab_size))
+        case _:
+            assert_never(cut)
 
 
 def _hf_tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    embedding, norm, head = (_resolve(row, shape) for row in _MODEL_ROWS)
-    yield from embedding.items()
-    for layer in range(shape.num_layers):
-        for row in _LAYER_ROWS:
-            if row.when(shape, layer):
-                yield from _resolve(row, shape, layer).items()
-        for expert in range(shape.moe.num_experts if shape.moe and shape.has_experts(layer) else 0):
-            for row in _EXPERT_ROWS:
-                yield from _resolve(row, shape, layer, expert).items()
-    yield from norm.items()
-    if not shape.tied_embeddings:
-        yield from head.items()
-
-
-def num_parameters(shape: Shape) -> int:
-    """Elements of the whole model; a tied output head counts once."""
-    return sum(math.prod(size) for size in hf_tensor_shapes(shape).values())
+    for parameter in table_parameters(shape, range(shape.num_layers), first=True, last=True):
+        yield from parameter.tensors.items()

@@ -1,4 +1,4 @@
-"""Weights between Hugging Face folders and a rank's model: a rank reads only its slices, and writes whole tensors."""
+"""Moves weights between Hugging Face folders and a rank's model: reads only the rank's slices, writes whole tensors."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hapo.checkpoint.checkpoint_errors import explain_write_errors
 from megatron_hapo.checkpoint.hf_reader import HfReader
-from megatron_hapo.checkpoint.writing import writing
+from megatron_hapo.checkpoint.progress import Progress
 from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
-SHARD_BYTES = 4 << 30
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that have been moved since the last call."""
+MAX_FILE_BYTES = 4 << 30
+"""A safetensors file is closed when it has reached this size."""
 
 
 def load_hf_weights(
     model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
 ) -> None:
-    """Fill this rank's parameters, whose memory is no one else's yet; vocabulary padding becomes zero.
+    """Fill this rank's parameters, which must not share memory with anything yet; vocabulary padding becomes zero.
 
-    Every rank calls it on its own.
+    Not a collective: every rank calls it independently.
 
     Raises:
         ConfigError: the folder does not hold the model that its config.json describes.
     """
     reader = HfReader(folder, shape)
     for name, parameter in named_parameters(model):
-        value = reader.read(place_of(name, shape, layout))
-        take(parameter, value)
+        value = reader.read(local_placement(name, shape, layout))
+        assign(parameter, value)
         if progress:
             progress(value.nbytes)
 
 
 @torch.no_grad()
-def take(parameter: torch.nn.Parameter, value: Tensor) -> None:
-    """Make this the parameter's value, whose own memory was not used yet: without a copy, if all else is equal.
+def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Set the value of a parameter that shares its memory with nothing yet: without a copy if shape and dtype agree.
 
-    Where the value is smaller, the rest is zero.
+    If the value is smaller, the rest of the parameter becomes zero.
     """
     like = (parameter.shape, parameter.dtype, parameter.device)
     if value.is_contiguous() and (value.shape, value.dtype, value.device) == like:
@@ -63,15 +62,15 @@ def hf_tensors(
     *,
     select: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole HF tensors of this pipeline stage, one at a time, on every tensor-parallel rank of it.
+    """Whole HF tensors of this pipeline stage, one at a time, on each of its tensor-parallel ranks.
 
-    First what is no expert: the ranks of a tp group iterate in lockstep (one all-gather a parameter); a tied output
-    head is not repeated. Then the experts that this rank has a part of, in lockstep with its etp group only: the other
-    ranks of the tp group have other experts, and may be waiting for somebody to take them. What lies whole and in one
-    piece in a parameter of this rank is a view of it.
+    All but the experts come first: the ranks of a tp group iterate in lockstep (one all-gather per parameter); a tied
+    output head is not repeated. Then come the experts that this rank holds a shard of, in lockstep with its etp group
+    only: the other ranks of the tp group hold other experts, and may be waiting for their consumer. A tensor that is
+    contiguous in a parameter of this rank is a view of it.
 
     Args:
-        select: which Megatron parameters; the same answers on the ranks of a tp group, for experts of an etp group.
+        select: which Megatron parameters to include; must agree within a tp group, for experts within an etp group.
     """
     sizes = hf_tensor_shapes(shape)
     for name, parameter in sorted(named_parameters(model), key=lambda named: is_expert(named[0])):
@@ -79,12 +78,12 @@ def hf_tensors(
             continue
         if not select(name):
             continue
-        cut = place_of(name, shape, layout).axis is not None
+        cut = local_placement(name, shape, layout).axis is not None
         group = layout.etp_group if is_expert(name) else layout.tp_group
         shards = _all_shards(parameter.detach(), group) if cut else [parameter.detach()]
         wholes: dict[str, Tensor] = {}
         for rank, shard in enumerate(shards):
-            place = place_of(name, shape, layout, shard=rank)
+            place = local_placement(name, shape, layout, shard=rank)
             if place.axis is None:
                 yield place.runs[0].tensor, shard
                 break
@@ -102,16 +101,17 @@ def hf_tensors(
         yield from wholes.items()
 
 
-def spoken_tensors(model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
-    """hf_tensors that this rank is to write or send, so that each tensor of the model comes from one rank.
+def owned_tensors(model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout) -> Iterator[tuple[str, Tensor]]:
+    """The hf_tensors that this rank owns, that is writes or sends: each tensor of the model has exactly one owner.
 
-    Of its tensor- and data-parallel copies the first rank speaks; for an expert the first rank that holds a part of it.
+    The owner is the first of its tensor- and data-parallel ranks, for an expert the first rank with a shard of it.
+    Collective, as `hf_tensors` is.
     """
 
-    def spoken(name: str) -> bool:
+    def in_owning_replica(name: str) -> bool:
         return layout.expert_dp_rank == 0 if is_expert(name) else layout.is_first_replica
 
-    for name, tensor in hf_tensors(model, shape, layout, select=spoken):
+    for name, tensor in hf_tensors(model, shape, layout, select=in_owning_replica):
         if (layout.etp_rank if is_hf_expert(name) else layout.tp_rank) == 0:
             yield name, tensor
 
@@ -124,11 +124,11 @@ def _all_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return shards
 
 
-def place_of(name: str, shape: Shape, layout: ParallelLayout, *, shard: int | None = None) -> Placement:
-    """Where a parameter of this rank lies; `name` as of `named_parameters`.
+def local_placement(name: str, shape: Shape, layout: ParallelLayout, *, shard: int | None = None) -> Placement:
+    """`families.placement` of a parameter of this rank; `name` as `named_parameters` gives it.
 
     Args:
-        shard: instead of this rank's the part of this rank of its tp group, of an expert of its etp group.
+        shard: a rank of the tp group (for an expert: of the etp group) whose shard is meant instead of this rank's.
     """
     return placement(
         name,
@@ -143,7 +143,7 @@ def place_of(name: str, shape: Shape, layout: ParallelLayout, *, shard: int | No
     )
 
 
-def write_stage(
+def write_hf_shards(
     model: Sequence[GPTModel],
     shape: Shape,
     layout: ParallelLayout,
@@ -152,12 +152,12 @@ def write_stage(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str] | None:
-    """Write this rank's part of its pipeline stage into safetensors files of the folder; all ranks call it.
+    """Write the tensors that this rank owns into safetensors files of the folder. All ranks call it together.
 
     Args:
-        dtype: to write in; None keeps that of the parameters.
+        dtype: of the written tensors; None keeps that of the parameters.
     Returns:
-        Tensor name to file name, on the ranks that wrote something; None elsewhere.
+        Tensor name to file name on ranks that own any, None elsewhere.
     """
     weight_map: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
@@ -165,16 +165,16 @@ def write_stage(
     def flush() -> None:
         number = len(set(weight_map.values()))
         name = f"model-{dist.get_rank():05d}-{number:05d}.safetensors"
-        with writing(folder):
+        with explain_write_errors(folder):
             save_file(pending, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(pending, name))
         if progress:
             progress(sum(value.nbytes for value in pending.values()))
         pending.clear()
 
-    for name, tensor in spoken_tensors(model, shape, layout):
+    for name, tensor in owned_tensors(model, shape, layout):
         pending[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
-        if sum(value.nbytes for value in pending.values()) >= SHARD_BYTES:
+        if sum(value.nbytes for value in pending.values()) >= MAX_FILE_BYTES:
             flush()
     if pending:
         flush()

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and what the driver must know to go on from one. Runs in the driver."""
+"""A run's checkpoints: which exist, which are kept, and the driver's state in them. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ class RunState:
 
     step: int
     prompts: int
-    """State of the prompt sampler."""
+    """Position of the prompt sampler: prompts consumed so far."""
     stats: EntropyStats | None
 
 
 class Checkpoints:
-    """The `step_*` folders below a run's `checkpoints`; a folder under its final name is complete."""
+    """The `step_*` folders in a run's `checkpoints` folder; a folder with its final name is complete.
+
+    Args:
+        keep: number of checkpoints that are kept.
+        resume: whether the run continues from the newest checkpoint.
+    """
 
     def __init__(self, folder: Path, *, keep: int, resume: bool):
         self._folder, self._keep, self._resume = folder, keep, resume
 
     def save(self, state: RunState, trainer: Trainer) -> None:
-        """Write a checkpoint, then drop the oldest beyond `keep`, and later ones: of a run that was started over."""
+        """Write a checkpoint, then remove the oldest beyond `keep`, and later steps: a restarted run left those."""
         final = self._folder / f"step_{state.step:08d}"
         partial = final.with_name(final.name + ".partial")
         for leftover in (partial, final):
@@ -48,7 +53,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def newest(self, trainer: Trainer) -> RunState | None:
-        """Load the newest checkpoint into the trainer; None where there is none or the run starts anew."""
+        """Load the newest checkpoint into the trainer; None if there is none or the run does not resume."""
         complete = self._complete() if self._resume else []
         if not complete:
             return None
@@ -60,7 +65,7 @@ class Checkpoints:
         return RunState(**{**values, "stats": stats})
 
     def newest_step(self) -> int:
-        """Step that a run will go on from; 0 where it starts anew."""
+        """The step that the run continues from; 0 if it starts from the beginning."""
         complete = self._complete() if self._resume else []
         return int(complete[-1].name.removeprefix("step_")) if complete else 0
 

@@ -1,7 +1,7 @@
-"""Tensors of a torch_dist checkpoint as views of its files.
+"""Loads tensors of a torch_dist checkpoint as views of its files.
 
-torch reads each tensor into memory of its own and copies it from there to where it belongs. Memory that is touched for
-the first time is most of what such a load costs; and of a piece that several ranks share each would read the whole.
+torch reads each tensor into new memory and copies it from there to its destination. Touching new memory is most of the
+cost of such a load; besides, each of several ranks that share a stored tensor would read all of it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_hapo.checkpoint.file_views import FileView
+from megatron_hapo.checkpoint.mapped_file import MappedFile
 
 
-class MappedLoad(TorchDistLoadShardedStrategy):
-    """Megatron's loading, but what lies in one piece of the checkpoint becomes a view of its file, at whatever address
-    it has there. The rest is loaded as ever.
+class MappedLoadStrategy(TorchDistLoadShardedStrategy):
+    """Megatron's load strategy, except that what is contiguous in the checkpoint becomes a view of its file, even at
+    an unaligned address. The rest is loaded as usual.
 
     Args:
-        metadata: of the checkpoint.
+        metadata: the checkpoint's, as `read_metadata` returns it.
     """
 
     def __init__(self, metadata: Metadata):
         super().__init__()
         self._metadata = metadata
-        self._files: dict[Path, FileView] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
         others: dict[str, ShardedBase] = {}
@@ -48,9 +48,9 @@ class MappedLoad(TorchDistLoadShardedStrategy):
         return dict_list_map_outplace(lambda entry: next(values) if isinstance(entry, ShardedBase) else entry, state)
 
     def _view(self, entry: ShardedTensor, folder: Path) -> Tensor | None:
-        """None if no piece of the checkpoint holds all of it."""
+        """A view of the file, or None if no stored chunk contains the whole entry."""
         stored = self._metadata.state_dict_metadata.get(entry.key)
-        # Another size is a fault, which Megatron names, or a vocabulary padded for another tp, which it fits in.
+        # Another size is a fault, which Megatron reports, or a vocabulary padded for another tp, which it handles.
         if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != tuple(entry.global_shape):
             return None
         starts = tuple(entry.global_offset)
@@ -68,7 +68,10 @@ class MappedLoad(TorchDistLoadShardedStrategy):
     def _piece_around(
         self, starts: tuple[int, ...], sizes: tuple[int, ...], stored: TensorStorageMetadata, key: str
     ) -> tuple[int, ...] | None:
-        """Where a piece begins that may hold this block: mostly there too, and of experts there are many thousands."""
+        """Offsets of the stored chunk that contains this block; None if there is none.
+
+        Mostly both begin at the same place, which is tried first because of experts there are many thousands.
+        """
         if MetadataIndex(key, starts) in self._metadata.storage_data:
             return starts
         for chunk in stored.chunks:
@@ -86,8 +89,8 @@ class MappedLoad(TorchDistLoadShardedStrategy):
             item = _create_file_view(file, place.offset, place.length)
             described: Tensor = torch.load(item, map_location="meta", weights_only=True)  # type: ignore[arg-type]
         storage = described.untyped_storage()
-        start = place.offset + storage._checkpoint_offset  # torch's own note of where in what it read this stands
+        start = place.offset + storage._checkpoint_offset  # torch's own record of the offset in what it has read
         if path not in self._files:
-            self._files[path] = FileView(path)
+            self._files[path] = MappedFile(path)
         values = self._files[path].tensor(start, described.dtype, storage.nbytes() // described.itemsize)
         return values.as_strided(described.shape, described.stride(), described.storage_offset())

@@ -1,7 +1,7 @@
-"""What is pickled in a torch_dist folder, looked at before torch and Megatron load it.
+"""Checks what a torch_dist folder has pickled, before torch and Megatron unpickle it.
 
-Its metadata may name nothing but torch's records of what lies where, what else is no tensor nothing but plain values.
-All of it must be there.
+The metadata may refer only to torch's own record classes; objects other than tensors may contain only plain values. All
+files must be present and long enough.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _NAMES = {
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata, before Megatron reads a checkpoint: a pickle can call whatever it names.
+    """The checkpoint's metadata. Call it before Megatron reads the checkpoint: a pickle can call whatever it names.
 
-    Tensors torch reads with `weights_only`, other objects without, so these are read here first.
+    torch loads tensors with `weights_only`, but other objects without, so those are checked here.
 
     Raises:
-        ConfigError: something else is named, or is no pickle at all; or a file of the folder is missing or too short.
+        ConfigError: the metadata names anything else or is not a pickle, or a file is missing or too short.
     """
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
             metadata = _Reader(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise ConfigError([f"model.path: {path} is no metadata of a checkpoint, and was not used: {error}"]) from error
+        raise ConfigError([f"model.path: {path} is not the metadata of a checkpoint, rejected: {error}"]) from error
     if not isinstance(metadata, Metadata):
-        raise ConfigError([f"model.path: {path} is no metadata of a checkpoint, but a {type(metadata).__name__}"])
+        raise ConfigError([f"model.path: {path} is not the metadata of a checkpoint but a {type(metadata).__name__}"])
     sizes: dict[str, int] = {}
     for place in metadata.storage_data.values():
         sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
@@ -59,7 +59,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check_objects(folder: Path, metadata: Metadata) -> None:
-    seen: set[bytes] = set()  # there are many, and nearly all are the same few bytes
+    seen: set[bytes] = set()  # there are many, and nearly all consist of the same few bytes
     for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             continue
@@ -73,9 +73,7 @@ def _check_objects(folder: Path, metadata: Metadata) -> None:
             torch.load(io.BytesIO(content), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                [f"model.path: {path}: {index.fqn} is no plain value, and was not used: {reason}"]
-            ) from error
+            raise ConfigError([f"model.path: {path}: {index.fqn} is not a plain value, rejected: {reason}"]) from error
         seen.add(content)
 
 

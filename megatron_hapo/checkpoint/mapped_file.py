@@ -1,4 +1,4 @@
-"""Tensors as private views of the files that hold them: pages are read when somebody looks at them."""
+"""Files mapped into memory, so that tensors are private views of them and pages are read only when accessed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 _MAP_NORESERVE = 0x4000
-"""Of Linux, and not in Python's mmap: without it the kernel would promise memory for the whole file, in case all of it
-were written to, and refuse a file larger than the machine's memory."""
+"""A Linux flag that Python's mmap lacks. Without it the kernel would reserve memory for the whole file, in case all of
+it were written to, and would fail on a file larger than the machine's memory."""
 
 
-class FileView:
-    """A file's bytes, mapped while a tensor of them lives. Such a tensor may be written to; the file stays as it is.
+class MappedFile:
+    """A file's bytes, mapped as long as a tensor of them exists. Writing to such a tensor does not change the file.
 
     Raises:
-        OSError: it cannot be opened or mapped.
+        OSError: the file cannot be opened or mapped.
     """
 
     def __init__(self, path: Path):
@@ -27,7 +27,7 @@ class FileView:
             )
 
     def tensor(self, start: int, dtype: torch.dtype, count: int) -> Tensor:
-        """[count] of this dtype from byte `start` on, at whatever address that is."""
+        """A [count] tensor of this dtype that begins at byte `start`, which need not be aligned."""
         if count == 0:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=start)

@@ -1,4 +1,4 @@
-"""Resumable checkpoints of a rank's model and optimizer in Megatron's torch_dist format; loads at any layout."""
+"""Resumable checkpoints: model and optimizer in Megatron's torch_dist format, loadable at any layout."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_hapo.checkpoint.metadata import read_metadata
-from megatron_hapo.checkpoint.weights import loading, prepare_to_save, set_weights, sharded_weights
-from megatron_hapo.checkpoint.writing import writing
+from megatron_hapo.checkpoint.checkpoint_errors import explain_load_errors, explain_write_errors
+from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
+from megatron_hapo.checkpoint.weights import prepare_to_save, set_weights, sharded_weights
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
 def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
-    """Every rank writes its part; returns when all have."""
+    """Write a checkpoint, every rank its shard; returns when all ranks have. All ranks call it together."""
     prepare_to_save()
-    with writing(folder):
+    with explain_write_errors(folder):
         dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
 
 
 def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
-    """Fill model and optimizer of this rank from a checkpoint of any layout.
+    """Fill this rank's model and optimizer from a checkpoint of any layout. All ranks call it together.
 
     Raises:
-        ConfigError: it is damaged, or holds another model.
+        ConfigError: the checkpoint is damaged, or holds another model.
     """
-    read_metadata(folder)  # refuses what must not be loaded
-    parts = _parts(optimizer)
-    for part in parts:
-        if isinstance(part, DistributedOptimizer):  # the others make their states as they are asked what to load
+    read_metadata(folder)  # rejects what must not be unpickled
+    optimizers = chained_optimizers(optimizer)
+    for part in optimizers:
+        if isinstance(part, DistributedOptimizer):  # the others create their state in sharded_state_dict
             part._init_optimizer_states_with_dummy_values()
-    with loading(folder):
+    with explain_load_errors(folder):
         state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     set_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    for part in parts:
-        # Megatron gives all parameters one `step` tensor, and torch's Adam would count it up once for each of them.
+    for part in optimizers:
+        # Megatron lets all parameters share one `step` tensor, which torch's Adam would increment once for each.
         for values in part.optimizer.state.values():
             if "step" in values:
                 values["step"] = values["step"].clone()
@@ -57,41 +57,41 @@ def _state(
         "dp_cp_group": layout.dp_cp_group,
     }
     state: dict[str, Any] = {"model": sharded_weights(model, layout, metadata=metadata)}
-    with _padding_counted(optimizer):
+    with _keep_bucket_padding(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state
 
 
 @contextlib.contextmanager
-def _padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let Megatron (0.19.2) keep the padding between the gathered buckets of a distributed optimizer.
+def _keep_bucket_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Makes Megatron (0.19.2) keep the padding between the gathered buckets of a distributed optimizer.
 
-    It leaves the padding out where it joins them, and then cuts parameters out at places that count it. With more than
-    one bucket it would write states, and master weights, that are shifted: overlapped communication has several, and so
-    has a tied embedding with pp > 1, which gets a bucket of its own.
+    Megatron joins the buckets without padding, but then cuts parameters out at offsets that include it. With more than
+    one bucket it would write shifted optimizer states and master weights. Overlapped communication uses several
+    buckets, and a tied embedding with pp > 1 gets its own.
     """
-    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", ())]
+    buffers = [buffer for part in chained_optimizers(optimizer) for buffer in getattr(part, "buffers", ())]
     sizes = [(buffer, buffer.numel) for buffer in buffers]
     sizes += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
-    kept = [holder.numel_unpadded for holder, _ in sizes]
+    original = [holder.numel_unpadded for holder, _ in sizes]
     for holder, size in sizes:
         holder.numel_unpadded = size
     try:
         yield
     finally:
-        for (holder, _), size in zip(sizes, kept, strict=True):
+        for (holder, _), size in zip(sizes, original, strict=True):
             holder.numel_unpadded = size
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """One for the experts' parameters and one for the others, if there are experts."""
+def chained_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers behind this one: with experts there is one for their parameters and one for the others."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def keep_torch_adam_steps() -> None:
-    """Let Megatron's distributed optimizer load into torch's AdamW, which it takes without apex and Transformer Engine.
+    """Patch Megatron's distributed optimizer to load into torch's AdamW, its fallback without apex and TE.
 
-    It replaces a parameter's state by the loaded tensors and so loses torch's `step`, which FusedAdam does not keep.
+    It replaces a parameter's state by the loaded tensors and so drops torch's `step`, which FusedAdam does not have.
     """
     if getattr(DistributedOptimizer, "_megatron_hapo_keeps_steps", False):
         return

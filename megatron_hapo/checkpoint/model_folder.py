@@ -1,4 +1,4 @@
-"""What makes a folder of weights a model: index, config, tokenizer; and how it comes into being whole or not at all."""
+"""Model folders: the index, config and tokenizer beside the weights, and writing a folder atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_hapo.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
-# What makes the folder usable by others: tokenizer, chat template, generation settings.
+# Files that make a folder of weights usable: config, tokenizer, chat template, generation settings.
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json")
 _COMPANIONS += ("merges.txt", "chat_template*", "added_tokens.json")
 
@@ -25,15 +25,15 @@ def is_megatron_folder(folder: Path) -> bool:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a folder is written before it is whole."""
+    """The path under which a folder is written until it is complete."""
     return folder.with_name(folder.name + ".partial")
 
 
 @contextlib.contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` at the end; an exception removes it.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which replaces `folder` at the end; an exception removes it.
 
-    What an earlier, killed attempt left is removed first. What stands at `folder` goes only when the new one is whole.
+    Leftovers of an earlier, killed attempt are removed first. An existing `folder` stays until the new one is complete.
     """
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -49,14 +49,14 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
 
 
 def finish_folder(folder: Path, source: Path, weight_map: dict[str, str], dtype: str) -> None:
-    """Index, config and tokenizer beside the weight files: after this the folder loads in transformers."""
+    """Add index, config and tokenizer to the weight files, so that transformers can load the folder."""
     total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     copy_companions(source, folder, dtype)
 
 
 def copy_companions(source: Path, folder: Path, dtype: str) -> None:
-    """Config (with this dtype), generation config, tokenizer and chat template of a model, beside its weights."""
+    """Copy a model's config (with this dtype), generation config, tokenizer and chat template into a folder."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             shutil.copy2(path, folder)

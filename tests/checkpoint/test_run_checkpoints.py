@@ -1,15 +1,15 @@
-"""Which checkpoints of a run stay, and from which it goes on."""
+"""Which checkpoints of a run are kept, and from which it resumes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from megatron_hapo.checkpoint.run_state import Checkpoints, RunState
+from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 
 
 class Trainer:
-    """Writes which step it is at."""
+    """A trainer whose checkpoint is the name of its folder."""
 
     def __init__(self) -> None:
         self.loaded = ""
@@ -32,14 +32,14 @@ def _any(trainer: Trainer) -> Any:
     return trainer
 
 
-def test_the_newest_stay_and_a_run_goes_on_from_the_last(tmp_path: Path) -> None:
+def test_the_newest_are_kept_and_a_run_resumes_from_the_last(tmp_path: Path) -> None:
     assert save(tmp_path, 5, 10, 15) == ["step_00000010", "step_00000015"]
     trainer = Trainer()
     state = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
     assert (state and (state.step, state.prompts), trainer.loaded) == ((15, 150), "step_00000015.partial")
 
 
-def test_a_run_that_was_started_over_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+def test_a_restarted_run_keeps_its_own_checkpoints_only(tmp_path: Path) -> None:
     save(tmp_path, 950, 1000)
     started_over = Checkpoints(tmp_path, keep=2, resume=False)
     assert started_over.newest_step() == 0

@@ -1,4 +1,4 @@
-"""Weights of a Megatron folder as views of its files: right at every layout, and really in the files."""
+"""Weights of a Megatron folder as views of its files: correct at every layout, and really mapped."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CASES = ("qwen3", "qwen3_moe")
 
 
 def through_megatron_folders(rank: int, folder: Path) -> list[dict[str, Any]]:
-    """Each case written at each layout and read at each: this rank's HF tensors, and which parameters lie in files."""
+    """Each case written and read at each pair of layouts: this rank's HF tensors, and which parameters are mapped."""
     from megatron.core import parallel_state
 
-    from megatron_hapo.checkpoint.hf import load_hf_weights, spoken_tensors
+    from megatron_hapo.checkpoint.hf_weights import load_hf_weights, owned_tensors
     from megatron_hapo.checkpoint.weights import load_weights, save_weights
     from megatron_hapo.model import parallel_layout
     from megatron_hapo.model.build import build_model, named_parameters
@@ -49,11 +49,11 @@ def through_megatron_folders(rank: int, folder: Path) -> list[dict[str, Any]]:
                 layout = at(read)
                 for in_files in (True, False):
                     model = build_model(shape, layout, dtype=torch.bfloat16)
-                    load_weights(model, shape, layout, target, in_files=in_files)
+                    load_weights(model, shape, layout, target, as_file_views=in_files)
                     in_file = {name for name, parameter in named_parameters(model) if lies_in_a_file(parameter)}
                     tensors = {
                         name: value.view(torch.int16).numpy().copy()
-                        for name, value in spoken_tensors(model, shape, layout)
+                        for name, value in owned_tensors(model, shape, layout)
                     }
                     key = {"case": case, "written": written, "read": read, "in_files": in_files}
                     seen.append({**key, "tensors": tensors, "in_file": in_file})
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_parameters_are_right_at_every_layout_and_stay_in_their_files_if_they_may(models: Path) -> None:
+def test_parameters_are_correct_at_every_layout_and_mapped_if_allowed(models: Path) -> None:
     want = {
         case: {name: value.view(torch.int16).numpy() for name, value in expected_tensors(models / case, case).items()}
         for case in CASES
@@ -95,6 +95,6 @@ def test_parameters_are_right_at_every_layout_and_stay_in_their_files_if_they_ma
         elif written["tp"] == 1:
             names = {re.sub(r"decoder\.layers\.\d+\.", "", name) for name in in_file}
             assert {"self_attention.linear_qkv.weight", "decoder.final_layernorm.weight"} <= names, what
-            # Megatron joins the halves of gated layers, and a column-wise cut is no one piece.
+            # Megatron joins the halves of gated layers, and a column-wise cut is not contiguous.
             assert not any("linear_fc1" in name for name in names), what
             assert ("self_attention.linear_proj.weight" in names) == (read["tp"] == 1), what
