@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.config import ParallelConfig, load_config
 from megatron_hapo.model.families import FAMILIES
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
+from tests.resharding.planned_grid import traffic, trainer_shards
 
 NVLINK, NIC = 450e9, 50e9  # bytes a second and direction
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,15 +111,15 @@ def figures(case: Case) -> dict[str, float]:
         itemsize=2,
         max_copy_bytes=64 << 20,
     )
-    traffic = plan.traffic()
+    num_bytes = traffic(plan)
     seconds = time.process_time() - start
-    sent, received = traffic.sum((1, 2)), traffic.sum(0)
+    sent, received = num_bytes.sum((1, 2)), num_bytes.sum(0)
     busiest = max(sent.max(), received.max())
     return {
         "plan_seconds": round(seconds, 2),
-        "gigabytes": round(traffic.sum() / 1e9, 1),
-        "links": int((traffic > 0).sum()),
-        "link_gigabytes_max": round(traffic.max() / 1e9, 3),
+        "gigabytes": round(num_bytes.sum() / 1e9, 1),
+        "links": int((num_bytes > 0).sum()),
+        "link_gigabytes_max": round(num_bytes.max() / 1e9, 3),
         "send_imbalance": round(float(sent.max() / np.mean(sent)), 3),
         "seconds_nvlink": round(busiest / NVLINK, 4),
         "seconds_nic": round(busiest / NIC, 3),

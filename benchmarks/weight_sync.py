@@ -35,6 +35,7 @@ from megatron_hapo.launch.run import local_ray
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.protocols import WeightSync
 from megatron_hapo.weight_sync import DirectSync, GatherSync
+from tests.resharding.planned_grid import traffic
 from tests.tiny_model import write_tiny_qwen3
 
 
@@ -96,7 +97,7 @@ def run_case(model: Path, folder: Path, trainer_layout: str, engine_tp: int, rep
         plan_seconds = time.perf_counter() - start
         gather = GatherSync(trainer, pool, verify_every=config.weight_sync.verify_every)
         num_bytes = num_parameters(read_shape(model)) * 2
-        moved = {"direct": int(direct.plan.traffic().sum()), "gather": num_bytes}
+        moved = {"direct": int(traffic(direct.plan).sum()), "gather": num_bytes}
         methods: dict[str, WeightSync] = {"direct": direct, "gather": gather}
         measured = measure(methods, moved, repeats)
         return Case(trainer_layout, engine_tp, plan_seconds, plain_copy(num_bytes, repeats), measured)

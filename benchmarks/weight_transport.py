@@ -29,12 +29,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.model.families import FAMILIES, Shape
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Channel, Parameter, make_plan
 from megatron_hapo.resharding.process_group import open_store
-from megatron_hapo.resharding.transfer import Meeting, Transfer
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer
 from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.weight_sync import SLOT_BYTES
+from tests.resharding.planned_grid import traffic, trainer_shards
 
 
 @dataclass
@@ -56,9 +57,9 @@ def main() -> None:
         engine_parameters(shape, arguments.engine_tp),
     )
     plan = make_plan(shards, engine, matrix_sizes(shape), engines=1, itemsize=2, max_copy_bytes=SLOT_BYTES)
-    channels, num_bytes = list(plan.channels()), int(plan.traffic().sum())
+    channels, num_bytes = list(plan.channels()), int(traffic(plan).sum())
     store, port = open_store("127.0.0.1")
-    meeting = Meeting(
+    rendezvous = Rendezvous(
         host="127.0.0.1", port=port, generation=0, trainer_ranks=arguments.trainer_tp, engine_ranks=arguments.engine_tp,
         ranks_per_engine=arguments.engine_tp, backend="gloo",
     )  # fmt: skip
@@ -67,10 +68,10 @@ def main() -> None:
         transfer = Transfer(
             folder=folder, number=0, plan="benchmark", dtype="bfloat16", slot_bytes=SLOT_BYTES, deadline_seconds=600
         )
-        for name, how in (("shared memory", None), ("messages (gloo)", meeting)):
+        for name, how in (("shared memory", None), ("messages (gloo)", rendezvous)):
             ranks = [(rank, shard.parameters, True) for shard in shards for rank in shard.ranks]
             ranks += [(rank, parameters, False) for rank, parameters in enumerate(engine)]
-            rows.append(measure(name, ranks, channels, replace(transfer, meeting=how), arguments.repeats))
+            rows.append(measure(name, ranks, channels, replace(transfer, rendezvous=how), arguments.repeats))
     del store
     report(arguments, shape, num_bytes, rows)
 

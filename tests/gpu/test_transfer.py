@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 import torch.multiprocessing as multiprocessing
 
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Receiver, Sender
+from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import SHAPE
 
 SHAPE_1GB = replace(

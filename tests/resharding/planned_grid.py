@@ -1,0 +1,129 @@
+"""The trainer's shards of any parallel layout without building its models, and the bytes that a plan moves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_hapo.config.pipeline import Pipeline
+from megatron_hapo.model.families import Shape, is_expert, padded_vocab_size, placement
+from megatron_hapo.resharding.layouts import matrix_sizes, trainer_parameter
+from megatron_hapo.resharding.plan import Parameter, ReshardingPlan, Shard
+
+
+def trainer_shards(
+    shape: Shape,
+    *,
+    tp: int,
+    dp: int,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    pipeline: Pipeline | None = None,
+    spec: str = "te",
+) -> list[Shard]:
+    """Shards of a grid of Megatron ranks, which agree with those of real models (`tests/trainer/test_trainer.py`).
+
+    The order of ranks is tp, dp, pp, from fastest to slowest. For experts the tp x dp ranks of a stage are ordered
+    etp, ep, replicas.
+
+    Args:
+        pipeline: the pipeline, if it is not simply `pp` equal stages.
+        spec: "te" or "local", the layer spec, on which names depend.
+    Raises:
+        ValueError: the layers do not split over the pipeline.
+    """
+    pipeline = pipeline or Pipeline(pp=pp)
+    if faults := [message for _, message in pipeline.faults(shape.num_layers)]:
+        raise ValueError("; ".join(faults))
+    shards = []
+    for stage in range(pipeline.pp):
+        layers = [layer for chunk in pipeline.chunks(shape.num_layers, stage) for layer in chunk]
+        first, last = stage == 0, stage == pipeline.pp - 1
+        names = list(_stage_parameter_names(shape, layers, first=first, last=last, ep=ep, spec=spec))
+        ranks = range(stage * tp * dp, (stage + 1) * tp * dp)
+        dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
+        shards += _dense_shards(shape, dense, ranks, tp=tp)
+        shards += _expert_shards(shape, experts, ranks, ep=ep, etp=etp) if experts else []
+    return shards
+
+
+def traffic(plan: ReshardingPlan) -> np.ndarray:
+    """[trainer ranks, engines, engine ranks] int64, bytes that each trainer rank sends to each engine rank."""
+    num_ranks = 1 + max(max(shard.ranks) for shard in plan.shards)
+    engine_rank = np.array([copy.engine_rank for copy in plan.copies])
+    num_engine_ranks = 1 + int(engine_rank.max())
+    num_bytes = np.zeros((num_ranks, plan.engines, num_engine_ranks), dtype=np.int64)
+    for engine in range(plan.engines):
+        links = plan.senders(engine) * num_engine_ranks + engine_rank
+        sums = np.bincount(links, plan.copy_bytes, num_ranks * num_engine_ranks)  # float64: exact below 2^53
+        num_bytes[:, engine] = sums.reshape(num_ranks, num_engine_ranks)
+    return num_bytes
+
+
+def _dense_shards(shape: Shape, names: Sequence[str], ranks: range, *, tp: int) -> Iterator[Shard]:
+    for tp_rank in range(tp):
+        held = (_planned_parameter(name, shape, tp_rank=tp_rank, tp_size=tp) for name in names)
+        yield Shard(tuple(ranks[tp_rank::tp]), tuple(held))
+
+
+def _expert_shards(shape: Shape, names: Sequence[str], ranks: range, *, ep: int, etp: int) -> Iterator[Shard]:
+    for ep_rank, etp_rank in itertools.product(range(ep), range(etp)):
+        part = {"ep_rank": ep_rank, "ep_size": ep, "etp_rank": etp_rank, "etp_size": etp}
+        held = (_planned_parameter(name, shape, **part) for name in names)
+        yield Shard(tuple(ranks[ep_rank * etp + etp_rank :: ep * etp]), tuple(held))
+
+
+def _stage_parameter_names(
+    shape: Shape, layers: Sequence[int], *, first: bool, last: bool, ep: int, spec: str
+) -> Iterator[str]:
+    """Names of the parameters on a rank of a pipeline stage, with the layers' numbers in the whole model.
+
+    A tied output head is left out.
+    """
+    if first:
+        yield "embedding.word_embeddings.weight"
+    for layer in layers:
+        yield from (f"decoder.layers.{layer}.{name}" for name in _layer_parameter_names(shape, layer, ep, spec))
+    if last:
+        yield "decoder.final_layernorm.weight"
+        if not shape.tied_embeddings:
+            yield "output_layer.weight"
+
+
+def _layer_parameter_names(shape: Shape, layer: int, ep: int, spec: str) -> Iterator[str]:
+    te = spec == "te"
+    yield "self_attention.linear_qkv.weight"
+    yield "self_attention.linear_proj.weight"
+    yield "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
+    if shape.qk_norm:
+        yield "self_attention.q_layernorm.weight"
+        yield "self_attention.k_layernorm.weight"
+    if shape.qkv_bias:
+        yield "self_attention.linear_qkv.bias"
+    if not shape.has_experts(layer):
+        yield "mlp.linear_fc1.weight"
+        yield "mlp.linear_fc2.weight"
+        yield "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight"
+        return
+    assert shape.moe is not None
+    yield "pre_mlp_layernorm.weight"
+    yield "mlp.router.weight"
+    for expert, linear in itertools.product(range(shape.moe.num_experts // ep), ("linear_fc1", "linear_fc2")):
+        yield "mlp.experts." + (f"{linear}.weight{expert}" if te else f"local_experts.{expert}.{linear}.weight")
+
+
+def _planned_parameter(name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, **of_expert: int) -> Parameter:
+    place = placement(name, shape, first_layer=0, tp_rank=tp_rank, tp_size=tp_size, **of_expert)
+    sizes = matrix_sizes(shape)
+    rows, columns = sizes[place.runs[0].tensor]
+    length = sum(run.stop - run.start for run in place.runs)
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
+    elif place.axis == 0:
+        rows = length
+    elif place.axis == 1:
+        columns = length
+    return trainer_parameter(name, (rows, columns), place, shape)
