@@ -37,6 +37,7 @@ conversion, which starts up more slowly, would not."""
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-", dir=arguments.folder) as name:
         folder = Path(name)

@@ -280,6 +280,7 @@ def as_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)

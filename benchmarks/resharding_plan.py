@@ -84,6 +84,7 @@ CASES = (
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     table = Table("model", "trainer", "engines", "plan s", "GB moved", "links", "GB, largest link", "send max/mean",
                   "s NVLink", "s NIC", "published")  # fmt: skip
     results = []

@@ -31,6 +31,7 @@ LENGTH = ("steps=30", "checkpoint.hf_at_end=false")
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"))

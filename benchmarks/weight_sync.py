@@ -62,6 +62,7 @@ class Case:
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-") as folder, ExitStack() as stack:
         model = write_tiny_qwen3(

@@ -48,6 +48,7 @@ class Measured:
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     shape = FAMILIES["qwen3"]({
         "model_type": "qwen3", "num_hidden_layers": arguments.layers, "hidden_size": 1024, "intermediate_size": 3072,

@@ -40,7 +40,7 @@ _POLL_SECONDS = 0.2
 """How often a waiting rank checks whether the transfer has failed elsewhere."""
 _NUMBER = struct.Struct("<q")
 _MAX_MESSAGE_BYTES = 4096
-"""Of the handshake."""
+"""Longest message of the handshake."""
 
 
 class SlotMemory:
@@ -328,7 +328,7 @@ def _accept(
         if hello["plan"] != receiver.transfer.plan:
             raise WeightSyncError(f"receiving weights: {receiver}: trainer and engine have different resharding plans")
         receiver.open_slots(connection, hello, files, opened)
-    except (OSError, ValueError) as error:  # closed, late, or not a message
+    except (OSError, ValueError) as error:  # closed, late, or not JSON
         raise WeightSyncError(f"receiving weights: {where}: a trainer rank failed while connecting") from error
     finally:
         connection.settimeout(None)

@@ -52,7 +52,7 @@ class Transfer:
     deadline_seconds: float
     """Time after which the transfer fails if it has not finished."""
     rendezvous: Rendezvous | None = None
-    """Of ranks on several hosts; None if all are on one host, where the weights go through shared memory."""
+    """Set if the ranks are on several hosts; None if all are on one, where the weights go through shared memory."""
 
     def address(self, engine: int, engine_rank: int) -> str:
         """Path of the Unix socket at which this engine rank accepts connections."""

@@ -1,4 +1,4 @@
-"""Slots in GPU memory between two processes on one GPU: right values, and GB/s beside a device-to-device copy."""
+"""Transfers between two processes on one GPU, through slots in its memory: values, and GB/s next to a plain copy."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ SYNCS = 4
 
 
 def make() -> tuple:
+    """The trainer rank's parameters, the engine rank's parameters, and the channel between them."""
     shards, engine = trainer_shards(SHAPE_1GB, tp=1, pp=1, dp=1), engine_parameters(SHAPE_1GB, 1)
     plan = make_plan(shards, engine, matrix_sizes(SHAPE_1GB), engines=1, itemsize=2, max_copy_bytes=SLOT_BYTES)
     return shards[0].parameters, engine[0], next(plan.channels())
@@ -37,10 +38,12 @@ def transfer_in(folder: str, number: int) -> Transfer:
 
 
 def value_of(index: int, sync: int) -> float:
+    """The value of all elements of a parameter in a sync, exact in bfloat16."""
     return float(1 + (7 * index + sync) % 100)
 
 
 def send_all(folder: str) -> None:
+    """The trainer rank's process."""
     held, _, channel = make()
     matrices = {p.name: torch.empty(p.rows, p.columns, dtype=torch.bfloat16, device="cuda") for p in held}
     sender = Sender(0)
@@ -50,7 +53,7 @@ def send_all(folder: str) -> None:
         sender.send([channel], matrices, transfer_in(folder, sync))
 
 
-def test_one_gpu_two_processes() -> None:
+def test_two_processes_on_one_gpu_transfer_through_its_memory() -> None:
     held, wanted, channel = make()
     matrices = {p.name: torch.zeros(p.rows, p.columns, dtype=torch.bfloat16, device="cuda") for p in wanted}
     names = {parameter.name: index for index, parameter in enumerate(held)}
@@ -69,7 +72,7 @@ def test_one_gpu_two_processes() -> None:
                 assert bool((place == value_of(names[source.parameter], sync)).all()), (sync, target.parameter)
         process.join(60)
     assert process.exitcode == 0
-    assert len(receiver._opened) == 1  # the handle was opened once
+    assert len(receiver._opened) == 1  # the handle was opened only once
     source = torch.empty(moved, dtype=torch.uint8, device="cuda")
     copy = torch.empty_like(source)
     torch.cuda.synchronize()

@@ -87,7 +87,7 @@ class Case(NamedTuple):
     """The weights, as a Hugging Face folder."""
     trainer: ThreadedTrainer
     settings: SimpleNamespace
-    """Of the sync; they may be changed."""
+    """The settings of `sync`, which may change between syncs."""
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def test_rollouts_of_another_version_are_an_error(case: Case) -> None:
 
 
 def test_responses_do_not_depend_on_the_engine(case: Case) -> None:
-    """Each engine takes ten requests at a time, and further prompts go to whichever is free, in the order they come."""
+    """Each engine takes ten requests at a time; further prompts go to the engine that is free, whatever their order."""
     pool = case.pool
     prompts = make_prompts(24)
     sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=48, seed=3, stop_token_ids=(7, 77))
