@@ -1,12 +1,12 @@
-"""Seconds and peak memory of converting a model, both ways, beside a plain copy of its safetensors files.
+"""Time and peak memory of converting a model in both directions, compared with a plain copy of its safetensors files.
 
     python benchmarks/convert.py [--layers 26] [--hidden 1536] [--vocab 65536] [--repeats 3] [--folder DIR]
 
-A random Qwen3 of about 1B parameters in bfloat16, by the command line with one rank, on this machine's CPUs and disk.
-Every repeat copies and converts in turn; files are synchronised to the disk inside the measured time of all. `start`
-converts a tiny model: the start of the processes and their imports, which every conversion has once. Peak memory is the
-largest sum of the proportional set sizes (PSS) of this process and its descendants, sampled, over that at the start.
-Prints a table, and as its last line the same as JSON.
+Converts a random Qwen3 of about 1B parameters in bfloat16 with the command line and one rank, on this machine's CPUs
+and disk. Each repeat copies and converts; the measured time includes synchronising the files to the disk. `start`
+converts a tiny model, which measures the start-up of the processes and their imports, once per conversion. Peak memory
+is the increase of the sampled proportional set size (PSS) of this process and its descendants. Prints a table, and the
+same as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from benchmarks.peak_memory import PeakMemory
 from tests.tiny_model import write_tiny_qwen3
 
 _SETTLE_SECONDS = 10.0
-"""A virtual machine gives freed memory back to its host within seconds, and to touch it again takes seconds a GB. A
-copy starts at once and would get pages of the files just removed, a conversion starts later; so both get none."""
+"""Pause before each job. A virtual machine returns freed memory to its host within seconds, and using it again takes
+seconds per GB. Without the pause a copy, which starts at once, would reuse pages of the files just removed, and a
+conversion, which starts up more slowly, would not."""
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-", dir=arguments.folder) as name:
         folder = Path(name)
@@ -69,33 +71,39 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="seconds and peak memory of converting a model")
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description="measure time and peak memory of converting a model")
     for name, default in (("layers", 26), ("hidden", 1536), ("vocab", 65536), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to measure; default: the system's temporary folder"
+    )
     return parser.parse_args()
 
 
 def copy_weights(source: Path, target: Path) -> None:
+    """Copy the safetensors files into a new folder."""
     target.mkdir()
     for path in source.glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
 
 
 def convert(direction: str, source: Path, target: Path) -> None:
+    """Run `megatron-hapo convert` in a process of its own; `direction` is hf-to-megatron or megatron-to-hf."""
     command = [sys.executable, "-m", "megatron_hapo", "convert", direction, str(source), str(target)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def synchronise(folder: Path) -> None:
-    """Until the folder's files stand on the disk."""
+    """Wait until the folder's files are on the disk."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def report(arguments: argparse.Namespace, num_bytes: int, measured: dict[str, tuple[float, int]]) -> None:
-    table = Table("", "seconds", "times the copy", "without start", "peak memory GB", "times the file")
+    """Print the table and the JSON line; `measured` has (seconds, peak bytes) by job."""
+    table = Table("", "seconds", "x copy", "x copy, without start", "peak memory GB", "x file size")
     copy_seconds, start_seconds = measured["plain copy"][0], measured["start"][0]
     for name, (seconds, peak) in measured.items():
         rest = max(0.0, seconds - start_seconds) / copy_seconds if name.startswith(("hf", "megatron")) else None

@@ -1,12 +1,13 @@
-"""Time and memory of log-probs and entropies over a sharded vocabulary, against plain float32 autograd.
+"""Time and memory of log-probs and entropies over a sharded vocabulary, compared with plain float32 autograd.
 
     python benchmarks/logprobs.py [--tokens 256] [--vocab 151936] [--hidden 256] [--chunk-tokens 32] [--repeats 3]
 
-Two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states with
-the product by the output weight, where the fused head takes part. Every version does a forward pass and the backward
-pass of both outputs; "both" is forward and backward. Prints two tables, and all rows as JSON in the last line. Bytes
-are those of live tensors at the peak, for each logit of the rank: with the logits in the first table; in the second
-beside the hidden states, the weight and the float32 buffer that its gradient ends up in, which every version is given.
+Makes two comparisons, each on one rank and on two gloo ranks with one thread each: from logits, and from hidden states
+including the output projection, where the fused head takes part. Every version runs a forward pass, and the backward
+pass of both outputs; "both" is forward plus backward. Bytes are those of live tensors at the peak, per logit of the
+rank. They include the logits in the first table. In the second they exclude the inputs common to all versions: hidden
+states, weight, and the float32 buffer for the weight's gradient. Prints two tables, and all rows as JSON in the last
+line.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ Outputs = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
+    """The command line's options."""
+
     tokens: int
     vocab: int
     hidden: int
@@ -51,11 +54,12 @@ class Sizes:
 
 
 def in_place(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Outputs:
+    """The project's version: log-probs and entropies [N] of this rank's logits [N, V / tp]; reuses their memory."""
     return vocab_parallel_log_probs_and_entropy(logits_NV, targets_N, tp_group=tp_group)
 
 
 def naive(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Outputs:
-    """What one writes first: everything in float32, differentiated by autograd."""
+    """The straightforward version: everything in float32, differentiated by autograd."""
     if tp_group is None:
         log_p_NV = torch.log_softmax(logits_NV.float(), -1)
         return log_p_NV.gather(1, targets_N[:, None])[:, 0], -(log_p_NV.exp() * log_p_NV).sum(-1)
@@ -73,7 +77,7 @@ def naive(logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Outputs:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Every rank computes the same loss from the sums, so the gradient of a summand is that of the sum."""
+    """Sum over the ranks. Each rank computes the same loss from the sum, so a summand has the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, tp_group: Any) -> Tensor:
@@ -87,7 +91,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _ToEveryRank(torch.autograd.Function):
-    """Each rank computes a part of the logits from the same hidden states, whose gradient is the parts' sum."""
+    """Hidden states that every rank uses for its part of the logits; their gradient is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, tp_group: Any) -> Tensor:
@@ -106,15 +110,16 @@ FROM_LOGITS: dict[str, Callable[[Tensor, Tensor, Any], Outputs]] = {"in place": 
 
 @dataclass
 class Attempt:
-    """One forward and backward pass of a version: its inputs, made anew, and what is done with them."""
+    """One forward and backward pass of a version, with inputs of its own."""
 
-    given: list[Tensor]
+    inputs: list[Tensor]
     forward: Callable[[], Outputs]
     finish: Callable[[], None]
-    """After the backward pass; counts like it."""
+    """Runs after the backward pass, and counts as part of it."""
 
 
 def from_logits(name: str, logits_NV: Tensor, targets_N: Tensor, tp_group: Any) -> Attempt:
+    """An attempt that starts from this rank's logits, [N, V / tp]."""
     leaf_NV = logits_NV.clone().requires_grad_()
     return Attempt([leaf_NV], lambda: FROM_LOGITS[name](leaf_NV, targets_N, tp_group), lambda: None)
 
@@ -122,12 +127,15 @@ def from_logits(name: str, logits_NV: Tensor, targets_N: Tensor, tp_group: Any) 
 def from_hidden(
     name: str, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, tp_group: Any, *, chunk_bytes: int
 ) -> Attempt:
-    """The weight has Megatron's float32 gradient buffer, to which autograd's gradient is added at the end."""
+    """An attempt that starts from hidden states [N, H] and this rank's rows of the output weight, [V / tp, H].
+
+    The weight has a float32 gradient buffer, as in Megatron, to which autograd's gradient is added at the end.
+    """
     hidden_NH = hidden_NH.clone().requires_grad_()
     weight: Any = torch.nn.Parameter(weight_VH)
     weight.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
     weight.grad_added_to_main_grad = False
-    given = [hidden_NH, weight, weight.main_grad]
+    inputs = [hidden_NH, weight, weight.main_grad]
 
     def fused() -> Outputs:
         return fused_log_probs_and_entropy(hidden_NH, weight, targets_N, tp_group=tp_group, chunk_bytes=chunk_bytes)
@@ -140,14 +148,14 @@ def from_hidden(
         if not weight.grad_added_to_main_grad:
             weight.main_grad.add_(weight.grad)
 
-    return Attempt(given, fused if name == "fused" else whole, add_gradient)
+    return Attempt(inputs, fused if name == "fused" else whole, add_gradient)
 
 
 # ----- measuring
 
 
 def measure(rank: int, world_size: int, sizes: Sizes) -> list[dict[str, Any]]:
-    """One rank's rows."""
+    """This rank's rows of both comparisons."""
     tp_group = dist.group.WORLD if world_size > 1 else None
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -160,6 +168,7 @@ def measure(rank: int, world_size: int, sizes: Sizes) -> list[dict[str, Any]]:
 def measure_from_logits(
     rank: int, dtype: torch.dtype, sizes: Sizes, tp_group: Any, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
+    """This rank's rows for versions that start from logits; `about` has the columns that they share."""
     generator = torch.Generator().manual_seed(0)
     logits_NV = torch.randn(sizes.tokens, sizes.vocab, generator=generator).mul_(3).to(dtype)
     logits_NV = logits_NV.chunk(about["tp"], 1)[rank].clone()
@@ -171,6 +180,7 @@ def measure_from_logits(
 def measure_from_hidden(
     rank: int, dtype: torch.dtype, sizes: Sizes, tp_group: Any, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
+    """This rank's rows for versions that start from hidden states; `about` has the columns that they share."""
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(sizes.tokens, sizes.hidden, generator=generator).to(dtype)
     weight_VH = torch.randn(sizes.vocab, sizes.hidden, generator=generator).mul_(3 / sizes.hidden**0.5)
@@ -188,7 +198,7 @@ def measure_from_hidden(
 def compare(
     versions: dict[str, Callable[[], Attempt]], about: dict[str, Any], sizes: Sizes, tp_group: Any
 ) -> list[dict[str, Any]]:
-    """Versions take turns, so that other load meets all of them; the best time counts."""
+    """A row per version with its best times. The versions alternate, so that other load affects all of them alike."""
     rows = {
         name: {
             "version": name,
@@ -205,7 +215,7 @@ def compare(
     for attempt in range(sizes.repeats + 1):
         for name, make in versions.items():
             row = rows[name]
-            if attempt == 0:  # counting costs time of its own
+            if attempt == 0:  # counting bytes takes time, so this attempt is not timed
                 row["peak_bytes_per_element"] = round(peak_bytes(make(), about["from"] == "logits") / elements, 3)
                 continue
             for key, value in seconds(make(), tp_group).items():
@@ -214,7 +224,7 @@ def compare(
 
 
 def seconds(attempt: Attempt, tp_group: Any) -> dict[str, float]:
-    """Of the forward pass, of both, and the rank's processor time of both, which other load changes less."""
+    """Seconds of the forward pass and of both passes; processor seconds of both, which depend less on other load."""
     if tp_group is not None:
         dist.barrier(tp_group)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -229,18 +239,19 @@ def seconds(attempt: Attempt, tp_group: Any) -> dict[str, float]:
     }
 
 
-def peak_bytes(attempt: Attempt, count_given: bool) -> int:
+def peak_bytes(attempt: Attempt, count_inputs: bool) -> int:
+    """Bytes of all live tensors at the peak of both passes, with or without the attempt's inputs."""
     with PeakStorage() as storage:
-        storage.include(*attempt.given)
-        given = 0 if count_given else storage.live_bytes
+        storage.include(*attempt.inputs)
+        excluded = 0 if count_inputs else storage.live_bytes
         log_probs_N, entropies_N = attempt.forward()
         (log_probs_N.sum() + entropies_N.sum()).backward()
         attempt.finish()
-    return storage.peak_bytes - given
+    return storage.peak_bytes - excluded
 
 
 def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The ranks' rows as one: what the slowest and the largest rank needs."""
+    """One set of rows for all ranks, with the largest time and memory of any rank."""
     measured = ("forward_seconds", "total_seconds", "cpu_seconds", "peak_bytes_per_element")
     return [rows[0] | {key: max(row[key] for row in rows) for key in measured} for rows in zip(*ranks, strict=True)]
 
@@ -249,6 +260,7 @@ def slower_rank(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def as_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """The rows as a table to print."""
     table = Table(title=title)
     for name in ("version", "dtype", "TP", "forward s", "both s", "CPU s", "CPU ns / logit", "peak bytes / logit"):
         table.add_column(name, justify="left" if name in ("version", "dtype") else "right")
@@ -268,11 +280,12 @@ def as_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--chunk-tokens", type=int, default=32, help="of the fused head")
+    parser.add_argument("--chunk-tokens", type=int, default=32, help="tokens per chunk of the fused head")
     parser.add_argument("--repeats", type=int, default=3)
     sizes = Sizes(**vars(parser.parse_args()))
     console, rows = Console(width=120), []

@@ -1,4 +1,4 @@
-"""How far the memory of this process and its descendants rises."""
+"""Measures by how much the memory of this process and its descendants increases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import psutil
 
 
 class PeakMemory:
-    """Within the context: highest proportional set size of the processes, those to come too, over that at the start."""
+    """Samples the proportional set size (PSS) of this process and its descendants while the context is open.
+
+    Args:
+        every_seconds: interval between samples.
+    """
 
     def __init__(self, *, every_seconds: float):
         self._every_seconds = every_seconds
@@ -28,7 +32,7 @@ class PeakMemory:
 
     @property
     def rise(self) -> int:
-        """Bytes; short peaks may escape."""
+        """The highest sample minus the memory at the start, bytes. A peak between two samples is missed."""
         return self._peak - self._before
 
     def _sample(self) -> None:
@@ -37,6 +41,7 @@ class PeakMemory:
 
 
 def _total() -> int:
+    """Current PSS of all these processes, bytes."""
     total = 0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with suppress(OSError, StopIteration):

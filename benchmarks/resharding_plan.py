@@ -1,10 +1,11 @@
-"""What the resharding plan would move between GPUs, and how long the busiest link takes; no weights, no GPU.
+"""How much the resharding plan moves between GPUs, and how long the busiest link needs. Uses no weights and no GPU.
 
     python benchmarks/resharding_plan.py
 
-Trainer and engines are on GPUs of their own. A GPU sends and receives over one link at a time each; the seconds are
-those of the busiest GPU at the link's full speed, a lower bound. Beside them stands what others have published for a
-whole sync of the same model, on the hardware and at the layout of their own.
+Trainer and engines have separate GPUs. A GPU sends to one peer at a time and receives from one at a time. The seconds
+are those of the busiest GPU at the link's full speed, which is a lower bound. The last column lists published times of
+whole syncs of the same model by other projects, on their own hardware and layouts. Prints a table, and the same as JSON
+in the last line.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.config import ParallelConfig, load_config
 from megatron_hapo.model.families import FAMILIES
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
+from tests.resharding.planned_grid import traffic, trainer_shards
 
-NVLINK, NIC = 450e9, 50e9  # bytes a second and direction
+NVLINK, NIC = 450e9, 50e9  # bytes per second in each direction
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
+    """A model, the layouts of trainer and engines, and published times of others."""
+
     model: str
     parallel: ParallelConfig
     engines: int
@@ -41,7 +45,7 @@ class Case:
 
     @classmethod
     def shipped(cls, recipe: str, published: str = "") -> Case:
-        """As `configs/<recipe>.yaml` lays trainer and engines out."""
+        """The model and layouts of `configs/<recipe>.yaml`."""
         config = load_config(ROOT / f"configs/{recipe}.yaml")
         return cls(
             model=Path(config.model.path).name, parallel=config.parallel, engines=config.rollout.engines,
@@ -49,15 +53,17 @@ class Case:
         )  # fmt: skip
 
     def trainer(self) -> str:
+        """Number of trainer ranks and the parallel sizes above 1, for the table."""
         sizes = {name: getattr(self.parallel, name) for name in ("tp", "pp", "cp", "dp", "ep")}
         named = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
         return f"{self.parallel.world_size}: {named}"
 
     def engine(self) -> str:
+        """Number of engines and their parallel sizes, for the table."""
         return f"{self.engines} x tp{self.engine_tp}" + (f" ep{self.engine_ep}" if self.engine_ep > 1 else "")
 
 
-_8B = "verl, 2+2 H100 nodes: 10.2-38.6 s NCCL, 2.2-3.4 s changes only [1]"
+_8B = "verl, 2+2 H100 nodes: 10.2-38.6 s NCCL, 2.2-3.4 s deltas only [1]"
 _30B = "slime, 8 H100 colocated: 7 s [2]; miles, H100: 2.7 s NCCL, 2.2 s RDMA [3]"
 _235B = "miles, H100: 10.8 s NCCL, 3.2 s RDMA [3]; Perplexity, 128 to 32 GPUs, fp8: 2 s [4]"
 SOURCES = (
@@ -78,7 +84,8 @@ CASES = (
 
 
 def main() -> None:
-    table = Table("model", "trainer", "engines", "plan s", "GB moved", "links", "GB a link", "send max/mean",
+    """Measure, and print the results; see the top of the file."""
+    table = Table("model", "trainer", "engines", "plan s", "GB moved", "links", "GB, largest link", "send max/mean",
                   "s NVLink", "s NIC", "published")  # fmt: skip
     results = []
     for case in CASES:
@@ -91,6 +98,7 @@ def main() -> None:
 
 
 def figures(case: Case) -> dict[str, float]:
+    """The numeric columns of the case's row."""
     start = time.process_time()
     config = json.loads((ROOT / f"tests/fixtures/hf_configs/Qwen--{case.model}.json").read_text())
     shape = FAMILIES[config["model_type"]](config)
@@ -102,15 +110,15 @@ def figures(case: Case) -> dict[str, float]:
         itemsize=2,
         max_copy_bytes=64 << 20,
     )
-    traffic = plan.traffic()
+    num_bytes = traffic(plan)
     seconds = time.process_time() - start
-    sent, received = traffic.sum((1, 2)), traffic.sum(0)
+    sent, received = num_bytes.sum((1, 2)), num_bytes.sum(0)
     busiest = max(sent.max(), received.max())
     return {
         "plan_seconds": round(seconds, 2),
-        "gigabytes": round(traffic.sum() / 1e9, 1),
-        "links": int((traffic > 0).sum()),
-        "link_gigabytes_max": round(traffic.max() / 1e9, 3),
+        "gigabytes": round(num_bytes.sum() / 1e9, 1),
+        "links": int((num_bytes > 0).sum()),
+        "link_gigabytes_max": round(num_bytes.max() / 1e9, 3),
         "send_imbalance": round(float(sent.max() / np.mean(sent)), 3),
         "seconds_nvlink": round(busiest / NVLINK, 4),
         "seconds_nic": round(busiest / NIC, 3),

@@ -1,11 +1,12 @@
-"""Generating the next step's rollouts beside the training of this one, against strictly on-policy steps, on the demo.
+"""Generating the next step's rollouts during training, compared with strictly on-policy training, on the demo.
 
     python benchmarks/staleness.py [--seeds 3] [--out runs/staleness] [key=value ...]
 
-Run it after `make demo`, which makes the starting model, on an idle machine. For each seed `megatron-hapo train
-configs/demo_cpu.yaml` runs twice, one run at a time: `async.max_staleness` 0, and 1 with token-level importance
-correction. A second call goes on where the first ended. Prints, over the seeds, the accuracy at the last step (mean,
-lowest to highest) and the median seconds of a step without its evaluation, and as its last line the same as JSON.
+Run `make demo` first, which creates the starting model, and use an idle machine. For each seed `megatron-hapo train
+configs/demo_cpu.yaml` runs twice, one run at a time: with `async.max_staleness` 0, and with 1 and token-level
+importance correction. If it is interrupted, the same command continues. Prints, over the seeds, the accuracy at the
+last step (mean, lowest to highest) and the median seconds per step without evaluation, and the same as JSON in the last
+line.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ LENGTH = ("steps=30", "checkpoint.hf_at_end=false")
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. steps=50")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every run, e.g. steps=50")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     runs: dict[int, list[dict[str, float]]] = {staleness: [] for staleness in SETTINGS}
@@ -46,8 +48,8 @@ def main() -> None:
 
 
 def train(out: Path, name: str, overrides: list[str]) -> None:
-    """Train, or go on; the output is in `<name>.log` beside the run."""
-    if (out / name / "curves.png").exists():  # the last thing that a run writes
+    """Start a run or continue it; its output goes to `<name>.log` next to its folder."""
+    if (out / name / "curves.png").exists():  # the last file that a run writes
         return
     command = [sys.executable, "-m", "megatron_hapo", "train", str(ROOT / "configs/demo_cpu.yaml"),
                f"name={name}", f"output_dir={out}", *overrides]  # fmt: skip
@@ -56,7 +58,7 @@ def train(out: Path, name: str, overrides: list[str]) -> None:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """The first two steps do not count: memory is touched for the first time, and nothing was generated before them."""
+    """Figures of a finished run. Steps 1 and 2 do not count: memory is new, and no rollouts were generated ahead."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 2]
     return {
@@ -68,6 +70,7 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def report(runs: dict[int, list[dict[str, float]]]) -> None:
+    """Print the table and the JSON line; `runs` has the figures of each seed by staleness."""
     table = Table("staleness", *runs[0][0], title="mean over the seeds (lowest to highest)")
     for staleness, figures in runs.items():
         columns = [[run[name] for run in figures] for name in figures[0]]

@@ -1,12 +1,12 @@
-"""Seconds, bytes and extra memory of a weight sync, direct and gathered, beside a plain copy of the same bytes.
+"""Time, bytes and extra memory of direct and gathered weight syncs, compared with a plain copy of the same bytes.
 
     python benchmarks/weight_sync.py [--trainer tp2 pp2] [--engine-tp 1 2] [--layers 28] [--hidden 1024]
                                      [--vocab 65536] [--repeats 5]
 
-A random Qwen3 in bfloat16 (0.5B parameters by default), real trainer ranks (Ray, Megatron, gloo) and a real SGLang
-engine, all on this machine's CPUs. Methods take turns and the best of the repeats counts; the first sync of each is
-verified and not counted. Extra memory is the rise of the proportional set size (PSS) of this process and its
-descendants during a sync, sampled, over that before it. Prints a table, and as its last line the same as JSON.
+Uses a random Qwen3 in bfloat16 (0.5B parameters by default), real trainer ranks (Ray, Megatron, gloo) and a real SGLang
+engine, all on this machine's CPUs. The methods alternate, and the best of the repeats is reported; the first sync of
+each is verified and not counted. Extra memory is the increase of the sampled proportional set size (PSS) of this
+process and its descendants during a sync. Prints a table, and the same as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -35,20 +35,25 @@ from megatron_hapo.launch.run import local_ray
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.protocols import WeightSync
 from megatron_hapo.weight_sync import DirectSync, GatherSync
+from tests.resharding.planned_grid import traffic
 from tests.tiny_model import write_tiny_qwen3
 
 
 @dataclass
 class Measured:
+    """One row of the table: a method's best time, bytes and extra memory."""
+
     method: str
     seconds: float
-    """Best of the repeats."""
+    """The best of the repeats."""
     bytes_moved: int
     extra_bytes: int
 
 
 @dataclass
 class Case:
+    """The measurements for one layout of trainer and engine."""
+
     trainer: str
     engine_tp: int
     plan_seconds: float
@@ -57,6 +62,7 @@ class Case:
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-benchmark-") as folder, ExitStack() as stack:
         model = write_tiny_qwen3(
@@ -69,12 +75,13 @@ def main() -> None:
         for trainer in arguments.trainer:
             for engine_tp in arguments.engine_tp:
                 cases.append(run_case(model, Path(folder), trainer, engine_tp, arguments.repeats))
-                print(f"trainer {trainer}, engine tp{engine_tp}: measured", file=sys.stderr)
+                print(f"measured trainer {trainer}, engine tp{engine_tp}", file=sys.stderr)
     report(arguments, cases)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="seconds, bytes and memory of a weight sync")
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description="measure time, bytes and memory of a weight sync")
     parser.add_argument("--trainer", nargs="+", default=["tp2", "pp2"], choices=["tp1", "tp2", "pp2"])
     parser.add_argument("--engine-tp", nargs="+", type=int, default=[1, 2])
     for name, default in (("layers", 28), ("hidden", 1024), ("vocab", 65536), ("repeats", 5)):
@@ -83,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(model: Path, folder: Path, trainer_layout: str, engine_tp: int, repeats: int) -> Case:
+    """Start a trainer and an engine in these layouts, and measure both methods."""
     config = make_config(model, folder, trainer_layout, engine_tp)
     with ExitStack() as stack:
         pool = RayRolloutPool(config, device="cpu")
@@ -96,13 +104,14 @@ def run_case(model: Path, folder: Path, trainer_layout: str, engine_tp: int, rep
         plan_seconds = time.perf_counter() - start
         gather = GatherSync(trainer, pool, verify_every=config.weight_sync.verify_every)
         num_bytes = num_parameters(read_shape(model)) * 2
-        moved = {"direct": int(direct.plan.traffic().sum()), "gather": num_bytes}
+        moved = {"direct": int(traffic(direct.plan).sum()), "gather": num_bytes}
         methods: dict[str, WeightSync] = {"direct": direct, "gather": gather}
         measured = measure(methods, moved, repeats)
         return Case(trainer_layout, engine_tp, plan_seconds, plain_copy(num_bytes, repeats), measured)
 
 
 def make_config(model: Path, folder: Path, trainer_layout: str, engine_tp: int) -> Config:
+    """A run on CPUs whose syncs are verified only once."""
     return Config.model_validate(
         {
             "name": "benchmark",
@@ -129,13 +138,19 @@ def make_config(model: Path, folder: Path, trainer_layout: str, engine_tp: int) 
 
 
 def measure(methods: dict[str, WeightSync], moved: dict[str, int], repeats: int) -> list[Measured]:
+    """Time `repeats` syncs of each method; then measure the memory of one more.
+
+    Args:
+        methods: the syncs, by name of the method.
+        moved: bytes that each method moves.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     extra: dict[str, int] = dict.fromkeys(methods, 0)
     version = 0
     for repeat in range(repeats + 1):
         for name, sync in methods.items():
             version += 1
-            # Sampling takes time of its own, so the last repeat is for memory alone.
+            # Sampling memory takes time, so the last repeat is not timed.
             if repeat == repeats:
                 with PeakMemory(every_seconds=0.02) as memory:
                     sync.sync(policy_version=version)
@@ -149,7 +164,7 @@ def measure(methods: dict[str, WeightSync], moved: dict[str, int], repeats: int)
 
 
 def plain_copy(num_bytes: int, repeats: int) -> float:
-    """Seconds of one thread's copy between two buffers that have been touched before."""
+    """Seconds in which one thread copies the bytes between two buffers whose pages are already mapped."""
     torch.set_num_threads(1)
     source = torch.ones(num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source).copy_(source)
@@ -162,6 +177,7 @@ def plain_copy(num_bytes: int, repeats: int) -> float:
 
 
 def report(arguments: argparse.Namespace, cases: list[Case]) -> None:
+    """Print the table and the JSON line."""
     table = Table("trainer", "engine", "method", "seconds", "GB/s", "times the plain copy", "extra MB")
     for case in cases:
         copied = case.methods[0].bytes_moved
@@ -173,7 +189,7 @@ def report(arguments: argparse.Namespace, cases: list[Case]) -> None:
             )  # fmt: skip
     Console(width=100).print(table)
     plans = ", ".join(f"{case.plan_seconds:.2f}" for case in cases)
-    print(f"planned once in {plans} s; load average {os.getloadavg()[0]:.1f}")
+    print(f"planning took {plans} s, once per run; load average {os.getloadavg()[0]:.1f}")
     print(json.dumps({"benchmark": "weight_sync", **vars(arguments), "cases": [asdict(case) for case in cases]}))
 
 

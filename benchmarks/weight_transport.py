@@ -1,12 +1,12 @@
-"""Seconds that the two transports of a direct weight sync take by themselves, beside a plain copy of the same bytes.
+"""Time that the two transports of a direct weight sync need, compared with a plain copy of the same bytes.
 
     python benchmarks/weight_transport.py [--layers 28] [--trainer-tp 2] [--engine-tp 1] [--repeats 10]
 
-Trainer ranks and engine ranks are bare processes with tensors of a Qwen3 in bfloat16 (0.5B parameters by default): no
-Ray, no Megatron, no SGLang, hence only what packing, handing over and copying cost. The whole sync is measured by
-`weight_sync.py`. The first transfer, which makes the slots, is not counted; the best of the repeats is, from the first
-rank's start to the last one's end, with its processor seconds over all ranks. Prints a table, and as its last line the
-same as JSON.
+Trainer and engine ranks are plain processes with the tensors of a Qwen3 in bfloat16 (0.5B parameters by default). There
+is no Ray, Megatron or SGLang, so this is the cost of packing, passing and copying alone; `weight_sync.py` measures the
+whole sync. The first transfer, which allocates the slots, is not counted. Reported is the best of the repeats, from the
+first rank's start to the last rank's end, and the processor seconds of all ranks in that repeat. Prints a table, and
+the same as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import FAMILIES, Shape
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Channel, Parameter, make_plan
 from megatron_hapo.resharding.process_group import open_store
-from megatron_hapo.resharding.transfer import Meeting, Transfer
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer
 from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.weight_sync import SLOT_BYTES
+from tests.resharding.planned_grid import traffic, trainer_shards
 
 
 @dataclass
 class Measured:
+    """One row of the table: the best of the repeats."""
+
     transport: str
     seconds: float
     cpu_seconds: float
 
 
 def main() -> None:
+    """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
     shape = FAMILIES["qwen3"]({
         "model_type": "qwen3", "num_hidden_layers": arguments.layers, "hidden_size": 1024, "intermediate_size": 3072,
@@ -57,9 +61,9 @@ def main() -> None:
         engine_parameters(shape, arguments.engine_tp),
     )
     plan = make_plan(shards, engine, matrix_sizes(shape), engines=1, itemsize=2, max_copy_bytes=SLOT_BYTES)
-    channels, num_bytes = list(plan.channels()), int(plan.traffic().sum())
+    channels, num_bytes = list(plan.channels()), int(traffic(plan).sum())
     store, port = open_store("127.0.0.1")
-    meeting = Meeting(
+    rendezvous = Rendezvous(
         host="127.0.0.1", port=port, generation=0, trainer_ranks=arguments.trainer_tp, engine_ranks=arguments.engine_tp,
         ranks_per_engine=arguments.engine_tp, backend="gloo",
     )  # fmt: skip
@@ -68,16 +72,17 @@ def main() -> None:
         transfer = Transfer(
             folder=folder, number=0, plan="benchmark", dtype="bfloat16", slot_bytes=SLOT_BYTES, deadline_seconds=600
         )
-        for name, how in (("shared memory", None), ("messages (gloo)", meeting)):
+        for name, where in (("shared memory", None), ("messages (gloo)", rendezvous)):
             ranks = [(rank, shard.parameters, True) for shard in shards for rank in shard.ranks]
             ranks += [(rank, parameters, False) for rank, parameters in enumerate(engine)]
-            rows.append(measure(name, ranks, channels, replace(transfer, meeting=how), arguments.repeats))
+            rows.append(measure(name, ranks, channels, replace(transfer, rendezvous=where), arguments.repeats))
     del store
     report(arguments, shape, num_bytes, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="seconds of the transports alone")
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description="measure the transports alone")
     for name, default in (("layers", 28), ("trainer-tp", 2), ("engine-tp", 1), ("repeats", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
@@ -87,10 +92,11 @@ def measure(
     name: str, ranks: list[tuple[int, tuple[Parameter, ...], bool]], channels: list[Channel], transfer: Transfer,
     repeats: int,
 ) -> Measured:  # fmt: skip
-    context = multiprocessing.get_context("fork")  # each process imports nothing anew
-    together, answers = context.Barrier(len(ranks)), context.Queue()
+    """Run `repeats` + 1 transfers, with one process for each of the (rank, parameters, is a trainer rank)."""
+    context = multiprocessing.get_context("fork")  # the processes need not import anything again
+    barrier, answers = context.Barrier(len(ranks)), context.Queue()
     processes = [
-        context.Process(target=run_rank, args=(*rank, channels, transfer, repeats, together, answers)) for rank in ranks
+        context.Process(target=run_rank, args=(*rank, channels, transfer, repeats, barrier, answers)) for rank in ranks
     ]
     for process in processes:
         process.start()
@@ -110,15 +116,16 @@ def measure(
 
 def run_rank(
     rank: int, parameters: tuple[Parameter, ...], sends: bool, channels: list[Channel], transfer: Transfer,
-    repeats: int, together, answers,
+    repeats: int, barrier, answers,
 ) -> None:  # fmt: skip
+    """One rank's process: puts (transfer, start, end, processor seconds) of each transfer into `answers`."""
     torch.set_num_threads(1)
     matrices = {p.name: torch.ones(p.rows, p.columns, dtype=torch.bfloat16) for p in parameters}
     sender, receiver = Sender(rank), Receiver()
     mine = [c for c in channels if (c.source_rank if sends else c.engine_rank) == rank]
     for number in range(repeats + 1):
         numbered = replace(transfer, number=number)
-        together.wait()
+        barrier.wait()
         start, cpu = time.monotonic(), time.process_time()
         if sends:
             sender.send(mine, matrices, numbered)
@@ -129,7 +136,7 @@ def run_rank(
 
 
 def plain_copy(num_bytes: int, repeats: int) -> Measured:
-    """One thread's copy between two buffers that have been touched before."""
+    """One thread's copy between two buffers whose pages are already mapped."""
     torch.set_num_threads(1)
     source = torch.ones(num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source).copy_(source)
@@ -142,6 +149,7 @@ def plain_copy(num_bytes: int, repeats: int) -> Measured:
 
 
 def report(arguments: argparse.Namespace, shape: Shape, num_bytes: int, rows: list[Measured]) -> None:
+    """Print the table and the JSON line."""
     table = Table("transport", "seconds", "GB/s", "times the plain copy", "processor seconds")
     for row in rows:
         table.add_row(

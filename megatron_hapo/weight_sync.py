@@ -21,10 +21,10 @@ from megatron_hapo.model.families import read_shape
 from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
-from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, SendingTask, make_plan
+from megatron_hapo.resharding.plan import Channel, Parameter, Piece, ReshardingPlan, SendingTask, make_plan
 from megatron_hapo.resharding.process_group import open_store
 from megatron_hapo.resharding.receiving import ReceiveRequest, receiver_plan
-from megatron_hapo.resharding.transfer import Meeting, Transfer, TransferStoppedError
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer, TransferStoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -112,32 +112,32 @@ class DirectSync:
         self._hand_out(self.plan, engine, num_ranks)
         token = folder / "token"
         token.touch()
-        self._meeting: Meeting | None = None
+        self._rendezvous: Rendezvous | None = None
         if not (trainer.sees(token) and pool.sees(token)):
-            self._store, self._meeting = self._open_meeting(address, num_ranks)
-        way = "shared memory" if self._meeting is None else f"messages ({self._meeting.backend})"
+            self._store, self._rendezvous = self._open_rendezvous(address, num_ranks)
+        way = "shared memory" if self._rendezvous is None else f"messages ({self._rendezvous.backend})"
         logger.info("weights go directly, by %s: %d copies an engine", way, len(self.plan.copies))
 
-    def _open_meeting(self, address: str, trainer_ranks: int) -> tuple[Any, Meeting]:
+    def _open_rendezvous(self, address: str, trainer_ranks: int) -> tuple[Any, Rendezvous]:
         store, port = open_store(address)
         # NCCL refuses two ranks of one group on one GPU.
         nccl = self._config.device != "cpu" and torch.cuda.is_available() and self._config.placement == "disaggregated"
         rollout = self._rollout
-        return store, Meeting(
+        return store, Rendezvous(
             host=address, port=port, generation=0, trainer_ranks=trainer_ranks,
             engine_ranks=rollout.engines * rollout.tp, ranks_per_engine=rollout.tp,
             backend="nccl" if nccl else "gloo",
         )  # fmt: skip
 
-    def _hand_out(self, plan: Plan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:
+    def _hand_out(self, plan: ReshardingPlan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:
         outgoing: dict[int, list[Channel]] = defaultdict(list)
         incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
         for channel in plan.channels():
             outgoing[channel.source_rank].append(channel)
             incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
-        own_blocks = plan.own_blocks()
+        owned_blocks = plan.owned_blocks()
         self._trainer.prepare_sending(
-            [SendingTask(tuple(outgoing[rank]), tuple(own_blocks.get(rank, ()))) for rank in range(num_ranks)]
+            [SendingTask(tuple(outgoing[rank]), tuple(owned_blocks.get(rank, ()))) for rank in range(num_ranks)]
         )
         self._pool.prepare_receiving(
             [[receiver_plan(parameters, incoming[index, rank]) for rank, parameters in enumerate(engine)]
@@ -152,8 +152,8 @@ class DirectSync:
                 self._attempt(policy_version, verify=verify)
                 return
             except WeightSyncError as failed:
-                if self._meeting is not None:
-                    self._meeting = replace(self._meeting, generation=self._meeting.generation + 1)
+                if self._rendezvous is not None:
+                    self._rendezvous = replace(self._rendezvous, generation=self._rendezvous.generation + 1)
                 # All get everything again: what arrived in the others is of no use without the rest.
                 patience = max(_GRACE_SECONDS, self._settings.timeout_seconds)
                 replaced = self._pool.replace_dead_engines(patience_seconds=patience)
@@ -171,7 +171,7 @@ class DirectSync:
             dtype=self._rollout.dtype,
             slot_bytes=self._slot_bytes,
             deadline_seconds=self._settings.timeout_seconds,
-            meeting=self._meeting,
+            rendezvous=self._rendezvous,
         )
         requests = [ReceiveRequest(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
         late = self._settings.timeout_seconds + _GRACE_SECONDS
@@ -191,7 +191,7 @@ def _together(transfer: Transfer, *calls: Callable[[], Any]) -> list[Any]:
         try:
             return call()
         except BaseException:
-            transfer.give_up()
+            transfer.abort()
             raise
 
     with ThreadPoolExecutor(len(calls)) as threads:

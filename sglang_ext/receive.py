@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.plan import Piece
 from megatron_hapo.resharding.receiving import ReceiveRequest
-from megatron_hapo.resharding.transfer import Meeting, Transfer, as_matrix
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer, as_matrix
 from megatron_hapo.resharding.transports import Receiver
 
 RECEIVE = "sglang_ext.receive.receive"
@@ -52,15 +52,15 @@ def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
             known = _read(model, transfer, _plan_path(Path(request["plans"]), rank))
             model.hapo_receiver = known  # type: ignore[assignment]  # kept with what it describes
     except BaseException:
-        transfer.give_up()
+        transfer.abort()
         raise
     with torch.no_grad():
         known.receiver.receive(known.sources, known.matrices, transfer, engine=engine, engine_rank=rank)
 
 
 def _transfer(fields: dict[str, Any]) -> Transfer:
-    meeting = fields.pop("meeting")
-    return Transfer(**fields, meeting=None if meeting is None else Meeting(**meeting))
+    rendezvous = fields.pop("rendezvous")
+    return Transfer(**fields, rendezvous=None if rendezvous is None else Rendezvous(**rendezvous))
 
 
 @dataclass(frozen=True)

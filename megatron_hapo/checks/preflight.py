@@ -17,7 +17,7 @@ from megatron_hapo.data.prompts import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
-from megatron_hapo.resharding.layouts import not_served
+from megatron_hapo.resharding.layouts import unsupported_by_engine
 from megatron_hapo.sizing import from_config
 from megatron_hapo.sizing.memory import (
     GIB,
@@ -82,7 +82,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
         for line in error.faults:
             yield Fault("model.path", line.removeprefix("model.path: "))
         return
-    if (reason := not_served(shape)) is not None:
+    if (reason := unsupported_by_engine(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)
 

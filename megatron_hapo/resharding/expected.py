@@ -1,7 +1,7 @@
-"""What the engines are to hold, in checksums, without a whole tensor anywhere: each rank adds what it answers for.
+"""Checksums of what the engines should hold, computed without whole tensors: each rank contributes its owned blocks.
 
-The cut comes from `checksum.engine_slices`, not from the plan, and the engine compares with what its own layers say
-(`sglang_ext.verify`): a fault of the plan cannot confirm itself.
+The slices come from `checksum.engine_slices`, not from the plan, and the engine derives its own from its layers
+(`sglang_ext.verify`). So an error in the plan cannot go unnoticed because both sides repeat it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from torch import Tensor
 
 from megatron_hapo.resharding.checksum import add_checksums, block_checksum
 from megatron_hapo.resharding.layouts import matrix_size
-from megatron_hapo.resharding.plan import OwnBlock
+from megatron_hapo.resharding.plan import OwnedBlock
 from megatron_hapo.resharding.weight_buckets import EngineCut
 
 
 def partial_checksums(
-    blocks: Sequence[OwnBlock],
+    blocks: Sequence[OwnedBlock],
     matrices: Mapping[str, Tensor],
     *,
     shapes: Mapping[str, tuple[int, ...]],
     cut: EngineCut,
     dtype: torch.dtype,
 ) -> dict[str, list[int]]:
-    """For each HF tensor that these blocks touch, what they add to the checksum of each engine rank's slice.
+    """This rank's contribution to the checksums: for each HF tensor it owns a block of, one sum per engine rank.
 
     Args:
-        matrices: the rank's parameters, two-dimensional.
-        shapes: of the HF tensors.
-        dtype: of the engines.
+        blocks: the blocks that this trainer rank owns.
+        matrices: the rank's local parameters, each [rows, columns].
+        shapes: shapes of the HF tensors.
+        cut: how an engine slices the tensors over its ranks.
+        dtype: the engines' dtype, to which values are converted first.
     """
     sums: dict[str, list[int]] = {}
     for block in blocks:
@@ -41,16 +43,16 @@ def partial_checksums(
         ].to(dtype)
         known: dict[tuple[int, int, int, int], int] = {}
         parts = []
-        for rows in _slices(name, shapes[name], cut):
-            if rows not in known:
-                known[rows] = _inside(values, block, rows)
-            parts.append(known[rows])
+        for rectangle in _slices(name, shapes[name], cut):
+            if rectangle not in known:
+                known[rectangle] = _contribution(values, block, rectangle)
+            parts.append(known[rectangle])
         sums[name] = [add_checksums(pair) for pair in zip(sums.get(name, [0] * cut.tp), parts, strict=True)]
     return sums
 
 
 def merge_checksums(parts: Iterable[Mapping[str, list[int]]]) -> dict[str, list[int]]:
-    """Checksums of whole slices, from the sums of all ranks."""
+    """The checksum of each engine rank's slice of each HF tensor, from the contributions of all trainer ranks."""
     merged: dict[str, list[list[int]]] = defaultdict(list)
     for part in parts:
         for name, sums in part.items():
@@ -59,16 +61,17 @@ def merge_checksums(parts: Iterable[Mapping[str, list[int]]]) -> dict[str, list[
 
 
 def _slices(name: str, shape: tuple[int, ...], cut: EngineCut) -> list[tuple[int, int, int, int]]:
-    """(row, column, rows, columns) of each engine rank's slice."""
-    # The views of a tensor without storage tell where they begin.
+    """(row, column, rows, columns) of each engine rank's slice of an HF tensor."""
+    # Views of a meta tensor know their offset, and need no memory.
     whole = torch.empty(shape, device="meta")
     slices = cut.slices(name, whole)
     columns = matrix_size(shape)[1]
     return [(*divmod(int(part.storage_offset()), columns), *matrix_size(tuple(part.shape))) for part in slices]
 
 
-def _inside(values: Tensor, block: OwnBlock, rows: tuple[int, int, int, int]) -> int:
-    row, column, height, width = rows
+def _contribution(values: Tensor, block: OwnedBlock, rectangle: tuple[int, int, int, int]) -> int:
+    """What the block contributes to the checksum of this rectangle of its HF tensor; 0 if they do not overlap."""
+    row, column, height, width = rectangle
     top, bottom = max(block.row, row), min(block.row + values.shape[0], row + height)
     left, right = max(block.column, column), min(block.column + values.shape[1], column + width)
     if top >= bottom or left >= right:

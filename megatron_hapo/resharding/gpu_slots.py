@@ -1,4 +1,4 @@
-"""Memory of a GPU that two processes on that GPU share by CUDA-IPC. Unshown until `tests/gpu/test_transfer.py` ran."""
+"""GPU memory that two processes on the same GPU share through CUDA IPC. Tested by `tests/gpu/test_transfer.py` only."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 
-def gpu_of(tensor: Tensor) -> str | None:
-    """The GPU that holds the tensor, by a name that all processes share; None on a CPU."""
-    return str(torch.cuda.get_device_properties(tensor.device).uuid) if tensor.is_cuda else None
+def gpu_of(device: torch.device) -> str | None:
+    """UUID of this GPU, the same in all processes; None for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def export_handle(slots: Tensor) -> str:
-    """What another process on the same GPU needs to reach this memory, which must outlive its use there."""
+    """A handle with which another process on the same GPU can open this memory, which must outlive its use there."""
     parts = slots.untyped_storage()._share_cuda_()
     return json.dumps([{"hex": part.hex()} if isinstance(part, bytes) else part for part in parts])
 
 
 def open_handle(handle: str, device: torch.device) -> Tensor:
-    """[num_bytes] uint8, the memory behind a handle.
+    """[num_bytes] uint8 on `device`, the memory behind a handle from `export_handle`.
 
     Args:
-        device: this process's name of the GPU that the memory is on.
+        device: the GPU that holds the memory, as numbered in this process.
     """
     parts = [bytes.fromhex(part["hex"]) if isinstance(part, dict) else part for part in json.loads(handle)]
     parts[0] = device.index if device.index is not None else torch.cuda.current_device()

@@ -1,57 +1,54 @@
-"""The two layouts that a plan connects: Megatron's from the family table, SGLang's (0.5.23) from its rules. Pure."""
+"""The two layouts that a plan connects. Pure.
+
+Megatron's follows from the table of the model family, SGLang's (0.5.23) from its rules.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, assert_never
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import (
     Placement,
     Shape,
-    Spec,
     TableParameter,
     first_parameters,
     hf_tensor_shapes,
-    is_expert,
     last_parameters,
     layer_parameters,
-    padded_vocab_size,
-    placement,
-    table_parameters,
 )
 from megatron_hapo.resharding.plan import Block, Parameter, Shard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VOCABULARY_MULTIPLE = 64  # SGLang's VocabParallelEmbedding
+_VOCABULARY_MULTIPLE = 64  # padding of SGLang's VocabParallelEmbedding
 
 
 @lru_cache(maxsize=8)
 def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every HF tensor, as `plan` counts them."""
+    """(rows, columns) of every HF tensor of the model, as a plan counts them."""
     return {name: matrix_size(size) for name, size in hf_tensor_shapes(shape).items()}
 
 
-def matrix_size(size: tuple[int, ...]) -> tuple[int, int]:
+def matrix_size(tensor_shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor of this shape: all axes but the last are rows, a vector is one column."""
-    return (size[0], 1) if len(size) == 1 else (math.prod(size[:-1]), size[-1])
+    return (tensor_shape[0], 1) if len(tensor_shape) == 1 else (math.prod(tensor_shape[:-1]), tensor_shape[-1])
 
 
 # ----- the trainer
 
 
 def trainer_parameter(name: str, size: tuple[int, ...], place: Placement, shape: Shape) -> Parameter:
-    """A rank's Megatron parameter in HF coordinates.
+    """A rank's local Megatron parameter in HF coordinates.
 
     Args:
-        name: under which the rank finds it again.
-        size: of the local tensor.
-        place: what `families.placement` says about it.
+        name: by which the rank finds the parameter.
+        size: shape of the local tensor.
+        place: where its values come from, by `families.placement`.
+        shape: of the model.
     """
     rows, columns = matrix_size(size)
     sizes = matrix_sizes(shape)
@@ -73,68 +70,32 @@ def trainer_parameter(name: str, size: tuple[int, ...], place: Placement, shape:
 def rank_parameters(
     named: Iterable[tuple[str, Tensor]], place: Callable[[str], Placement], shape: Shape
 ) -> tuple[Parameter, ...]:
-    """Every parameter of a rank's Megatron model; `place` is `families.placement` on this rank."""
+    """All parameters of a rank's Megatron model in HF coordinates.
+
+    Args:
+        named: (name, local tensor) of each parameter.
+        place: `families.placement` for this rank.
+        shape: of the model.
+    """
     return tuple(trainer_parameter(name, tuple(tensor.shape), place(name), shape) for name, tensor in named)
 
 
 def shards_of_ranks(parameters: Iterable[tuple[Parameter, ...]]) -> list[Shard]:
-    """Shards of all ranks, from what each rank in turn holds: ranks that hold the same are replicas."""
+    """The trainer's shards, from the parameters of rank 0, 1, and so on: ranks with equal parameters are replicas."""
     replicas: dict[tuple[Parameter, ...], list[int]] = {}
     for rank, own in enumerate(parameters):
         replicas.setdefault(own, []).append(rank)
     return [Shard(tuple(ranks), own) for own, ranks in replicas.items()]
 
 
-def trainer_shards(shape: Shape, sizes: ParallelSizes, *, spec: Spec = "te") -> list[Shard]:
-    """Shards of a Megatron grid without building its models.
-
-    Ranks count tp, cp, dp, pp; for experts the tp x cp x dp ranks of a stage count etp, ep, replicas.
-
-    Raises:
-        ValueError: the layers cannot be distributed over the stages.
-    """
-    if faults := [message for _, message in sizes.faults(shape.num_layers)]:
-        raise ValueError("; ".join(faults))
-    tp, ep, etp = sizes.tp, sizes.ep, sizes.etp
-    shards = []
-    for stage in range(sizes.pp):
-        layers = [layer for chunk in sizes.chunks(shape.num_layers, stage) for layer in chunk]
-        held_by_stage = table_parameters(shape, layers, first=stage == 0, last=stage == sizes.pp - 1, ep=ep)
-        names = [parameter.name(spec) for parameter in held_by_stage]
-        dense, experts = [n for n in names if not is_expert(n)], [n for n in names if is_expert(n)]
-        ranks = range(stage * sizes.stage_size, (stage + 1) * sizes.stage_size)
-        for tp_rank in range(tp):
-            held = (_planned_parameter(name, shape, tp_rank=tp_rank, tp_size=tp) for name in dense)
-            shards.append(Shard(tuple(ranks[tp_rank::tp]), tuple(held)))
-        for ep_rank, etp_rank in itertools.product(range(ep), range(etp)) if experts else ():
-            part = {"ep_rank": ep_rank, "ep_size": ep, "etp_rank": etp_rank, "etp_size": etp}
-            held = (_planned_parameter(name, shape, **part) for name in experts)
-            shards.append(Shard(tuple(ranks[ep_rank * etp + etp_rank :: ep * etp]), tuple(held)))
-    return shards
-
-
-def _planned_parameter(name: str, shape: Shape, *, tp_rank: int = 0, tp_size: int = 1, **of_expert: int) -> Parameter:
-    place = placement(name, shape, first_layer=0, tp_rank=tp_rank, tp_size=tp_size, **of_expert)
-    sizes = matrix_sizes(shape)
-    rows, columns = sizes[place.runs[0].tensor]
-    length = sum(run.stop - run.start for run in place.runs)
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        rows = padded_vocab_size(shape.vocab_size, tp_size) // tp_size
-    elif place.axis == 0:
-        rows = length
-    elif place.axis == 1:
-        columns = length
-    return trainer_parameter(name, (rows, columns), place, shape)
-
-
 # ----- the engine
 
 
-def not_served(shape: Shape) -> str | None:
-    """Why SGLang would build this model otherwise than its checkpoint says; None where it does not."""
+def unsupported_by_engine(shape: Shape) -> str | None:
+    """The reason why SGLang would not build this model as its checkpoint says, or None if it would."""
     if shape.moe is not None and shape.moe.dense_layers:
         return (
-            f"{shape.family}: SGLang gives experts to all layers, this model has dense ones "
+            f"{shape.family}: SGLang gives experts to all layers, but this model has dense layers "
             "(mlp_only_layers, decoder_sparse_step in its config.json)"
         )
     if shape.moe is not None and shape.tied_embeddings:
@@ -149,15 +110,17 @@ def engine_parameters(shape: Shape, tp: int, ep: int = 1) -> list[tuple[Paramete
     """The parameters of each of an engine's `tp` ranks, under SGLang's names.
 
     Args:
-        ep: 1 cuts every expert over the tp ranks, tp deals whole experts out to them; SGLang knows nothing in between.
+        shape: of the model.
+        tp: tensor-parallel size of the engine.
+        ep: 1 slices every expert over the tp ranks; ep = tp gives each rank whole experts. SGLang supports no others.
     Raises:
-        ValueError: the model does not split over tp and ep, or SGLang builds it otherwise than the checkpoint says.
+        ValueError: the model does not split over tp and ep, or SGLang would not build it as its checkpoint says.
     """
     if ep not in (1, tp):
         raise ValueError(f"the engine's ep must be 1 or its tp={tp}, got {ep}")
     if shape.moe is None and ep > 1:
-        raise ValueError(f"the engine's ep={ep}, but the model has no experts ({shape.family})")
-    if (reason := not_served(shape)) is not None:
+        raise ValueError(f"the engine's ep must be 1 for {shape.family}, which has no experts, got {ep}")
+    if (reason := unsupported_by_engine(shape)) is not None:
         raise ValueError(reason)
     return [tuple(_engine_rank(shape, tp, ep, rank)) for rank in range(tp)]
 
@@ -218,23 +181,27 @@ def _experts(mlp: str, shape: Shape, tp: int, ep: int, rank: int) -> Iterator[Pa
 
 
 def _cut(shape: Shape, what: str, count: int, tp: int, rank: int, size: int) -> tuple[int, int]:
+    """(start, stop) of this rank's part of `count` units of `size` rows or columns each."""
     if count % tp:
         raise ValueError(f"{shape.family}: {count} {what} do not split over the engine's tp={tp}")
     return rank * (count // tp) * size, (rank + 1) * (count // tp) * size
 
 
 def _kv_cut(shape: Shape, tp: int, rank: int) -> tuple[int, int]:
-    """Rows of this rank's keys; a rank of more than there are KV heads shares one head with its neighbours."""
+    """(start, stop) rows of this rank's keys. If there are more ranks than heads, neighbouring ranks share a head."""
     if tp <= shape.num_kv_heads:
         return _cut(shape, "key/value heads", shape.num_kv_heads, tp, rank, shape.head_dim)
     if tp % shape.num_kv_heads:
-        raise ValueError(f"{shape.family}: the engine's tp={tp} is no multiple of {shape.num_kv_heads} key/value heads")
+        raise ValueError(
+            f"{shape.family}: the engine's tp={tp} must be a multiple of the model's {shape.num_kv_heads} "
+            "key/value heads"
+        )
     head = rank // (tp // shape.num_kv_heads)
     return head * shape.head_dim, (head + 1) * shape.head_dim
 
 
 def _stacked(name: str, parts: list[tuple[str, tuple[int, int]]], columns: int) -> Parameter:
-    """Rows of several tensors, one below the other."""
+    """A parameter that stacks a range of rows of each of several tensors."""
     blocks, at = [], 0
     for tensor, (start, stop) in parts:
         blocks.append(Block(tensor, start, 0, stop - start, columns, at, 0))
@@ -243,12 +210,13 @@ def _stacked(name: str, parts: list[tuple[str, tuple[int, int]]], columns: int) 
 
 
 def _columns(name: str, rows: int, cut: tuple[int, int]) -> Parameter:
+    """A range of columns of the tensor with the same name."""
     start, stop = cut
     return Parameter(name, rows, stop - start, (Block(name, 0, start, rows, stop - start, 0, 0),))
 
 
 def _vocabulary(name: str, shape: Shape, tp: int, rank: int) -> Parameter:
-    """Rows of the vocabulary, which SGLang pads to a multiple of 64 (of 64 tp where that does not split)."""
+    """This rank's rows of the vocabulary, padded to a multiple of 64, or of 64 * tp if that does not split."""
     padded = -(-shape.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     if padded % tp:
         padded = -(-shape.vocab_size // (_VOCABULARY_MULTIPLE * tp)) * _VOCABULARY_MULTIPLE * tp

@@ -1,17 +1,17 @@
-"""Two layouts of one model -> which piece of which parameter goes where. Pure: no process group, no tensor.
+"""From two layouts of one model to the pieces that each trainer rank sends to each engine rank. Pure Python and numpy.
 
-Both layouts are described in the coordinates of the Hugging Face tensors: a parameter is made of blocks, each a
-rectangle of one such tensor at a place of the parameter. A copy is the intersection of a source block and a target
-block. Parameters and tensors count as two-dimensional: all axes but the last are rows, a vector has one column.
+Both layouts are described in the coordinates of the Hugging Face tensors. A parameter consists of blocks; each block is
+a rectangle of one such tensor, placed somewhere in the parameter. A copy is the intersection of a source block and a
+target block. Parameters and tensors are treated as matrices: all axes but the last are rows, a vector has one column.
 
-All engines are alike, so one engine's copies are planned; which of the ranks that hold the same block serves which
-engine follows from a closed form (`Plan.senders`), so that a plan for hundreds of GPUs takes seconds.
+All engines have the same layout, so the copies are planned for one engine. Which of the ranks that hold the same block
+serves which engine follows from a closed form (`ReshardingPlan.senders`), so a plan for hundreds of GPUs takes seconds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 
 class Block(NamedTuple):
-    """`rows` x `columns` of an HF tensor, from (row, column) on, that lie at (at_row, at_column) of a parameter."""
+    """A `rows` x `columns` rectangle at (row, column) of an HF tensor, stored at (at_row, at_column) of a parameter."""
 
     tensor: str
     row: int
@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A rank's own parameter; its blocks cover all of it but the last `padding_rows`, each element once."""
+    """A rank's local parameter. Its blocks cover each element exactly once, except for the last `padding_rows` rows."""
 
     name: str
     rows: int
@@ -42,14 +42,17 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Parameters that these trainer ranks hold alike (data parallel replicas). A rank may belong to several shards."""
+    """Parameters of which every one of these trainer ranks (data-parallel replicas) holds a copy.
+
+    A rank may belong to several shards: one of dense and one of expert parameters.
+    """
 
     ranks: tuple[int, ...]
     parameters: tuple[Parameter, ...]
 
 
 class Piece(NamedTuple):
-    """A rectangle of a rank's parameter."""
+    """A rectangle of a rank's local parameter, in rows and columns of that parameter."""
 
     parameter: str
     row: int
@@ -60,7 +63,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Channel:
-    """Everything that one trainer rank sends to one engine rank, in order: sources[i] goes to targets[i]."""
+    """Everything that one trainer rank sends to one engine rank, in order: sources[i] is copied to targets[i]."""
 
     source_rank: int
     engine: int
@@ -69,25 +72,27 @@ class Channel:
     targets: tuple[Piece, ...]
 
 
-class OwnBlock(NamedTuple):
-    """A block of an HF tensor that one rank answers for, and where the rank keeps it."""
+class OwnedBlock(NamedTuple):
+    """A rectangle of an HF tensor whose expected checksum one trainer rank computes, and where that rank stores it."""
 
     piece: Piece
+    """In the rank's parameter."""
     tensor: str
+    """Name of the HF tensor, in which the rectangle starts at (row, column)."""
     row: int
     column: int
 
 
 @dataclass(frozen=True)
 class SendingTask:
-    """One trainer rank's part of a plan."""
+    """The part of a plan that one trainer rank carries out."""
 
     channels: tuple[Channel, ...]
-    own_blocks: tuple[OwnBlock, ...]
+    owned_blocks: tuple[OwnedBlock, ...]
 
 
 class _Copy(NamedTuple):
-    """Of one engine; the source is whoever holds `box`."""
+    """A copy into one engine, from any rank that holds `box`."""
 
     box: int
     box_row: int
@@ -101,7 +106,7 @@ class _Copy(NamedTuple):
 
 
 class _Holder(NamedTuple):
-    """Where the ranks of one shard keep a box."""
+    """Where the ranks of one shard store a box."""
 
     shard: int
     parameter: str
@@ -110,7 +115,7 @@ class _Holder(NamedTuple):
 
 
 class _Box(NamedTuple):
-    """A rectangle of an HF tensor that trainer ranks hold as one block."""
+    """A rectangle of an HF tensor that trainer ranks store as one block."""
 
     tensor: str
     row: int
@@ -121,43 +126,43 @@ class _Box(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which rank sends what to every engine rank; made by `make_plan`."""
+class ReshardingPlan:
+    """Which trainer rank sends what to every engine rank; made by `make_plan`."""
 
     engines: int
-    engine_ranks: int
-    itemsize: int
-    """Bytes of an element on the way: the engine's dtype."""
+    """Number of engines."""
     shards: tuple[Shard, ...]
+    """What the trainer's ranks hold."""
     boxes: tuple[_Box, ...]
+    """Rectangles that cover each HF tensor of the trainer exactly once."""
     copies: tuple[_Copy, ...]
-    """Of one engine."""
+    """Into one engine; every engine gets the same."""
     copy_bytes: np.ndarray
-    """[copies] int64."""
-    _holders: np.ndarray
-    """[copies] index into `_ranks_of_class`."""
-    _ranks_of_class: tuple[np.ndarray, ...]
-    _starts: np.ndarray
-    """[copies] bytes before this copy in its class, in one engine."""
-    _class_bytes: np.ndarray
-    """[classes] bytes of a class in one engine."""
+    """[copies] int64, size of each copy in the engine's dtype."""
+    _replicas: tuple[np.ndarray, ...]
+    """The distinct sets of trainer ranks that can serve a copy."""
+    _replicas_of_copy: np.ndarray
+    """[copies] int64, index into `_replicas`."""
 
     def senders(self, engine: int) -> np.ndarray:
-        """[copies] the trainer rank that serves each copy of this engine.
+        """[copies] int64, the trainer rank that serves each copy of this engine.
 
-        All engines' copies of a class of equal holders, laid end to end, are cut into equal parts, one a holder: loads
-        differ by one copy at most, and a holder serves as few engines as can be.
+        The copies of all engines that the same replicas can serve are laid end to end and cut into equal parts, one for
+        each replica. So loads differ by one copy at most, and each replica serves as few engines as possible.
         """
         senders = np.empty(len(self.copies), dtype=np.int64)
-        for index, ranks in enumerate(self._ranks_of_class):
-            mine = self._holders == index
-            total = int(self._class_bytes[index])
-            part = (engine * total + self._starts[mine]) * len(ranks) // (self.engines * total)
-            senders[mine] = ranks[part]
+        for index, ranks in enumerate(self._replicas):
+            selected = self._replicas_of_copy == index
+            ends = np.cumsum(self.copy_bytes[selected])
+            if not ends.size:
+                continue
+            starts, total = ends - self.copy_bytes[selected], int(ends[-1])
+            part = (engine * total + starts) * len(ranks) // (self.engines * total)
+            senders[selected] = ranks[part]
         return senders
 
     def channels(self) -> Iterator[Channel]:
-        """Every pair of a trainer rank and an engine rank between which anything moves."""
+        """Yields one channel for each pair of a trainer rank and an engine rank between which data moves."""
         shard_of = [{rank: None for rank in shard.ranks} for shard in self.shards]
         for engine in range(self.engines):
             pieces: dict[tuple[int, int], tuple[list[Piece], list[Piece]]] = defaultdict(lambda: ([], []))
@@ -172,26 +177,18 @@ class Plan:
             for (sender, engine_rank), (sources, targets) in sorted(pieces.items()):
                 yield Channel(sender, engine, engine_rank, tuple(sources), tuple(targets))
 
-    def own_blocks(self) -> dict[int, list[OwnBlock]]:
-        """Every element of the model once, over the trainer's ranks: who says what it ought to be."""
-        owned: dict[int, list[OwnBlock]] = defaultdict(list)
+    def owned_blocks(self) -> dict[int, list[OwnedBlock]]:
+        """For each trainer rank, the blocks it owns: every element of the model belongs to exactly one rank.
+
+        The owner contributes the block to the checksums that the engines are compared with.
+        """
+        owned: dict[int, list[OwnedBlock]] = defaultdict(list)
         for index, box in enumerate(self.boxes):
             holder = box.holders[index % len(box.holders)]
             ranks = self.shards[holder.shard].ranks
             piece = Piece(holder.parameter, holder.row, holder.column, box.rows, box.columns)
-            owned[ranks[index % len(ranks)]].append(OwnBlock(piece, box.tensor, box.row, box.column))
+            owned[ranks[index % len(ranks)]].append(OwnedBlock(piece, box.tensor, box.row, box.column))
         return owned
-
-    def traffic(self) -> np.ndarray:
-        """[trainer ranks, engines, engine ranks] int64, bytes from each rank to each."""
-        num_ranks = 1 + max(max(shard.ranks) for shard in self.shards)
-        bytes_to = np.zeros((num_ranks, self.engines, self.engine_ranks), dtype=np.int64)
-        engine_rank = np.array([copy.engine_rank for copy in self.copies])
-        for engine in range(self.engines):
-            links = self.senders(engine) * self.engine_ranks + engine_rank
-            sums = np.bincount(links, self.copy_bytes, num_ranks * self.engine_ranks)  # float64: exact below 2^53
-            bytes_to[:, engine] = sums.reshape(num_ranks, self.engine_ranks)
-        return bytes_to
 
 
 def make_plan(
@@ -202,53 +199,52 @@ def make_plan(
     engines: int,
     itemsize: int,
     max_copy_bytes: int,
-) -> Plan:
-    """The plan from the trainer's shards to `engines` engines, with the proof that each target element comes once.
+) -> ReshardingPlan:
+    """The plan from the trainer's shards to `engines` engines, which writes each target element exactly once.
 
     Args:
         shards: of all trainer ranks.
-        engine: the parameters of each rank of an engine.
-        tensors: rows and columns of every HF tensor.
-        max_copy_bytes: larger copies are split by rows, for balance and for buckets.
+        engine: the parameters of each rank of one engine.
+        tensors: (rows, columns) of every HF tensor.
+        engines: number of engines.
+        itemsize: bytes per element in the engine's dtype, in which weights are sent.
+        max_copy_bytes: larger copies are split by rows, to balance the load and to fit the buckets.
     Raises:
-        ValueError: a tensor that the trainer does not hold exactly once (apart from replicas), an engine parameter that
-            its blocks do not cover exactly once, a tensor that only one side knows.
+        ValueError: the trainer's shards do not cover a tensor exactly once (apart from replicas), the blocks of an
+            engine parameter do not cover it exactly once, or only one side has a tensor.
     """
     boxes_of, boxes = _source_boxes(shards, tensors)
     copies: list[_Copy] = []
     wanted: set[str] = set()
     for engine_rank, parameters in enumerate(engine):
         for parameter in parameters:
-            who = f"engine rank {engine_rank}, {parameter.name}"
-            _check_target(parameter, tensors, who)
+            where = f"engine rank {engine_rank}, {parameter.name}"
+            _check_target(parameter, tensors, where)
             for block in parameter.blocks:
                 wanted.add(block.tensor)
                 if block.tensor not in boxes_of:
-                    raise ValueError(f"{who}: no trainer rank holds {block.tensor}")
+                    raise ValueError(f"{where}: no trainer rank holds {block.tensor}")
                 for box in boxes_of[block.tensor]:
                     copies.extend(
                         _intersection(box, boxes[box], block, parameter.name, engine_rank, max_copy_bytes // itemsize)
                     )
     unused = sorted(boxes_of.keys() - wanted)
     if unused:
-        raise ValueError(f"no engine parameter takes the trainer's {', '.join(unused[:5])} ({len(unused)} tensors)")
+        raise ValueError(f"no engine parameter uses the trainer's {', '.join(unused[:5])} ({len(unused)} tensors)")
     copy_bytes = np.array([copy.rows * copy.columns * itemsize for copy in copies], dtype=np.int64)
-    holders, ranks_of_class, starts, class_bytes = _classes(shards, boxes, copies, copy_bytes)
-    return Plan(
-        engines, len(engine), itemsize, tuple(shards), tuple(boxes), tuple(copies), copy_bytes, holders,
-        ranks_of_class, starts, class_bytes,
-    )  # fmt: skip
+    replicas, replicas_of_copy = _find_replicas(shards, boxes, copies)
+    return ReshardingPlan(engines, tuple(shards), tuple(boxes), tuple(copies), copy_bytes, replicas, replicas_of_copy)
 
 
 def _source_boxes(
     shards: Sequence[Shard], tensors: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, list[int]], list[_Box]]:
-    """Indices of each tensor's boxes, which together cover it exactly once; and the boxes."""
+    """The indices of each tensor's boxes, which together cover it exactly once; and all boxes."""
     found: dict[str, dict[tuple[int, int, int, int], list[_Holder]]] = defaultdict(dict)
     for index, shard in enumerate(shards):
         for parameter in shard.parameters:
             for block in parameter.blocks:
-                if not block.rows * block.columns:  # a rank that holds nothing but padding
+                if not block.rows * block.columns:  # a rank that holds only padding
                     continue
                 holders = found[block.tensor].setdefault(block[1:5], [])
                 holders.append(_Holder(index, parameter.name, block.at_row, block.at_column))
@@ -264,20 +260,20 @@ def _source_boxes(
     return boxes_of, boxes
 
 
-def _check_target(parameter: Parameter, tensors: Mapping[str, tuple[int, int]], who: str) -> None:
+def _check_target(parameter: Parameter, tensors: Mapping[str, tuple[int, int]], where: str) -> None:
     for block in parameter.blocks:
         rows, columns = tensors.get(block.tensor, (0, 0))
         if block.row < 0 or block.column < 0 or block.row + block.rows > rows or block.column + block.columns > columns:
-            raise ValueError(f"{who}: takes {block} of a tensor of {rows} x {columns}")
+            raise ValueError(f"{where}: {block} exceeds the tensor of {rows} x {columns}")
     rectangles = [(block.at_row, block.at_column, block.rows, block.columns) for block in parameter.blocks]
-    _check_cover(rectangles, parameter.rows - parameter.padding_rows, parameter.columns, who)
+    _check_cover(rectangles, parameter.rows - parameter.padding_rows, parameter.columns, where)
 
 
-def _check_cover(rectangles: list[tuple[int, int, int, int]], rows: int, columns: int, who: str) -> None:
-    """Raises unless these (row, column, rows, columns) cover rows x columns exactly once.
+def _check_cover(rectangles: list[tuple[int, int, int, int]], rows: int, columns: int, where: str) -> None:
+    """Raises unless these (row, column, rows, columns) rectangles cover rows x columns exactly once.
 
-    Rectangles lie in bands of equal rows, as every cut by tensor or expert parallel does; then inside the whole, apart
-    from each other, and of its area is a proof.
+    The rectangles must form bands of equal rows, as every tensor- or expert-parallel split does. Then it is enough that
+    they lie inside the matrix, do not overlap, and add up to its area.
     """
     bands: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     area = 0
@@ -288,23 +284,24 @@ def _check_cover(rectangles: list[tuple[int, int, int, int]], rows: int, columns
     end = 0
     for (row, height), spans in sorted(bands.items()):
         if row < end:
-            raise ValueError(f"{who}: rows {row}..{end} come more than once")
+            raise ValueError(f"{where}: rows {row}..{end} are covered more than once")
         end, side = row + height, 0
         for column, width in sorted(spans):
             if column < side:
-                raise ValueError(f"{who}: columns {column}..{side} of rows {row}..{end} come more than once")
+                raise ValueError(f"{where}: columns {column}..{side} of rows {row}..{end} are covered more than once")
             side = column + width
         if side > columns:
-            raise ValueError(f"{who}: columns up to {side} of {columns}")
+            raise ValueError(f"{where}: columns up to {side}, but there are {columns}")
     if end > rows:
-        raise ValueError(f"{who}: rows up to {end} of {rows}")
+        raise ValueError(f"{where}: rows up to {end}, but there are {rows}")
     if area != rows * columns:
-        raise ValueError(f"{who}: {rows * columns - area} of {rows * columns} elements come from nowhere")
+        raise ValueError(f"{where}: {rows * columns - area} of {rows * columns} elements have no source")
 
 
 def _intersection(
     index: int, box: _Box, block: Block, target: str, engine_rank: int, max_elements: int
 ) -> Iterator[_Copy]:
+    """Yields the copies from a box into an engine's block, each of at most `max_elements` or one row."""
     top, bottom = max(box.row, block.row), min(box.row + box.rows, block.row + block.rows)
     left, right = max(box.column, block.column), min(box.column + box.columns, block.column + block.columns)
     if top >= bottom or left >= right:
@@ -317,29 +314,18 @@ def _intersection(
         )  # fmt: skip
 
 
-def _classes(
-    shards: Sequence[Shard], boxes: Sequence[_Box], copies: Sequence[_Copy], copy_bytes: np.ndarray
-) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
-    """Copies grouped by the set of ranks that could serve them: class of each copy, ranks, starts, bytes."""
-    class_of_shards: dict[tuple[int, ...], int] = {}
-    ranks_of_class: list[np.ndarray] = []
-    class_of_box = np.empty(len(boxes), dtype=np.int64)
-    for index, box in enumerate(boxes):
+def _find_replicas(
+    shards: Sequence[Shard], boxes: Sequence[_Box], copies: Sequence[_Copy]
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """The distinct sets of trainer ranks that can serve a copy, and [copies] int64, the index of each copy's set."""
+    index_of_shards: dict[tuple[int, ...], int] = {}
+    replicas: list[np.ndarray] = []
+    index_of_box = np.empty(len(boxes), dtype=np.int64)
+    for number, box in enumerate(boxes):
         key = tuple(holder.shard for holder in box.holders)
-        if key not in class_of_shards:
-            class_of_shards[key] = len(ranks_of_class)
-            ranks_of_class.append(np.array(_unique(rank for shard in key for rank in shards[shard].ranks)))
-        class_of_box[index] = class_of_shards[key]
-    classes = class_of_box[np.array([copy.box for copy in copies], dtype=np.int64)]
-    starts = np.empty(len(copies), dtype=np.int64)
-    class_bytes = np.zeros(len(ranks_of_class), dtype=np.int64)
-    for index in range(len(ranks_of_class)):
-        mine = classes == index
-        ends = np.cumsum(copy_bytes[mine])
-        starts[mine] = ends - copy_bytes[mine]
-        class_bytes[index] = ends[-1] if len(ends) else 1
-    return classes, tuple(ranks_of_class), starts, class_bytes
-
-
-def _unique(ranks: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(ranks))
+        if key not in index_of_shards:
+            index_of_shards[key] = len(replicas)
+            ranks = dict.fromkeys(rank for shard in key for rank in shards[shard].ranks)
+            replicas.append(np.array(list(ranks)))
+        index_of_box[number] = index_of_shards[key]
+    return tuple(replicas), index_of_box[np.array([copy.box for copy in copies], dtype=np.int64)]

@@ -1,11 +1,12 @@
-"""Carries a plan out between processes of several hosts, as messages of a process group: `send` and `receive`.
+"""The transport between hosts, over messages of a process group: `send` in a trainer rank, `receive` in an engine rank.
 
-The group holds all trainer ranks, then all engine ranks; it is made for the first sync and kept (`Membership`) until
-one fails. Both ends go through the buckets of all their channels in rounds, with two buffers a channel, so that packing
-a bucket overlaps sending the one before it. No round can wait for a later one, hence no order of ranks can deadlock.
+The group contains all trainer ranks followed by all engine ranks. It is created by the first transfer and kept
+(`Membership`) until one fails. Both ends go through the buckets of all their channels in rounds, with two buffers per
+channel, so that packing a bucket overlaps with sending the one before. No round waits for a later one, so no order of
+ranks can deadlock.
 
-Every wait ends at the deadline. Whoever fails says so in the store where the ranks have met and leaves the group, which
-closes its connections: the others then fail at once.
+Every wait ends at the deadline. A rank that fails records that in the store of the rendezvous and leaves the group,
+which closes its connections, so the other ranks fail at once.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding.channel_ends import BucketHook, ChannelEnd, ChannelId, received_bytes
 from megatron_hapo.resharding.plan import Channel, Piece
-from megatron_hapo.resharding.transfer import Bucket, Transfer, TransferStoppedError, cut_buckets, rectangle
+from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
 
-_c10d: Any = dist  # torch 2.14's annotations leave its stores and process groups out
+_c10d: Any = dist  # stores and process groups are missing from torch 2.14's annotations
 _BUFFERS = 2
 _POLL_SECONDS = 0.0005
 
 
 class Membership:
-    """A rank's place in the group, kept from one sync to the next."""
+    """A rank's membership of the process group, kept from one transfer to the next."""
 
     def __init__(self) -> None:
         self._group: Any = None
@@ -40,88 +42,108 @@ class Membership:
         self._key: tuple[str, int] | None = None
 
     def group(self, transfer: Transfer, rank: int, deadline: float) -> Any:
-        """The group of this transfer. All ranks call it.
+        """The process group of this transfer, created if necessary. All ranks of the transfer must call this.
 
+        Args:
+            rank: this rank's number in the group.
+            deadline: by `time.monotonic`, seconds.
         Raises:
-            WeightSyncError: not all came before the deadline; names those missing.
+            WeightSyncError: not all ranks came before the deadline; names those missing.
         """
-        assert transfer.meeting is not None
-        key = (transfer.plan, transfer.meeting.generation)
+        assert transfer.rendezvous is not None
+        key = (transfer.plan, transfer.rendezvous.generation)
         if self._group is None or key != self._key:
             self._group, self._key = None, key
-            self._store = _enter(transfer, rank, deadline)
-            self._group = _join(self._store, transfer, rank, deadline)
+            self._store = _register(transfer, rank, deadline)
+            self._group = _create_group(self._store, transfer, rank, deadline)
         return self._group
 
     @contextmanager
-    def leaving_on_failure(self, who: str) -> Iterator[None]:
-        """If the block raises, leaves the group and tells why.
+    def leave_on_failure(self, name: str) -> Iterator[None]:
+        """Leaves the group if the block raises, and records this rank as failed, by its name.
 
         Raises:
-            TransferStoppedError: in the place of a broken connection, where another rank had failed before.
+            TransferStoppedError: instead of the error of a broken connection, if another rank had failed before.
         """
         try:
             yield
         except BaseException as error:
-            first = who
+            first = name
             if self._group is not None:
-                with suppress(RuntimeError, _c10d.DistError):  # the store may be what has gone
-                    first = self._store.compare_set("failed", "", who).decode()
+                with suppress(RuntimeError, _c10d.DistError):  # the store may be what failed
+                    first = self._store.compare_set("failed", "", name).decode()
             self._leave(error)
-            if isinstance(error, _BrokenError) and first != who:
-                raise TransferStoppedError(f"{error}: stopped, because {first} failed") from None
+            if isinstance(error, _BrokenError) and first != name:
+                raise TransferStoppedError(f"{error}: stopped because {first} failed") from None
             raise
 
     def _leave(self, error: BaseException | None) -> None:
-        """Closes the group's connections; for that its last reference must go."""
+        """Closes the group's connections, which happens when its last reference is dropped."""
         self._group = None
-        while error is not None:  # its frames hold messages under way, which hold the group
+        while error is not None:  # its frames hold pending messages, which refer to the group
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
 
 
 class _BrokenError(WeightSyncError):
-    """A connection of the group broke, not always the one to the rank that failed."""
+    """A connection of the group broke, not necessarily the one to the rank that failed."""
 
 
 def send(
-    channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership, *, rank: int
+    channels: Sequence[Channel],
+    matrices: Mapping[str, Tensor],
+    transfer: Transfer,
+    membership: Membership,
+    *,
+    rank: int,
+    on_bucket: BucketHook | None = None,
 ) -> int:
-    """Send everything of a rank's channels; the bytes that went. A rank that has none still belongs to the group.
+    """Send everything of these channels; returns the bytes sent, including padding.
+
+    Every trainer rank calls this, even one without channels, because it belongs to the group.
 
     Args:
-        matrices: the rank's parameters, two-dimensional, of any float dtype.
-        rank: of the trainer.
+        channels: the channels that start at this trainer rank.
+        matrices: the rank's local parameters, each [rows, columns], of any float dtype.
+        membership: this rank's membership of the group.
+        rank: this trainer rank.
+        on_bucket: for tests, see `BucketHook`.
     Raises:
-        WeightSyncError: a receiver is late, or went away.
+        WeightSyncError: a receiver is late, or left the group.
     """
-    with member.leaving_on_failure(f"trainer rank {rank}"):
-        return _send(channels, matrices, transfer, member, rank)
+    with membership.leave_on_failure(f"trainer rank {rank}"):
+        # A function of its own, so that its frame has finished, and can be cleared, when the group is left.
+        return _send(channels, matrices, transfer, membership, rank, on_bucket)
 
 
 def receive(
     sources: Mapping[int, Sequence[Piece]],
     matrices: Mapping[str, Tensor],
     transfer: Transfer,
-    member: Membership,
+    membership: Membership,
     *,
     engine: int,
     engine_rank: int,
+    on_bucket: BucketHook | None = None,
 ) -> int:
-    """Fill an engine rank's parameters with what all trainer ranks send; the bytes that came.
+    """Fill an engine rank's parameters with what all trainer ranks send; returns the bytes received.
 
     Args:
-        sources: for each trainer rank, the pieces that it sends, in the plan's order.
-        matrices: the engine rank's parameters, two-dimensional, in the transfer's dtype.
+        sources: for each trainer rank, the pieces of this rank's parameters that it sends, in the plan's order.
+        matrices: the engine rank's parameters, each [rows, columns], in the transfer's dtype.
+        membership: this rank's membership of the group.
+        engine: index of the engine.
+        engine_rank: rank within the engine.
+        on_bucket: for tests, see `BucketHook`.
     Raises:
-        WeightSyncError: a sender is late, or went away.
+        WeightSyncError: a sender is late, or left the group.
     """
-    with member.leaving_on_failure(f"engine {engine}, rank {engine_rank}"):
-        return _receive(sources, matrices, transfer, member, engine, engine_rank)
+    with membership.leave_on_failure(f"engine {engine}, rank {engine_rank}"):
+        return _receive(sources, matrices, transfer, membership, engine, engine_rank, on_bucket)
 
 
 def open_store(address: str) -> tuple[Any, int]:
-    """A store where ranks of several hosts find each other, listening on this address only; and its port."""
+    """A TCPStore for the rendezvous of ranks on several hosts, which listens on this address only; and its port."""
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
         listening = server.detach()
@@ -129,167 +151,214 @@ def open_store(address: str) -> tuple[Any, int]:
 
 
 def _send(
-    channels: Sequence[Channel], matrices: Mapping[str, Tensor], transfer: Transfer, member: Membership, rank: int
+    channels: Sequence[Channel],
+    matrices: Mapping[str, Tensor],
+    transfer: Transfer,
+    membership: Membership,
+    rank: int,
+    on_bucket: BucketHook | None,
 ) -> int:
-    assert transfer.meeting is not None
     deadline = time.monotonic() + transfer.deadline_seconds
-    group = member.group(transfer, rank, deadline)
-    ends = [
-        _End(
-            f"trainer rank {c.source_rank} to engine {c.engine}, rank {c.engine_rank}",
-            transfer.meeting.engine_rank(c.engine, c.engine_rank), c.sources, matrices, transfer,
-        )
-        for c in channels
-    ]  # fmt: skip
-    for number in range(max((len(end.buckets) for end in ends), default=0) + _BUFFERS):
-        for end in ends:
-            end.finish(number - _BUFFERS, "sending weights", deadline)
-            if number < len(end.buckets):
-                for piece, place in end.places(number):
-                    place.copy_(rectangle(matrices[piece.parameter], piece))
-                end.start(number, group.send)
-    return sum(bucket.num_bytes for end in ends for bucket in end.buckets)
+    group = membership.group(transfer, rank, deadline)
+    senders = [MessageSender(channel, matrices, transfer, on_bucket) for channel in channels]
+    for number in range(max((len(sender.buckets) for sender in senders), default=0) + _BUFFERS):
+        for sender in senders:
+            sender.finish(number - _BUFFERS, deadline)
+            if number < len(sender.buckets):
+                sender.start(number, group)
+    return sum(bucket.num_bytes for sender in senders for bucket in sender.buckets)
 
 
 def _receive(
     sources: Mapping[int, Sequence[Piece]],
     matrices: Mapping[str, Tensor],
     transfer: Transfer,
-    member: Membership,
+    membership: Membership,
     engine: int,
     engine_rank: int,
+    on_bucket: BucketHook | None,
 ) -> int:
-    assert transfer.meeting is not None
+    assert transfer.rendezvous is not None
     deadline = time.monotonic() + transfer.deadline_seconds
-    group = member.group(transfer, transfer.meeting.engine_rank(engine, engine_rank), deadline)
-    ends = [
-        _End(f"trainer rank {rank} to engine {engine}, rank {engine_rank}", rank, pieces, matrices, transfer)
+    group = membership.group(transfer, transfer.rendezvous.engine_rank(engine, engine_rank), deadline)
+    receivers = [
+        MessageReceiver(ChannelId(rank, engine, engine_rank), pieces, matrices, transfer, on_bucket)
         for rank, pieces in sources.items()
     ]
-    for end in ends:
-        for number in range(min(_BUFFERS, len(end.buckets))):
-            end.start(number, group.recv)
-    for number in range(max((len(end.buckets) for end in ends), default=0)):
-        for end in ends:
-            if number >= len(end.buckets):
-                continue
-            end.finish(number, "receiving weights", deadline)
-            for piece, place in end.places(number):
-                rectangle(matrices[piece.parameter], piece).copy_(place)
-            if number + _BUFFERS < len(end.buckets):
-                end.start(number + _BUFFERS, group.recv)
-    itemsize = getattr(torch, transfer.dtype).itemsize
-    return sum(piece.rows * piece.columns for pieces in sources.values() for piece in pieces) * itemsize
+    for receiver in receivers:
+        for number in range(min(_BUFFERS, len(receiver.buckets))):
+            receiver.start(number, group)
+    for number in range(max((len(receiver.buckets) for receiver in receivers), default=0)):
+        for receiver in receivers:
+            if number < len(receiver.buckets):
+                receiver.finish(number, deadline)
+            if number + _BUFFERS < len(receiver.buckets):
+                receiver.start(number + _BUFFERS, group)
+    return received_bytes(sources, transfer)
 
 
-class _End:
-    """One end of a channel."""
+class _MessageEnd(ChannelEnd):
+    """What both ends share: two buffers, and the messages that are under way."""
+
+    _phase: str
+    """What this end does, for errors."""
 
     def __init__(
-        self, name: str, peer: int, pieces: Sequence[Piece], matrices: Mapping[str, Tensor], transfer: Transfer
+        self,
+        channel: ChannelId,
+        pieces: Sequence[Piece],
+        matrices: Mapping[str, Tensor],
+        transfer: Transfer,
+        *,
+        engine_pieces: Sequence[Piece],
+        on_bucket: BucketHook | None,
     ):
-        self._name, self._peer, self._pieces, self._transfer = name, peer, pieces, transfer
-        self._dtype: torch.dtype = getattr(torch, transfer.dtype)
-        self.buckets: list[Bucket] = cut_buckets(pieces, self._dtype.itemsize, transfer.slot_bytes)
-        assert transfer.meeting is not None
-        device = matrices[pieces[0].parameter].device if transfer.meeting.backend == "nccl" else torch.device("cpu")
-        size = max(bucket.num_bytes for bucket in self.buckets)
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+        super().__init__(channel, pieces, matrices, transfer, engine_pieces=engine_pieces, on_bucket=on_bucket)
+        assert transfer.rendezvous is not None
+        device = self.device if transfer.rendezvous.backend == "nccl" else torch.device("cpu")
+        self._buffers = [torch.empty(self.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
         self._works: dict[int, Any] = {}
 
-    def places(self, number: int) -> Iterator[tuple[Piece, Tensor]]:
-        """The pieces of a bucket, and where each lies in its buffer."""
-        bucket, itemsize = self.buckets[number], self._dtype.itemsize
-        buffer = self._buffers[number % _BUFFERS]
-        for piece, offset in zip(self._pieces[bucket.first :], bucket.offsets, strict=False):
-            num_bytes = piece.rows * piece.columns * itemsize
-            yield piece, buffer[offset : offset + num_bytes].view(self._dtype).view(piece.rows, piece.columns)
+    def _buffer(self, number: int) -> Tensor:
+        return self._buffers[number % _BUFFERS]
 
-    def start(self, number: int, operation: Callable[..., Any]) -> None:
-        """Begin the bucket's message; `operation` is the group's send or recv."""
-        data = self._buffers[number % _BUFFERS][: self.buckets[number].num_bytes]
+    def _begin(self, number: int, operation: Callable[..., Any], peer: int) -> None:
+        """Begin a bucket's message; `operation` is the group's send or recv, `peer` a rank of the group."""
         try:
-            self._works[number] = operation([data], self._peer, 0)
+            self._works[number] = operation([self._buffer(number)[: self.buckets[number].num_bytes]], peer, 0)
         except RuntimeError as error:
-            raise _BrokenError(f"{self._describe(number)}: {error}") from error
+            raise _BrokenError(f"{self.describe(number)}: {error}") from error
 
-    def finish(self, number: int, phase: str, deadline: float) -> None:
-        """Wait for the bucket's message, if it is under way."""
+    def _wait_for(self, number: int, deadline: float) -> bool:
+        """Wait for a bucket's message; returns False if there is none."""
         work = self._works.pop(number, None)
         if work is None:
-            return
+            return False
         try:
             _wait(work, self._buffers[0].is_cuda, deadline)
         except RuntimeError as error:
             if time.monotonic() < deadline:
-                raise _BrokenError(f"{phase}: {self._describe(number)}: {error}") from error
-            limit = f"{self._transfer.deadline_seconds:g} s"
-            raise WeightSyncError(f"{phase}: not done within {limit}: {self._describe(number)}") from error
+                raise _BrokenError(f"{self._phase}: {self.describe(number)}: {error}") from error
+            limit = f"{self.transfer.deadline_seconds:g} s"
+            raise WeightSyncError(f"{self._phase}: timed out after {limit}: {self.describe(number)}") from error
+        return True
 
-    def _describe(self, number: int) -> str:
-        return f"{self._name}: {self._pieces[self.buckets[number].first].parameter}"
+
+class MessageSender(_MessageEnd):
+    """The trainer rank's end of a channel."""
+
+    _phase = "sending weights"
+
+    def __init__(
+        self, channel: Channel, matrices: Mapping[str, Tensor], transfer: Transfer, on_bucket: BucketHook | None
+    ):
+        super().__init__(
+            ChannelId.of(channel), channel.sources, matrices, transfer, engine_pieces=channel.targets,
+            on_bucket=on_bucket,
+        )  # fmt: skip
+
+    def start(self, number: int, group: Any) -> None:
+        """Pack a bucket and begin to send it."""
+        assert self.transfer.rendezvous is not None
+        self.pack(number, self._buffer(number))
+        peer = self.transfer.rendezvous.engine_rank(self.channel.engine, self.channel.engine_rank)
+        self._begin(number, group.send, peer)
+
+    def finish(self, number: int, deadline: float) -> None:
+        """Wait until a bucket has been sent; its buffer is free then. Nothing to do if there is no such bucket."""
+        self._wait_for(number, deadline)
+
+
+class MessageReceiver(_MessageEnd):
+    """The engine rank's end of a channel."""
+
+    _phase = "receiving weights"
+
+    def __init__(
+        self,
+        channel: ChannelId,
+        pieces: Sequence[Piece],
+        matrices: Mapping[str, Tensor],
+        transfer: Transfer,
+        on_bucket: BucketHook | None,
+    ):
+        super().__init__(channel, pieces, matrices, transfer, engine_pieces=pieces, on_bucket=on_bucket)
+
+    def start(self, number: int, group: Any) -> None:
+        """Begin to receive a bucket."""
+        self._begin(number, group.recv, self.channel.source_rank)
+
+    def finish(self, number: int, deadline: float) -> None:
+        """Wait for a bucket and unpack it."""
+        if self._wait_for(number, deadline):
+            self.unpack(number, self._buffer(number))
 
 
 def _wait(work: Any, on_gpu: bool, deadline: float) -> None:
+    """Waits for a message. Raises RuntimeError if a connection breaks, and at the deadline."""
     if not on_gpu:
-        # A timeout of gloo's breaks the group, which is just what is to happen at the deadline.
+        # A timeout breaks a gloo group, which is what should happen at the deadline.
         if not work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic()))):
-            raise RuntimeError("the group has been left")
+            raise RuntimeError("this rank has left the group")
         return
-    while not work.is_completed():  # NCCL's wait() would only order streams
+    while not work.is_completed():  # NCCL's wait() only orders streams
         if time.monotonic() > deadline:
             raise RuntimeError("deadline")
         time.sleep(_POLL_SECONDS)
     work.wait()
 
 
-def _enter(transfer: Transfer, rank: int, deadline: float) -> Any:
-    """The store of the group, once all its ranks have come."""
-    meeting = transfer.meeting
-    assert meeting is not None
+def _register(transfer: Transfer, rank: int, deadline: float) -> Any:
+    """The group's part of the store, once all ranks have registered there."""
+    rendezvous = transfer.rendezvous
+    assert rendezvous is not None
     left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
     try:
-        server = _c10d.TCPStore(meeting.host, meeting.port, timeout=left)
-        store = _c10d.PrefixStore(f"{transfer.plan}/{meeting.generation}", server)
-        store.set(f"here/{rank}", b"")
+        server = _c10d.TCPStore(rendezvous.host, rendezvous.port, timeout=left)
+        store = _c10d.PrefixStore(f"{transfer.plan}/{rendezvous.generation}", server)
+        store.set(f"rank/{rank}", b"")
     except (RuntimeError, _c10d.DistError) as error:
-        raise WeightSyncError(f"connecting: rank {rank} does not reach {meeting.host}: {error}") from error
-    keys = [f"here/{other}" for other in range(meeting.trainer_ranks + meeting.engine_ranks)]
+        raise WeightSyncError(
+            f"connecting: rank {rank} cannot reach the store at {rendezvous.host}: {error}"
+        ) from error
+    keys = [f"rank/{other}" for other in range(rendezvous.trainer_ranks + rendezvous.engine_ranks)]
     try:
         store.wait(keys, left)
     except (RuntimeError, _c10d.DistError) as error:
-        missing = [_who(other, transfer) for other, key in enumerate(keys) if not store.check([key])]
+        missing = [_name(other, transfer) for other, key in enumerate(keys) if not store.check([key])]
         raise WeightSyncError(
-            f"connecting: not done within {transfer.deadline_seconds:g} s: {', '.join(missing)}"
+            f"connecting: timed out after {transfer.deadline_seconds:g} s: {', '.join(missing)}"
         ) from error
     return store
 
 
-def _join(store: Any, transfer: Transfer, rank: int, deadline: float) -> Any:
-    meeting = transfer.meeting
-    assert meeting is not None
+def _create_group(store: Any, transfer: Transfer, rank: int, deadline: float) -> Any:
+    """The process group of all ranks registered in the store."""
+    rendezvous = transfer.rendezvous
+    assert rendezvous is not None
     left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
-    size = meeting.trainer_ranks + meeting.engine_ranks
-    if meeting.backend == "nccl":
+    size = rendezvous.trainer_ranks + rendezvous.engine_ranks
+    if rendezvous.backend == "nccl":
         return _c10d.ProcessGroupNCCL(store, rank, size, left)
     options = _c10d.ProcessGroupGloo._Options()
     options._timeout = left
-    # All connections at once: a group that goes while one is being made on demand can hang.
-    options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=_own_address(meeting.host), lazy_init=False)]
+    # Connect eagerly: a group that is dropped while it connects on demand can hang.
+    options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=_own_address(rendezvous.host), lazy_init=False)]
     return _c10d.ProcessGroupGloo(store, rank, size, options)
 
 
-def _who(rank: int, transfer: Transfer) -> str:
-    meeting = transfer.meeting
-    assert meeting is not None
-    if rank < meeting.trainer_ranks:
+def _name(rank: int, transfer: Transfer) -> str:
+    """What a rank of the group is called in errors."""
+    rendezvous = transfer.rendezvous
+    assert rendezvous is not None
+    if rank < rendezvous.trainer_ranks:
         return f"trainer rank {rank}"
-    engine, engine_rank = divmod(rank - meeting.trainer_ranks, meeting.ranks_per_engine)
+    engine, engine_rank = divmod(rank - rendezvous.trainer_ranks, rendezvous.ranks_per_engine)
     return f"engine {engine}, rank {engine_rank}"
 
 
 def _own_address(host: str) -> str:
-    """The address of this machine on its way to `host`; nothing is sent."""
+    """This machine's address on the route to `host`; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return probe.getsockname()[0]

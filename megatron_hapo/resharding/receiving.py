@@ -1,4 +1,4 @@
-"""What an engine needs to know to receive weights: its ranks' parts of the plan, and one request a sync."""
+"""What an engine needs to receive weights: its ranks' parts of the plan once, and one request per sync."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from megatron_hapo.resharding.transfer import Transfer
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveRequest:
-    """What the engine's ranks need to know of one sync."""
+    """Asks the ranks of one engine to take part in a sync."""
 
     transfer: Transfer
     engine: int
+    """Index of the engine."""
 
 
 def receiver_plan(parameters: Sequence[Parameter], sources: Mapping[int, Sequence[Piece]]) -> str:
-    """An engine rank's part of the plan.
+    """One engine rank's part of the plan, as JSON.
 
     Args:
-        parameters: of the rank, as the plan believes; the rank compares them with its model's.
-        sources: for each trainer rank, where its pieces go.
+        parameters: the rank's parameters according to the plan; the rank compares them with those of its model.
+        sources: for each trainer rank, the pieces of these parameters that it sends, in the plan's order.
     """
     index = {parameter.name: number for number, parameter in enumerate(parameters)}
     plan = {

@@ -1,4 +1,4 @@
-"""Named tensors into buckets of bounded size, with the checksums that the engines are to find. Pure."""
+"""Packs named tensors into buckets of bounded size, with the checksums that the engines should find. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megatron_hapo.resharding.checksum import engine_slices, tensor_checksum
 from megatron_hapo.types import WeightBucket
 
 ALIGNMENT = 16
+"""Each tensor starts at a multiple of this many bytes of its bucket."""
 
 
 @dataclass(frozen=True)
 class EngineCut:
-    """How an engine cuts tensors over its ranks."""
+    """How an engine slices tensors over its `tp` ranks. The fields are the arguments of `checksum.engine_slices`."""
 
     tp: int
     num_heads: int
@@ -27,22 +28,27 @@ class EngineCut:
     num_experts: int = 0
 
     def slices(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """What each engine rank will hold of the tensor with this Hugging Face name, as views."""
+        """What each engine rank holds of the tensor with this Hugging Face name: `tp` views."""
         return engine_slices(name, tensor, **vars(self))
 
     def checksums(self, name: str, tensor: Tensor) -> list[int]:
-        """Of these slices."""
+        """The checksum of each engine rank's slice."""
         return [tensor_checksum(part) for part in self.slices(name, tensor)]
 
 
 def engine_cut(shape: Shape, *, tp: int, ep: int) -> EngineCut:
-    """How engines of this tensor and expert parallel size cut the model."""
+    """How engines with this tensor- and expert-parallel size slice the model."""
     num_experts = 0 if shape.moe is None else shape.moe.num_experts
     return EngineCut(tp, shape.num_heads, shape.num_kv_heads, ep, num_experts)
 
 
 class BucketBuilder:
-    """Collects tensors until a bucket is full. A tensor larger than a bucket becomes one of its own."""
+    """Collects tensors until a bucket is full. A tensor larger than a bucket gets a bucket of its own.
+
+    Args:
+        max_bytes: size limit of a bucket.
+        checksums: how the engines slice the tensors, to add checksums of the slices; None to add none.
+    """
 
     def __init__(self, *, max_bytes: int, checksums: EngineCut | None):
         self._max_bytes, self._cut = max_bytes, checksums
@@ -50,7 +56,7 @@ class BucketBuilder:
         self._num_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> Iterator[WeightBucket]:
-        """Take a tensor; yields the bucket before it, if that is full now."""
+        """Adds a tensor; first yields the pending bucket if the tensor does not fit into it."""
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if self._pending and self._num_bytes + size > self._max_bytes:
             yield from self.rest()
@@ -58,7 +64,7 @@ class BucketBuilder:
         self._num_bytes += size
 
     def rest(self) -> Iterator[WeightBucket]:
-        """Yields what has been collected, if anything."""
+        """Yields the pending bucket, if there is one."""
         if not self._pending:
             return
         data = np.zeros(self._num_bytes, dtype=np.uint8)

@@ -210,7 +210,7 @@ class TrainerRank:
             if not verify:
                 return None
             return partial_checksums(
-                self._sending.own_blocks,
+                self._sending.owned_blocks,
                 matrices,
                 shapes=hf_tensor_shapes(self.shape),
                 cut=self._engine_cut(),

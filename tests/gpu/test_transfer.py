@@ -1,4 +1,4 @@
-"""Slots in GPU memory between two processes on one GPU: right values, and GB/s beside a device-to-device copy."""
+"""Transfers between two processes on one GPU, through slots in its memory: values, and GB/s next to a plain copy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Receiver, Sender
+from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import SHAPE
 
 SHAPE_1GB = replace(
@@ -37,10 +38,12 @@ def transfer_in(folder: str, number: int) -> Transfer:
 
 
 def value_of(index: int, sync: int) -> float:
+    """The value of all elements of a parameter in a sync, exact in bfloat16."""
     return float(1 + (7 * index + sync) % 100)
 
 
 def send_all(folder: str) -> None:
+    """The trainer rank's process."""
     held, _, channel = make()
     matrices = {p.name: torch.empty(p.rows, p.columns, dtype=torch.bfloat16, device="cuda") for p in held}
     sender = Sender(0)
@@ -50,7 +53,7 @@ def send_all(folder: str) -> None:
         sender.send([channel], matrices, transfer_in(folder, sync))
 
 
-def test_one_gpu_two_processes() -> None:
+def test_two_processes_on_one_gpu_transfer_through_its_memory() -> None:
     held, wanted, channel = make()
     matrices = {p.name: torch.zeros(p.rows, p.columns, dtype=torch.bfloat16, device="cuda") for p in wanted}
     names = {parameter.name: index for index, parameter in enumerate(held)}
@@ -69,7 +72,7 @@ def test_one_gpu_two_processes() -> None:
                 assert bool((place == value_of(names[source.parameter], sync)).all()), (sync, target.parameter)
         process.join(60)
     assert process.exitcode == 0
-    assert len(receiver._opened) == 1  # the handle was opened once
+    assert len(receiver._opened) == 1  # the handle was opened only once
     source = torch.empty(moved, dtype=torch.uint8, device="cuda")
     copy = torch.empty_like(source)
     torch.cuda.synchronize()

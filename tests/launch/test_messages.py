@@ -10,8 +10,8 @@ import pytest
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.launch.torchrun.messages import decode, encode
 from megatron_hapo.observe.spans import Span, Timeline
-from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
-from megatron_hapo.resharding.transfer import Meeting, Transfer
+from megatron_hapo.resharding.plan import Block, Channel, OwnedBlock, Parameter, Piece, SendingTask
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
 BATCH = TrainBatch(
@@ -30,7 +30,7 @@ VALUES = [
     [1, 2.5, "text", True, 2**63],
     {"a": 1, 2: [None]},
     (Path("/run/x"), ()),
-    SendingTask((Channel(0, 1, 2, (PIECE,), (PIECE, PIECE)),), (OwnBlock(PIECE, "hf", 0, 1),)),
+    SendingTask((Channel(0, 1, 2, (PIECE,), (PIECE, PIECE)),), (OwnedBlock(PIECE, "hf", 0, 1),)),
     [(Parameter("p", 2, 3, (Block("t", 0, 0, 2, 3, 0, 0),)),)],
     Transfer(folder="/dev/shm/x", number=1, plan="f", dtype="float32", slot_bytes=8, deadline_seconds=0.1),
     Transfer(
@@ -40,7 +40,7 @@ VALUES = [
         dtype="bfloat16",
         slot_bytes=8,
         deadline_seconds=0.1,
-        meeting=Meeting(
+        rendezvous=Rendezvous(
             host="h", port=1, generation=0, trainer_ranks=4, engine_ranks=2, ranks_per_engine=1, backend="gloo"
         ),
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import (
     MoeShape,
@@ -106,11 +107,11 @@ def test_a_new_row_reaches_all_that_is_derived_from_the_table(monkeypatch: pytes
     assert hf_tensor_shapes(shape).keys() - hf_tensor_shapes(SHAPE).keys() >= {tensor}
     added = 2 * SHAPE.hidden_size
     for stage in range(2):
-        counts = [stage_parameters(s, Layout(tp=2, pp=2), stage).total for s in (SHAPE, shape)]
+        counts = [stage_parameters(s, Layout(sizes=ParallelSizes(tp=2, pp=2)), stage).total for s in (SHAPE, shape)]
         assert counts[1] - counts[0] == added // 2
     engine = engine_parameters(shape, 2)
     assert all(tensor in {parameter.name for parameter in parameters} for parameters in engine)
-    shards = trainer_shards(shape, tp=2, dp=1, spec="local")
+    shards = trainer_shards(shape, ParallelSizes(tp=2), spec="local")
     assert all(f"decoder.layers.1.{name}" in {parameter.name for parameter in shard.parameters} for shard in shards)
     make_plan(
         shards, engine, matrix_sizes(shape), engines=1, itemsize=4, max_copy_bytes=4096

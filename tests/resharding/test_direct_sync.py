@@ -1,4 +1,4 @@
-"""DirectSync into a real engine from trainer shards of many layouts, whose ranks are threads of the test process."""
+"""DirectSync into a real engine, from a trainer in many layouts whose ranks are threads of the test process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from megatron_hapo.config import WeightSyncConfig
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.weight_sync import DirectSync
 from tests.resharding.threaded_trainer import ThreadedTrainer
@@ -27,7 +27,7 @@ LAYERS = 4  # two chunks on each of two stages
 
 
 class OneEngine:
-    """The pool's side of the protocol over an engine process."""
+    """The part of `protocols.RolloutPool` that a weight sync needs, over one engine process."""
 
     def __init__(self, engine: RemoteEngine):
         self.engine, self.version = engine, 0
@@ -52,6 +52,11 @@ class OneEngine:
         self.version = policy_version
 
 
+def make_settings(*, verify_every: int = 1, timeout_seconds: float = 60) -> SimpleNamespace:
+    """The settings of `config.weight_sync` that DirectSync reads; unlike those, they may change between syncs."""
+    return SimpleNamespace(bucket_bytes=20_000, verify_every=verify_every, timeout_seconds=timeout_seconds)
+
+
 def make_sync(
     trainer: ThreadedTrainer,
     pool: OneEngine,
@@ -59,14 +64,13 @@ def make_sync(
     path: Path,
     *,
     tp: int = 1,
-    timeout: float = 60,
-    dtype="float32",
+    settings: SimpleNamespace | None = None,
 ) -> DirectSync:
     folder.mkdir()
     config: Any = SimpleNamespace(
         device="cpu",
-        weight_sync=WeightSyncConfig(bucket_bytes=20_000, verify_every=1, timeout_seconds=timeout),
-        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype=dtype),
+        weight_sync=settings or make_settings(),
+        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype="float32"),
         model=SimpleNamespace(path=path),
     )
     return DirectSync(config, trainer, pool, folder=folder)  # type: ignore[arg-type]
@@ -74,7 +78,7 @@ def make_sync(
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A running engine with other weights than the checkpoints that will be sent."""
+    """A running engine, and checkpoints to send, whose weights differ from the engine's."""
     folder = tmp_path_factory.mktemp("models")
     start, *news = (
         write_tiny_qwen3(folder / f"seed{seed}", layers=LAYERS, tied=request.param, seed=seed)
@@ -86,7 +90,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=lambda i: "-".join(f"{k}{v}" for k, v in LAYOUTS[i].items()))
 def test_engine_holds_the_trainers_weights(case: dict[str, Any], tmp_path: Path, index: int) -> None:
-    """`verify` compares every parameter bit for bit; greedy tokens equal transformers'."""
+    """Every parameter is verified bit for bit, and greedy tokens equal those of transformers."""
     new, pool = case["news"][index], case["pool"]
     sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[index]), pool, tmp_path / "s", new)
     sync.sync(policy_version=10 * index + 1)
@@ -94,25 +98,22 @@ def test_engine_holds_the_trainers_weights(case: dict[str, Any], tmp_path: Path,
     assert_greedy_equals(pool.engine, load_reference(new), version=10 * index + 2)
 
 
-def test_a_corrupted_bucket_is_found_by_parameter(
-    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corrupt_bucket_fails_the_sync_and_the_version_stays(case: dict[str, Any], tmp_path: Path) -> None:
     new, pool = case["news"][0], case["pool"]
-    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LARGE), pool, tmp_path / "s", new)
-    original = transfer_module._Outlet._tell
+    trainer = ThreadedTrainer(new, engine_tp=1, **LARGE)
+    sync = make_sync(trainer, pool, tmp_path / "s", new)
 
-    def corrupt(outlet: transfer_module._Outlet, number: int) -> None:
-        if outlet._channel.source_rank == 0 and number == 0:
-            outlet._slots[3] ^= 1
-        original(outlet, number)
+    def corrupt(channel: ChannelId, number: int, data: Tensor) -> None:
+        if channel.source_rank == 0 and number == 0:
+            data[3] ^= 1
 
     version = pool.version
-    with monkeypatch.context() as patch:
-        patch.setattr(transfer_module._Outlet, "_tell", corrupt)
-        with pytest.raises(WeightSyncError, match=r"the engine's rank 0 holds other values than the trainer sent"):
-            sync.sync(policy_version=77)
+    trainer.on_bucket = corrupt
+    with pytest.raises(WeightSyncError, match=r"the engine's rank 0 holds other values than the trainer sent"):
+        sync.sync(policy_version=77)
     assert pool.version == version
-    pool.engine.end_weight_update(version)  # closes the update, as a run would not do
+    pool.engine.end_weight_update(version)  # closes the update, which a run would not do
+    trainer.on_bucket = None
     sync.sync(policy_version=78)
     assert_greedy_equals(pool.engine, load_reference(new), version=78)
 
@@ -120,18 +121,18 @@ def test_a_corrupted_bucket_is_found_by_parameter(
 def test_a_trainer_rank_that_does_not_send_is_named_and_the_version_stays(case: dict[str, Any], tmp_path: Path) -> None:
     new, pool = case["news"][0], case["pool"]
     trainer = ThreadedTrainer(new, engine_tp=1, **LAYOUTS[1])
-    sync = make_sync(trainer, pool, tmp_path / "s", new, timeout=2)
-    trainer._tasks = trainer._tasks[:1]
+    sync = make_sync(trainer, pool, tmp_path / "s", new, settings=make_settings(timeout_seconds=2))
+    trainer.tasks = trainer.tasks[:1]
     version = pool.version
     with pytest.raises(
-        WeightSyncError, match=r"not done within 2 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
+        WeightSyncError, match=r"timed out after 2 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
     ):
         sync.sync(policy_version=77)
     assert pool.version == version
     pool.engine.end_weight_update(version)
 
 
-def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any], tmp_path: Path) -> None:
+def test_the_engine_rejects_a_plan_for_another_model(case: dict[str, Any], tmp_path: Path) -> None:
     other = write_tiny_qwen3(tmp_path / "other", layers=LAYERS, intermediate=192)
     pool = case["pool"]
     sync = make_sync(ThreadedTrainer(other, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "s", other)
@@ -140,19 +141,20 @@ def test_a_plan_for_another_model_is_refused_by_the_engine(case: dict[str, Any],
     pool.engine.end_weight_update(pool.version)
 
 
-def test_messages_bring_the_weights_where_hosts_differ(
+def test_weights_go_by_messages_if_the_engine_is_on_another_host(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gloo group over the threads that play the trainer and the real engine's process."""
+    """The gloo group contains the threads that play the trainer, and the process of the real engine."""
     new, pool = case["news"][1], case["pool"]
     monkeypatch.setattr(pool, "sees", lambda path: False)
-    sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LARGE), pool, tmp_path / "s", new)
+    trainer, settings = ThreadedTrainer(new, engine_tp=1, **LARGE), make_settings()
+    sync = make_sync(trainer, pool, tmp_path / "s", new, settings=settings)
     sync.sync(policy_version=91)
     sync.sync(policy_version=92)
     assert_greedy_equals(pool.engine, load_reference(new), version=92)
-    sync._trainer._tasks[1] = replace(sync._trainer._tasks[1], channels=())  # this rank never comes
-    sync._settings = sync._settings.model_copy(update={"timeout_seconds": 3.0})
-    with pytest.raises(WeightSyncError, match=r"not done within 3 s: trainer rank 1 to engine 0, rank 0: model"):
+    trainer.tasks[1] = replace(trainer.tasks[1], channels=())  # this rank sends nothing
+    settings.timeout_seconds = 3.0
+    with pytest.raises(WeightSyncError, match=r"timed out after 3 s: trainer rank 1 to engine 0, rank 0: model"):
         sync.sync(policy_version=93)
     assert pool.version == 92
     sync = make_sync(ThreadedTrainer(new, engine_tp=1, **LAYOUTS[0]), pool, tmp_path / "t", new)
@@ -166,7 +168,7 @@ EXPERT_LAYOUTS = [{}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}]
 @pytest.mark.slow
 @pytest.mark.parametrize("engine_tp", [1, 2])
 def test_experts_of_any_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_tp: int) -> None:
-    # On a CPU SGLang pads experts to 32 columns a rank, which the plan refuses; true models are multiples of that.
+    # On a CPU SGLang pads experts to 32 columns per rank, which the plan rejects; real models are multiples of that.
     prefix, changes = FAMILIES["qwen3_moe"]
     monkeypatch.setitem(FAMILIES, "qwen3_moe", (prefix, {**changes, "moe_intermediate_size": 64}))
     new = write_family(tmp_path / "new", "qwen3_moe")

@@ -1,4 +1,4 @@
-"""The plan: every engine element comes once, from any layout to any other, evenly from all replicas."""
+"""The plan writes every engine element exactly once, between any two layouts, and balances the load over replicas."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import MoeShape, Shape
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
-from megatron_hapo.resharding.plan import Block, Parameter, Plan, Shard, make_plan
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
+from megatron_hapo.resharding.plan import Block, Parameter, ReshardingPlan, Shard, make_plan
+from tests.resharding.planned_grid import traffic, trainer_shards
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, qkv_bias=True)
@@ -29,7 +30,7 @@ def random_tensors(shape: Shape, seed: int = 0) -> Weights:
 
 
 def cut(tensors: Weights, parameters: tuple[Parameter, ...]) -> Weights:
-    """The reference: what a rank with these parameters holds; padding is NaN."""
+    """Reference: what a rank with these parameters holds, each [rows, columns] float64 with NaN as padding."""
     held = {}
     for p in parameters:
         held[p.name] = np.full((p.rows, p.columns), np.nan)
@@ -39,8 +40,10 @@ def cut(tensors: Weights, parameters: tuple[Parameter, ...]) -> Weights:
     return held
 
 
-def carry_out(plan: Plan, sources: dict[int, Weights], engine: list[tuple[Parameter, ...]]) -> list[list[Weights]]:
-    """What every engine rank holds after all copies, asserting that none writes where another did."""
+def carry_out(
+    plan: ReshardingPlan, sources: dict[int, Weights], engine: list[tuple[Parameter, ...]]
+) -> list[list[Weights]]:
+    """What each rank of each engine holds after all copies; asserts that no two copies overlap."""
     engines = [
         [{p.name: np.full((p.rows, p.columns), np.nan) for p in rank} for rank in engine] for _ in range(plan.engines)
     ]
@@ -64,7 +67,9 @@ def held_by_ranks(shards: list[Shard], tensors: Weights) -> dict[int, Weights]:
     return held
 
 
-def plan_of(shape: Shape, shards: list[Shard], engine: list[tuple[Parameter, ...]], engines: int, limit: int) -> Plan:
+def plan_of(
+    shape: Shape, shards: list[Shard], engine: list[tuple[Parameter, ...]], engines: int, limit: int
+) -> ReshardingPlan:
     return make_plan(shards, engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=limit)
 
 
@@ -87,7 +92,9 @@ def test_any_layout_to_any_layout(seed: int) -> None:
     for ranks in carry_out(plan, held_by_ranks(shards, tensors), engine):
         for got, want in zip(ranks, expected, strict=True):
             for name in want:
-                np.testing.assert_array_equal(got[name], want[name], err_msg=name)  # NaN equals NaN: padding untouched
+                np.testing.assert_array_equal(
+                    got[name], want[name], err_msg=name
+                )  # NaN equals NaN: padding is not written
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -111,7 +118,7 @@ def test_experts_from_any_layout_to_any_layout(seed: int) -> None:
 
 
 def test_fused_experts_by_hand() -> None:
-    """w13 stacks gate over up, expert by expert; at ep = tp a rank holds whole experts, at ep = 1 a part of all."""
+    """w13 stacks gate over up for each expert. With ep = tp a rank holds whole experts, with ep = 1 a part of each."""
     tensors = random_tensors(MOE_SHAPE)
     name = "model.layers.1.mlp.experts."
 
@@ -133,15 +140,15 @@ def test_fused_experts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("engine_tp", [1, 2, 4])
-def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
-    """A -> B -> A; without replicated KV heads each engine layout is a source layout too."""
+def test_the_round_trip_is_bitwise_exact(engine_tp: int) -> None:
+    """A -> B -> A. Without replicated KV heads an engine layout can be a source layout too."""
     tensors = random_tensors(SHAPE)
     a = trainer_shards(SHAPE, ParallelSizes(tp=2, pp=2, dp=1))
     b = engine_parameters(SHAPE, engine_tp)
     (there,) = carry_out(plan_of(SHAPE, a, b, 1, 300), held_by_ranks(a, tensors), b)
     back_shards = [Shard((rank,), parameters) for rank, parameters in enumerate(b)]
     for shard in a:
-        # One rank of A is no whole engine, so tensors that it lacks would be unused: plan its own tensors only.
+        # One rank of A is not a whole engine. Tensors that it lacks would be unused, so only its own are planned.
         own = {block.tensor for parameter in shard.parameters for block in parameter.blocks}
         sources = [
             Shard(s.ranks, tuple(p for p in s.parameters if {x.tensor for x in p.blocks} <= own)) for s in back_shards
@@ -155,57 +162,62 @@ def test_there_and_back_is_bitwise_the_same(engine_tp: int) -> None:
 def test_senders_share_the_load_evenly() -> None:
     shards = trainer_shards(SHAPE, ParallelSizes(tp=2, pp=2, dp=4))
     for engines in (1, 3, 4, 8):
-        traffic = plan_of(SHAPE, shards, engine_parameters(SHAPE, 2), engines, 64).traffic()
-        sent = traffic.sum((1, 2)).reshape(2, 4, 2)  # stage, replica, tp rank
+        num_bytes = traffic(plan_of(SHAPE, shards, engine_parameters(SHAPE, 2), engines, 64))
+        sent = num_bytes.sum((1, 2)).reshape(2, 4, 2)  # stage, replica, tp rank
         total = sum(rows * columns for rows, columns in matrix_sizes(SHAPE).values())
-        assert traffic.sum() >= engines * total * 2
+        assert num_bytes.sum() >= engines * total * 2
         assert (np.ptp(sent, axis=1) <= 0.1 * sent.mean(axis=1) + 256).all()
 
 
 def test_each_engine_has_its_own_replica_where_there_are_enough() -> None:
-    traffic = plan_of(
-        SHAPE, trainer_shards(SHAPE, ParallelSizes(tp=1, pp=1, dp=4)), engine_parameters(SHAPE, 2), 4, 1 << 20
-    ).traffic()
-    np.testing.assert_array_equal(traffic.sum(2) > 0, np.eye(4, dtype=bool))
+    shards = trainer_shards(SHAPE, ParallelSizes(tp=1, pp=1, dp=4))
+    num_bytes = traffic(plan_of(SHAPE, shards, engine_parameters(SHAPE, 2), 4, 1 << 20))
+    np.testing.assert_array_equal(num_bytes.sum(2) > 0, np.eye(4, dtype=bool))
 
 
 def simple(*blocks: tuple[int, int, int, int]) -> Parameter:
-    """A 4 x 4 parameter of blocks (row, column, rows, columns) that lie where they come from."""
+    """A 4 x 4 parameter whose blocks (row, column, rows, columns) lie where they do in the tensor."""
     return Parameter("p", 4, 4, tuple(Block("t", *block, block[0], block[1]) for block in blocks))
 
 
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ([simple((0, 0, 2, 4))], simple((0, 0, 4, 4)), r"trainer's t: 8 of 16 elements come from nowhere"),
-        ([simple((0, 0, 3, 4)), simple((2, 0, 2, 4))], simple((0, 0, 4, 4)), r"trainer's t: rows 2..3 come more than"),
+        ([simple((0, 0, 2, 4))], simple((0, 0, 4, 4)), r"trainer's t: 8 of 16 elements have no source"),
+        (
+            [simple((0, 0, 3, 4)), simple((2, 0, 2, 4))],
+            simple((0, 0, 4, 4)),
+            r"trainer's t: rows 2..3 are covered more than",
+        ),
         ([simple((0, 0, 4, 3)), simple((0, 2, 4, 2))], simple((0, 0, 4, 4)), r"trainer's t: columns 2..3 of rows"),
-        ([simple((0, 0, 4, 4))], simple((0, 0, 2, 4)), r"engine rank 0, p: 8 of 16 elements come from nowhere"),
+        ([simple((0, 0, 4, 4))], simple((0, 0, 2, 4)), r"engine rank 0, p: 8 of 16 elements have no source"),
         ([simple((0, 0, 4, 4))], simple((0, 0, 4, 4), (0, 0, 4, 4)), r"engine rank 0, p: columns 0..4"),
-        ([simple((0, 0, 4, 4))], simple((1, 0, 4, 4)), r"engine rank 0, p: takes Block.*of a tensor of 4 x 4"),
+        ([simple((0, 0, 4, 4))], simple((1, 0, 4, 4)), r"engine rank 0, p: Block.* exceeds the tensor of 4 x 4"),
     ],
 )
-def test_what_is_not_written_exactly_once_is_refused(source: list[Parameter], target: Parameter, message: str) -> None:
+def test_elements_not_written_exactly_once_are_an_error(
+    source: list[Parameter], target: Parameter, message: str
+) -> None:
     shards = [Shard((rank,), (parameter,)) for rank, parameter in enumerate(source)]
     with pytest.raises(ValueError, match=message):
         make_plan(shards, [(target,)], {"t": (4, 4)}, engines=1, itemsize=2, max_copy_bytes=100)
 
 
-def test_a_tensor_that_one_side_lacks_is_named() -> None:
+def test_a_tensor_missing_on_one_side_is_named() -> None:
     shards, engine = trainer_shards(SHAPE, ParallelSizes(tp=1, pp=1, dp=1)), engine_parameters(SHAPE, 1)
-    with pytest.raises(ValueError, match=r"no engine parameter takes the trainer's lm_head.weight"):
+    with pytest.raises(ValueError, match=r"no engine parameter uses the trainer's lm_head.weight"):
         plan_of(SHAPE, shards, engine_parameters(replace(SHAPE, tied_embeddings=True), 1), 1, 1000)
     (shard,) = shards
     with pytest.raises(ValueError, match=r"no trainer rank holds lm_head.weight"):
         plan_of(SHAPE, [Shard(shard.ranks, shard.parameters[:-1])], engine, 1, 1000)
 
 
-def test_engines_that_the_model_does_not_split_over_are_refused() -> None:
+def test_engine_layouts_that_do_not_fit_the_model_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"8 attention heads do not split over the engine's tp=3"):
         engine_parameters(SHAPE, 3)
     with pytest.raises(ValueError, match=r"the engine's ep must be 1 or its tp=4, got 2"):
         engine_parameters(MOE_SHAPE, 4, 2)
-    with pytest.raises(ValueError, match=r"the engine's ep=2, but the model has no experts"):
+    with pytest.raises(ValueError, match=r"the engine's ep must be 1 for .*, which has no experts, got 2"):
         engine_parameters(SHAPE, 2, 2)
     with pytest.raises(ValueError, match=r"SGLang gives experts to all layers"):
         engine_parameters(replace(SHAPE, moe=replace(MOE, dense_layers=frozenset({1}))), 1)
@@ -225,6 +237,6 @@ def test_a_dense_model_of_235b_is_planned_in_seconds() -> None:
         itemsize=2,
         max_copy_bytes=64 << 20,
     )
-    traffic = plan.traffic()
+    num_bytes = traffic(plan)
     assert time.process_time() - start < 10
-    assert traffic.shape == (512, 16, 16)
+    assert num_bytes.shape == (512, 16, 16)

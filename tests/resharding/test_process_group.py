@@ -1,4 +1,4 @@
-"""Messages of a gloo group between threads that play trainer and engine ranks: values, deadlines, ranks that go."""
+"""Transfers by messages of a gloo group between threads that play the ranks: values, deadlines, failures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
-from megatron_hapo.resharding import process_group
+from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.resharding.process_group import open_store
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE
 from tests.resharding.test_transfer import CASES, Sides, make_transfer
@@ -25,64 +26,60 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_engines_hold_the_reference_cut_twice(tmp_path: Path, port: int, case: dict[str, int]) -> None:
+def test_engines_hold_the_reference_slices_after_each_of_two_transfers(
+    tmp_path: Path, port: int, case: dict[str, int]
+) -> None:
     shape = MOE_SHAPE if "ep" in case else SHAPE
     sides = Sides(shape, **case, dtype=torch.float32)
-    for _ in range(2):  # the second sync goes through the group of the first
+    for _ in range(2):  # the second transfer uses the group of the first
         for targets in sides.targets.values():
             for tensor in targets.values():
                 tensor.fill_(7.0)
-        sides.run(make_transfer(tmp_path, meeting=sides.meeting(port)))
+        sides.run(make_transfer(tmp_path, rendezvous=sides.rendezvous(port)))
         assert not sides.errors
         for (_, rank), held in sides.targets.items():
             for name, want in sides.expected[rank].items():
                 assert torch.equal(held[name], want), name
 
 
-def small(port: int) -> Sides:
+def small() -> Sides:
     return Sides(SHAPE, tp=2, pp=1, dp=1, engine_tp=1, engines=1, dtype=torch.float32)
 
 
-def test_ranks_that_never_come_are_named(tmp_path: Path, port: int) -> None:
-    sides = small(port)
-    sides.run(make_transfer(tmp_path, deadline_seconds=0.5, meeting=sides.meeting(port)), without=(1,))
-    assert sides.errors == ["connecting: not done within 0.5 s: trainer rank 1"] * 2
+def test_ranks_that_miss_the_rendezvous_are_named(tmp_path: Path, port: int) -> None:
+    sides = small()
+    sides.run(make_transfer(tmp_path, deadline_seconds=0.5, rendezvous=sides.rendezvous(port)), without=(1,))
+    assert sides.errors == ["connecting: timed out after 0.5 s: trainer rank 1"] * 2
 
 
-def test_a_rank_that_fails_is_noticed_at_once_and_the_next_sync_works(
-    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sides = small(port)
-    meeting = sides.meeting(port)
-    original = process_group._End.start
+def test_a_rank_that_fails_is_noticed_at_once_and_the_next_transfer_works(tmp_path: Path, port: int) -> None:
+    sides = small()
+    rendezvous = sides.rendezvous(port)
 
-    def dies(end: process_group._End, number: int, operation) -> None:
-        if number == 5 and operation.__name__ == "send" and end._name.startswith("trainer rank 1"):
+    def fail(channel: ChannelId, number: int, data: Tensor) -> None:
+        if channel.source_rank == 1 and number == 5:
             raise WeightSyncError("died")
-        original(end, number, operation)
 
-    monkeypatch.setattr(process_group._End, "start", dies)
+    sides.on_send = fail
     start = time.monotonic()
-    sides.run(make_transfer(tmp_path, deadline_seconds=60, meeting=meeting))
+    sides.run(make_transfer(tmp_path, deadline_seconds=60, rendezvous=rendezvous))
     assert time.monotonic() - start < 30
     assert len(sides.errors) == 3
     assert "died" in sides.errors, sides.errors
-    assert sum(error.endswith("stopped, because trainer rank 1 failed") for error in sides.errors) == 2, sides.errors
-    monkeypatch.undo()
-    sides.run(make_transfer(tmp_path, meeting=replace(meeting, generation=1)))
+    assert sum(error.endswith("stopped because trainer rank 1 failed") for error in sides.errors) == 2, sides.errors
+    sides.on_send = None
+    sides.run(make_transfer(tmp_path, rendezvous=replace(rendezvous, generation=1)))
     assert not sides.errors
 
 
-def test_a_rank_slower_than_the_deadline_is_named(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides = small(port)
-    original = process_group._End.start
+def test_a_rank_slower_than_the_deadline_is_named(tmp_path: Path, port: int) -> None:
+    sides = small()
 
-    def slow(end: process_group._End, number: int, operation) -> None:
-        if number == 2 and operation.__name__ == "send" and end._name.startswith("trainer rank 1"):
+    def delay(channel: ChannelId, number: int, data: Tensor) -> None:
+        if channel.source_rank == 1 and number == 2:
             time.sleep(3)
-        original(end, number, operation)
 
-    monkeypatch.setattr(process_group._End, "start", slow)
-    sides.run(make_transfer(tmp_path, deadline_seconds=1.5, meeting=sides.meeting(port)))
-    named = "receiving weights: not done within 1.5 s: trainer rank 1 to engine 0, rank 0: model."
+    sides.on_send = delay
+    sides.run(make_transfer(tmp_path, deadline_seconds=1.5, rendezvous=sides.rendezvous(port)))
+    named = "receiving weights: timed out after 1.5 s: trainer rank 1 to engine 0, rank 0: model."
     assert any(error.startswith(named) for error in sides.errors)

@@ -1,4 +1,4 @@
-"""Real Megatron ranks send by the plan: an engine's parameters and the checksums come out as from whole tensors."""
+"""Real Megatron ranks send by the plan. The engine's parameters and the checksums equal those from whole tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def send_everything(rank: int, model: Path, layouts: list[dict[str, Any]], folde
         plan = make_plan(shards_of_ranks(own), engine, sizes, engines=1, itemsize=4, max_copy_bytes=700)
         channels = list(plan.channels())
         mine = tuple(channel for channel in channels if channel.source_rank == rank)
-        trainer.prepare_sending(SendingTask(mine, tuple(plan.own_blocks().get(rank, ()))))
+        trainer.prepare_sending(SendingTask(mine, tuple(plan.owned_blocks().get(rank, ()))))
         held = {p.name: torch.full((p.rows, p.columns), float("nan")) for p in engine[0]}
         transfer = Transfer(
             folder=str(folder), number=number, plan="p", dtype="float32", slot_bytes=700, deadline_seconds=120

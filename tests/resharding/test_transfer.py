@@ -1,4 +1,4 @@
-"""Shared-memory transfer between threads that play trainer and engine ranks: values, checksums, deadlines, deaths."""
+"""Transfers through shared memory between threads that play the ranks: values, checksums, deadlines, failures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from torch import Tensor
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.model.families import Shape, hf_tensor_shapes
-from megatron_hapo.resharding import transfer as transfer_module
+from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
 from megatron_hapo.resharding.checksum import tensor_checksum
 from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
-from megatron_hapo.resharding.plan import Channel, Parameter, Piece, Plan, make_plan
-from megatron_hapo.resharding.transfer import Meeting, SlotMemory, Transfer, as_matrix, receive, send
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
+from megatron_hapo.resharding.plan import Channel, Parameter, Piece, ReshardingPlan, make_plan
+from megatron_hapo.resharding.shared_memory import SlotMemory, receive, send
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer, as_matrix
 from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.resharding.weight_buckets import engine_cut
+from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE, cut, random_tensors
 
 _numbers = itertools.count()
@@ -40,7 +42,13 @@ def make_transfer(folder: Path, **changes: object) -> Transfer:
 
 
 class Sides:
-    """Trainer ranks and engine ranks with real tensors, and the plan between them."""
+    """Trainer ranks and engine ranks with real tensors, and the plan between them.
+
+    Tests may set `on_send` and `on_receive` to inject faults.
+    """
+
+    on_send: BucketHook | None = None
+    on_receive: BucketHook | None = None
 
     def __init__(
         self, shape: Shape, *, tp: int, pp: int, dp: int, engine_tp: int, engines: int, dtype: torch.dtype,
@@ -49,17 +57,17 @@ class Sides:
         self.shape, self.engine_tp = shape, engine_tp
         self.shards = trainer_shards(shape, ParallelSizes(tp=tp, pp=pp, dp=dp, ep=ep))
         self.engine = engine_parameters(shape, engine_tp, engine_ep)
-        self.plan: Plan = make_plan(
+        self.plan: ReshardingPlan = make_plan(
             self.shards, self.engine, matrix_sizes(shape), engines=engines, itemsize=2, max_copy_bytes=700
         )
         tensors = random_tensors(shape)
         self.sources: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        self.receivers: dict[tuple[int, int], Receiver] = defaultdict(Receiver)
+        self.receivers: dict[tuple[int, int], Receiver] = defaultdict(lambda: Receiver(on_bucket=self._received))
         for shard in self.shards:
             for rank in shard.ranks:
                 held = cut(tensors, shard.parameters)
                 self.sources[rank] |= {name: torch.tensor(value).to(dtype) for name, value in held.items()}
-        self.senders = {rank: Sender(rank) for rank in self.sources}
+        self.senders = {rank: Sender(rank, on_bucket=self._sent) for rank in self.sources}
         self.expected = [self._tensors(tensors, rank, dtype) for rank in self.engine]
         self.targets = {
             (engine, rank): {p.name: torch.full((p.rows, p.columns), 7.0).bfloat16() for p in parameters}
@@ -72,18 +80,27 @@ class Sides:
             self.outgoing[channel.source_rank].append(channel)
             self.incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
 
+    def _sent(self, channel: ChannelId, number: int, data: Tensor) -> None:
+        if self.on_send is not None:
+            self.on_send(channel, number, data)
+
+    def _received(self, channel: ChannelId, number: int, data: Tensor) -> None:
+        if self.on_receive is not None:
+            self.on_receive(channel, number, data)
+
     @staticmethod
     def _tensors(tensors, parameters: tuple[Parameter, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         return {n: torch.tensor(v).to(dtype).bfloat16().nan_to_num(7.0) for n, v in cut(tensors, parameters).items()}
 
-    def meeting(self, port: int) -> Meeting:
-        """Of these ranks, over gloo on this machine."""
-        return Meeting(
+    def rendezvous(self, port: int) -> Rendezvous:
+        """The rendezvous of these ranks, over gloo on this machine."""
+        return Rendezvous(
             host="127.0.0.1", port=port, generation=0, trainer_ranks=len(self.sources), engine_ranks=len(self.targets),
             ranks_per_engine=self.engine_tp, backend="gloo",
         )  # fmt: skip
 
     def run(self, transfer: Transfer, *, without: tuple[int, ...] = ()) -> None:
+        """Carries out the transfer with a thread per rank, but without these trainer ranks; sets `errors`."""
         calls: list[Callable[[], object]] = [
             (lambda rank=rank, channels=channels: self.senders[rank].send(channels, self.sources[rank], transfer))
             for rank, channels in self.outgoing.items()
@@ -118,7 +135,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case, dtype) -> None:
+def test_engines_hold_the_reference_slices_and_checksums_match(tmp_path, case, dtype) -> None:
     shape = MOE_SHAPE if "ep" in case else replace(SHAPE, tied_embeddings=case["tp"] == 2)
     sides = Sides(shape, **case, dtype=dtype)
     sides.run(make_transfer(tmp_path))
@@ -127,13 +144,13 @@ def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case,
         for name, want in sides.expected[rank].items():
             assert torch.equal(held[name], want), name
     assert not list(tmp_path.iterdir())
-    # The trainer's checksums, each rank adding its blocks, are those of the slices of whole tensors.
+    # The ranks' contributions to the checksums add up to those of slices of whole tensors.
     cut_of_engine = engine_cut(shape, tp=case["engine_tp"], ep=case.get("engine_ep", 1))
     sums = merge_checksums(
         partial_checksums(
             blocks, sides.sources[rank], shapes=hf_tensor_shapes(shape), cut=cut_of_engine, dtype=torch.bfloat16
         )
-        for rank, blocks in sides.plan.own_blocks().items()
+        for rank, blocks in sides.plan.owned_blocks().items()
     )
     wholes = {name: torch.tensor(value).to(dtype).bfloat16() for name, value in random_tensors(shape).items()}
     assert sums == {
@@ -142,7 +159,7 @@ def test_engines_hold_the_reference_cut_and_the_checksums_say_so(tmp_path, case,
     assert sums["model.norm.weight"] == [tensor_checksum(wholes["model.norm.weight"])] * case["engine_tp"]
 
 
-def test_the_next_sync_brings_new_values_through_the_same_slots(tmp_path) -> None:
+def test_the_next_transfer_reuses_the_slots_for_new_values(tmp_path) -> None:
     sides, transfer = small(tmp_path)
     sides.run(transfer)
     for held in sides.sources.values():
@@ -159,73 +176,69 @@ def small(tmp_path: Path, **changes: object) -> tuple[Sides, Transfer]:
     return sides, make_transfer(tmp_path, **changes)
 
 
-def test_a_sender_that_never_comes_is_named_with_its_parameter(tmp_path) -> None:
+def test_a_sender_that_never_connects_is_named_with_its_parameter(tmp_path) -> None:
     sides, transfer = small(tmp_path, deadline_seconds=0.5)
     sides.run(transfer, without=(1,))
     assert sides.errors == [
-        "receiving weights: not done within 0.5 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
+        "receiving weights: timed out after 0.5 s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
     ]
     assert [path.suffix for path in tmp_path.iterdir()] == [".failed"]
 
 
-def test_an_engine_that_never_comes_is_named(tmp_path) -> None:
+def test_an_engine_that_never_listens_is_named(tmp_path) -> None:
     sides, transfer = small(tmp_path, deadline_seconds=0.3)
     sides.targets = {}
     sides.run(transfer)
-    late = r"connecting: not done within 0.3 s: trainer rank \d to engine 0, rank 0: model.embed_tokens.weight"
+    late = r"connecting: timed out after 0.3 s: trainer rank \d to engine 0, rank 0: model.embed_tokens.weight"
     assert any(re.fullmatch(late, error) for error in sides.errors)
     assert len(sides.errors) == 2
 
 
-def test_an_engine_that_dies_in_mid_sync_is_noticed_at_once(tmp_path, monkeypatch) -> None:
+def test_an_engine_that_fails_during_the_transfer_is_noticed_at_once(tmp_path) -> None:
     sides, transfer = small(tmp_path, deadline_seconds=60)
-    original, taken = transfer_module._Inlet.take_one, itertools.count()
+    received = itertools.count()
 
-    def dies(inlet: transfer_module._Inlet) -> bool:
-        if next(taken) == 5:
+    def fail(channel: ChannelId, number: int, data: Tensor) -> None:
+        if next(received) == 5:
             raise WeightSyncError("died")
-        return original(inlet)
 
-    monkeypatch.setattr(transfer_module._Inlet, "take_one", dies)
+    sides.on_receive = fail
     start = time.monotonic()
     sides.run(transfer)
     assert time.monotonic() - start < 20
     assert len(sides.errors) == 3
     assert any("trainer rank 0 to engine 0, rank 0: " in error for error in sides.errors)
-    monkeypatch.undo()
-    sides.run(replace(transfer, number=next(_numbers)))  # nothing is left over from the failed one
+    sides.on_receive = None
+    sides.run(replace(transfer, number=next(_numbers)))  # nothing remains of the failed one
     assert not sides.errors
 
 
-def test_a_trainer_rank_that_is_slower_than_the_deadline_is_named(tmp_path, monkeypatch) -> None:
+def test_a_trainer_rank_that_is_slower_than_the_deadline_is_named(tmp_path) -> None:
     sides, transfer = small(tmp_path, deadline_seconds=0.6)
-    original = transfer_module._Outlet.pack_one
 
-    def slow(outlet: transfer_module._Outlet) -> bool:
-        if outlet._channel.source_rank == 1 and outlet._packed == 2:
+    def delay(channel: ChannelId, number: int, data: Tensor) -> None:
+        if channel.source_rank == 1 and number == 2:
             time.sleep(1.5)
-        return original(outlet)
 
-    monkeypatch.setattr(transfer_module._Outlet, "pack_one", slow)
+    sides.on_send = delay
     sides.run(transfer)
-    assert any("receiving weights: not done within 0.6 s: trainer rank 1 to engine 0" in e for e in sides.errors)
+    assert any("receiving weights: timed out after 0.6 s: trainer rank 1 to engine 0" in e for e in sides.errors)
 
 
-def send_in_vain(sides: Sides, transfer: Transfer) -> None:
+def send_and_fail(sides: Sides, transfer: Transfer) -> None:
     with pytest.raises(WeightSyncError):
         send(sides.outgoing[0], sides.sources[0], transfer, SlotMemory())
 
 
-def test_different_plans_do_not_talk(tmp_path) -> None:
+def test_ranks_with_different_plans_fail(tmp_path) -> None:
     sides, transfer = small(tmp_path)
-    other = replace(transfer, plan="q")
-    stranger = threading.Thread(target=send_in_vain, args=(sides, other))
-    stranger.start()
-    with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*follow different plans"):
+    sender = threading.Thread(target=send_and_fail, args=(sides, replace(transfer, plan="q")))
+    sender.start()
+    with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*have different resharding plans"):
         receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, {}, engine=0, engine_rank=0)
-    stranger.join(30)
+    sender.join(30)
 
 
-def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
+def test_a_parameter_that_is_not_contiguous_is_an_error() -> None:
     with pytest.raises(WeightSyncError, match="not contiguous"):
         as_matrix(torch.zeros(4, 4).t())

@@ -1,4 +1,4 @@
-"""The trainer's side of a sync over the shards of a checkpoint; its ranks are threads of the test process."""
+"""A trainer for weight syncs that holds the shards of a checkpoint; its ranks are threads of the test process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from safetensors.torch import load_file
 
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
 from megatron_hapo.resharding.expected import partial_checksums
-from megatron_hapo.resharding.layouts import matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import matrix_sizes
 from megatron_hapo.resharding.plan import Parameter, SendingTask
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.resharding.weight_buckets import engine_cut
+from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import cut
 
 
 class ThreadedTrainer:
-    """The trainer's side of the protocol over the shards of a checkpoint."""
+    """The part of `protocols.Trainer` that a weight sync needs, over the shards of a checkpoint.
+
+    Tests may set `on_bucket` to inject faults into the senders, and change `tasks`: ranks without a task do not send.
+    """
+
+    on_bucket: BucketHook | None = None
 
     def __init__(
         self, folder: Path, *, engine_tp: int, tp: int = 1, pp: int = 1, vpp: int = 1, dp: int = 1, ep: int = 1
@@ -47,8 +54,12 @@ class ThreadedTrainer:
         return path.exists()
 
     def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
-        self._tasks = tasks
-        self._senders = [Sender(rank) for rank in range(len(tasks))]
+        self.tasks = list(tasks)
+        self._senders = [Sender(rank, on_bucket=self._inject) for rank in range(len(tasks))]
+
+    def _inject(self, channel: ChannelId, number: int, data: torch.Tensor) -> None:
+        if self.on_bucket is not None:
+            self.on_bucket(channel, number, data)
 
     def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]]]:
         errors: list[Exception] = []
@@ -59,7 +70,7 @@ class ThreadedTrainer:
             except Exception as error:
                 errors.append(error)
 
-        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self._tasks)]
+        ranks = [threading.Thread(target=one, args=(rank, task)) for rank, task in enumerate(self.tasks)]
         for thread in ranks:
             thread.start()
         for thread in ranks:
@@ -68,8 +79,8 @@ class ThreadedTrainer:
             raise errors[0]
         return [
             partial_checksums(
-                task.own_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
+                task.owned_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,
                 dtype=getattr(torch, transfer.dtype),
             )
-            for rank, task in enumerate(self._tasks)
+            for rank, task in enumerate(self.tasks)
         ]  # fmt: skip

@@ -19,12 +19,12 @@ from megatron_hapo.resharding.layouts import (
     matrix_size,
     matrix_sizes,
     shards_of_ranks,
-    trainer_shards,
 )
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import as_matrix
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 from tests.distributed import run_ranks
+from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import carry_out, cut
 from tests.tiny_families import write_family
 from tests.tiny_model import write_tiny_qwen3

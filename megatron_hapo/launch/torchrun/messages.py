@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.observe.spans import Span, Timeline
-from megatron_hapo.resharding.plan import Block, Channel, OwnBlock, Parameter, Piece, SendingTask
-from megatron_hapo.resharding.transfer import Meeting, Transfer
+from megatron_hapo.resharding.plan import Block, Channel, OwnedBlock, Parameter, Piece, SendingTask
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
 
 _LENGTH = struct.Struct("<q")
@@ -25,7 +25,7 @@ _RECORDS: dict[str, Any] = {
     record.__name__: record
     for record in (
         *(TrainBatch, TokenScores, WeightBucket, EntropyStats, Span, Timeline),
-        *(Transfer, Meeting, SendingTask, Channel, OwnBlock, Piece, Parameter, Block),
+        *(Transfer, Rendezvous, SendingTask, Channel, OwnedBlock, Piece, Parameter, Block),
     )
 }
 
