@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_hapo.launch.run import _graceful_stop
-from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP
+from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from tests.test_loop import make_config
 
 
@@ -38,19 +38,19 @@ def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_p
 def test_a_wish_of_another_rank_is_no_second_signal(own_comes_first: bool) -> None:
     """torchrun tells all ranks to end; rank 0 hears it from its agent and from the others, in either order."""
     driver: Any = SimpleNamespace(stop_requested=False)
-    first, second = (signal.SIGTERM, WISH_TO_STOP) if own_comes_first else (WISH_TO_STOP, signal.SIGTERM)
-    previous = signal.getsignal(WISH_TO_STOP)
+    first, second = (signal.SIGTERM, STOP_SIGNAL) if own_comes_first else (STOP_SIGNAL, signal.SIGTERM)
+    previous = signal.getsignal(STOP_SIGNAL)
     try:
         with _graceful_stop(driver):
             signal.raise_signal(first)
             assert driver.stop_requested
             signal.raise_signal(second)
-            signal.raise_signal(WISH_TO_STOP)
+            signal.raise_signal(STOP_SIGNAL)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(WISH_TO_STOP)
+        signal.raise_signal(STOP_SIGNAL)
     finally:
-        signal.signal(WISH_TO_STOP, previous)
+        signal.signal(STOP_SIGNAL, previous)
 
 
 def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
