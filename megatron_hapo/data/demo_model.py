@@ -63,7 +63,7 @@ def make_demo_model(
         count=steps * batch_size,
     )  # fmt: skip
     pad_id = _token_id(tokenizer, PAD)
-    _warm_up(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
+    _pretrain(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
     model.save_pretrained(out)
     GenerationConfig(eos_token_id=_token_id(tokenizer, END), pad_token_id=pad_id).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -130,7 +130,7 @@ def _examples(
     return examples
 
 
-def _warm_up(
+def _pretrain(
     model: Qwen3ForCausalLM,
     examples: Sequence[tuple[list[int], int]],
     *,
