@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
 
-# A finished set-up is reused until a requirement, the set-up itself or this folder's place changes.
+# A finished set-up is reused until the requirements, the set-up scripts or the path of this folder change.
 SET_UP_FILES := $(sort $(wildcard requirements/*.txt)) setup.py tools/set_up.sh
 SET_UP := $(VENV)/.set-up-$(shell { pwd; cat $(SET_UP_FILES); } | sha256sum | cut -c1-16)
 
@@ -16,11 +16,11 @@ SET_UP := $(VENV)/.set-up-$(shell { pwd; cat $(SET_UP_FILES); } | sha256sum | cu
 
 help:
 	@echo "make demo      train a small model with HAPO on this machine's CPU"
-	@echo "make test      the tests that need no GPU and end soon"
-	@echo "make test-all  all tests; those in tests/gpu need a GPU"
-	@echo "make check     lint, format and types"
-	@echo "make format    let ruff format and fix the code"
-	@echo "make lock      choose the versions in requirements/lock-cpu.txt anew"
+	@echo "make test      run the tests, without the slow ones and those that need a GPU"
+	@echo "make test-all  run all tests; those in tests/gpu need a GPU"
+	@echo "make check     check lint, format and types"
+	@echo "make format    format the code and fix lint errors with ruff"
+	@echo "make lock      update the versions in requirements/lock-cpu.txt"
 
 setup: $(SET_UP)
 
@@ -29,7 +29,7 @@ $(SET_UP):
 	tools/set_up.sh $(VENV)
 	@touch $@
 
-# Made under another name first, so that an interrupted warm-up leaves nothing that looks finished.
+# Written under another name first, so that interrupted training leaves no folder that looks complete.
 runs/demo_model: | $(SET_UP)
 	@rm -rf $@.partial
 	$(BIN)/python tools/make_demo_model.py $@.partial
@@ -53,7 +53,7 @@ format: $(SET_UP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Keeps the versions of the present lock where the pins allow; LOCK_ARGS=--upgrade takes the newest.
+# Keeps the locked versions where the pins allow it; LOCK_ARGS=--upgrade takes the newest.
 lock:
 	tools/set_up.sh $(VENV) only-uv
 	$(BIN)/uv pip compile --quiet --no-header --annotation-style line $(LOCK_ARGS) \

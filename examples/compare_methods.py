@@ -2,10 +2,10 @@
 
     python examples/compare_methods.py [--seeds 3] [--jobs 2] [--out runs/compare_methods] [key=value ...]
 
-Run it after `make demo`, which makes the starting model. Every run is `megatron-hapo train` on the small job of
-`compare_methods/job.yaml` under an overlay of `configs/methods`. A second call goes on where the first ended. In the
-end stand a table and a figure: evaluation accuracy, training reward, entropy and response length, the mean over the
-seeds in a band from the lowest to the highest.
+Run it after `make demo`, which creates the initial model. Every run is `megatron-hapo train` on the small job of
+`compare_methods/job.yaml` with an overlay of `configs/methods`. A second call continues where the first one stopped.
+The result is a table and a figure of evaluation accuracy, training reward, entropy and response length: the mean over
+the seeds, and a band from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ COLORS = ("#1f6fb4", "#d9822b", "#b03a48", "#3a923a", "#7a5aa6", "#6b6b6b", "#2a
 
 @dataclass(frozen=True)
 class Job:
+    """One run: a method with a seed, in the output folder."""
+
     method: str
     seed: int
     folder: Path
@@ -56,15 +58,16 @@ class Job:
 
     @property
     def name(self) -> str:
+        """Name of the run and of its folder."""
         return f"{METHODS[self.method]}_seed{self.seed}"
 
     def run(self) -> None:
-        """Train, or go on; the output is in `<name>.log` beside the run.
+        """Train or resume, unless the run is finished. Its output goes to `<name>.log` beside the run.
 
         Raises:
-            RuntimeError: with the end of the output.
+            RuntimeError: training failed; the message has the end of the output.
         """
-        if (self.folder / self.name / "curves.png").exists():  # the last thing that a run writes
+        if (self.folder / self.name / "curves.png").exists():  # the last file that a run writes
             return
         config, log = self.folder / f"{self.name}.yaml", self.folder / f"{self.name}.log"
         bases = [JOB, ROOT / f"configs/methods/{METHODS[self.method]}.yaml"]
@@ -77,20 +80,20 @@ class Job:
             raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-2000:]}")
 
     def curve(self, metric: str) -> dict[int, float]:
-        """Step to value."""
+        """The metric's value by step."""
         rows = map(json.loads, (self.folder / self.name / "metrics.jsonl").read_text().splitlines())
         return {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
 
 
 def spread(jobs: list[Job], metric: str) -> tuple[list[int], np.ndarray]:
-    """Steps that all seeds have, and their values [seeds, steps]."""
+    """The steps that all seeds have, and the values at them, [seeds, steps]."""
     curves = [job.curve(metric) for job in jobs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return steps, np.array([[curve[step] for step in steps] for curve in curves])
 
 
 def draw(jobs: dict[str, list[Job]], out: Path) -> None:
-    """A row of HAPO against the other methods, a row of HAPO against its components."""
+    """Write the figure: HAPO against the other methods in one row, against its components in the other."""
     figure = Figure(figsize=(16, 7), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(CURVES), sharex=True, sharey="col")
     components = [method for method in METHODS if method.startswith("only")]
@@ -110,17 +113,19 @@ def draw(jobs: dict[str, list[Job]], out: Path) -> None:
 
 
 def table(jobs: dict[str, list[Job]]) -> Table:
-    result = Table(title="at the last step: mean over the seeds (lowest to highest)")
+    """The values at the last step, one row per method."""
+    result = Table(title="last step: mean over the seeds (lowest to highest)")
     for name in ("method", *CURVES.values()):
         result.add_column(name, justify="left" if name == "method" else "right")
-    for method, of_method in jobs.items():
-        finals = [spread(of_method, metric)[1][:, -1] for metric in CURVES]
+    for method, runs in jobs.items():
+        finals = [spread(runs, metric)[1][:, -1] for metric in CURVES]
         result.add_row(method, *(f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in finals))
     return result
 
 
-def finished(jobs: list[Job], at_once: int) -> Iterator[Job]:
-    with ThreadPoolExecutor(at_once) as pool:
+def run_all(jobs: list[Job], num_parallel: int) -> Iterator[Job]:
+    """The jobs as they finish. The first failure cancels those that have not started, and is raised."""
+    with ThreadPoolExecutor(num_parallel) as pool:
         futures = {pool.submit(job.run): job for job in jobs}
         for future in as_completed(futures):
             if future.exception() is not None:
@@ -131,10 +136,10 @@ def finished(jobs: list[Job], at_once: int) -> Iterator[Job]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once; each keeps about one core busy")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each method")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs; each uses about one core")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_methods"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. steps=50")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every run, e.g. steps=50")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
@@ -142,9 +147,9 @@ def main() -> None:
         method: [Job(method, seed, out, tuple(options.overrides)) for seed in range(options.seeds)]
         for method in METHODS
     }
-    # Seed by seed: an early end leaves all methods with as many seeds.
-    by_seed = [job for of_seed in zip(*jobs.values(), strict=True) for job in of_seed]
-    for _ in track(finished(by_seed, options.jobs), total=len(by_seed), description="runs"):
+    # Seed by seed, so that an interrupted comparison has equally many seeds of each method.
+    by_seed = [job for same_seed in zip(*jobs.values(), strict=True) for job in same_seed]
+    for _ in track(run_all(by_seed, options.jobs), total=len(by_seed), description="runs"):
         pass
     draw(jobs, out / "comparison.png")
     Console(width=160).print(table(jobs))

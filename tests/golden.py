@@ -1,4 +1,4 @@
-"""The golden vectors of HAPO's released code; see tests/fixtures/README.md."""
+"""Golden values computed with HAPO's released code; see tests/fixtures/README.md."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ RTOL, ATOL, GRAD_ATOL = 2e-5, 1e-6, 1e-7
 
 @cache
 def load() -> dict[str, np.ndarray]:
+    """All arrays of the file, by key."""
     with np.load(Path(__file__).parent / "fixtures/hapo_golden.npz") as file:
         return dict(file)
 
 
 def cases(family: str) -> list[str]:
-    """Every case of the family that the file holds."""
+    """Names of the family's cases."""
     return sorted({key.split(":")[1] for key in load() if key.startswith(f"{family}:")})
 
 
 def settings(name: str) -> dict[str, Any]:
+    """Settings of a case, `family:case`."""
     return json.loads(str(load()["manifest"]))[name.replace(":", "/")]
 
 
 def tensor(key: str) -> torch.Tensor:
+    """One array of the file."""
     return torch.from_numpy(load()[key])
 
 
 def valid(name: str) -> torch.Tensor:
-    """[B, T] bool: response tokens of the case."""
+    """[B, T] bool, True on the response tokens of the case."""
     return tensor(f"{name}:mask").bool()
 
 

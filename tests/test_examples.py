@@ -1,4 +1,4 @@
-"""The launch files in `examples` are what their tools can read, and call the command line as it is."""
+"""The launch files in `examples` are valid for their tools, and use commands and options that exist."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 
 
 def write_commands(folder: Path, bodies: dict[str, str]) -> None:
-    """Shell scripts under the names of a cluster's own commands."""
+    """Write shell scripts that replace a cluster's own commands."""
     for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash(path: Path) -> None:
+def test_scripts_are_valid_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_run_torchrun_on_each_host(path: Path, tmp_path: Path) -> None:
-    """With stand-ins for the cluster's own commands: what torchrun would be given, host by host."""
+    """Stand-ins for the cluster's commands record the arguments that torchrun gets on each host."""
     calls = tmp_path / "calls"
     stand_ins = {
         "scontrol": "printf 'n1\\nn2\\n'",
@@ -57,14 +57,14 @@ def test_scripts_run_torchrun_on_each_host(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("exit_code", "requeued"), [(1, True), (0, False)], ids=["steps remain", "run had ended"])
-def test_the_slurm_job_comes_again_after_its_time_limit(tmp_path: Path, exit_code: int, requeued: bool) -> None:
-    """With stand-ins for Slurm: before the limit the run is told to end, and its checkpoint written in peace."""
-    script, told = EXAMPLES / "slurm/train.sbatch", tmp_path / "told"
+def test_the_slurm_job_is_requeued_after_its_time_limit(tmp_path: Path, exit_code: int, requeued: bool) -> None:
+    """Stand-ins for Slurm's commands: before the limit the run gets SIGTERM, and the job waits for its checkpoint."""
+    script, signals = EXAMPLES / "slurm/train.sbatch", tmp_path / "signals"
     assert "#SBATCH --signal=B:USR1@" in script.read_text()
     stand_ins = {
         "scontrol": f'echo "$@" >> {tmp_path}/scontrol.calls; echo n1',
-        "srun": f"touch {tmp_path}/running; until [[ -e {told} ]]; do sleep 0.05; done; sleep 0.2; exit {exit_code}",
-        "scancel": f'echo "$@" >> {told}.part; mv {told}.part {told}',
+        "srun": f"touch {tmp_path}/running; until [[ -e {signals} ]]; do sleep 0.05; done; sleep 0.2; exit {exit_code}",
+        "scancel": f'echo "$@" >> {signals}.part; mv {signals}.part {signals}',
     }
     write_commands(tmp_path, stand_ins)
     environment = {
@@ -77,11 +77,11 @@ def test_the_slurm_job_comes_again_after_its_time_limit(tmp_path: Path, exit_cod
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=30) == exit_code
-    assert told.read_text() == "--signal=TERM 7\n"
+    assert signals.read_text() == "--signal=TERM 7\n"
     assert ("requeue 7" in (tmp_path / "scontrol.calls").read_text().splitlines()) == requeued
 
 
-def test_the_kubernetes_job_is_whole() -> None:
+def test_the_kubernetes_job_is_consistent() -> None:
     service, job = yaml.safe_load_all((EXAMPLES / "kubernetes/train.yaml").read_text())
     pod = job["spec"]["template"]
     (container,) = pod["spec"]["containers"]

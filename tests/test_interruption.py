@@ -1,4 +1,4 @@
-"""A run that is told to end before it has begun to train."""
+"""Signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from megatron_hapo.launch.run import _graceful_stop
-from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP
+from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from tests.test_loop import make_config
 
 
-def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_sigterm_during_start_up_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump(mode="json")))
     command = [sys.executable, "-m", "megatron_hapo", "train", str(config)]
@@ -29,32 +29,32 @@ def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_p
         _, errors = run.communicate(timeout=120)
     assert run.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
-    assert "SIGTERM received" not in errors  # the stack that Ray prints
+    assert "SIGTERM received" not in errors  # part of the stack that Ray would print
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
 
 @pytest.mark.parametrize("own_comes_first", [True, False])
-def test_a_wish_of_another_rank_is_no_second_signal(own_comes_first: bool) -> None:
-    """torchrun tells all ranks to end; rank 0 hears it from its agent and from the others, in either order."""
+def test_a_stop_request_of_another_rank_does_not_count_as_a_second_signal(own_comes_first: bool) -> None:
+    """torchrun sends SIGTERM to all ranks, so rank 0 gets it from its agent and from the others, in either order."""
     driver: Any = SimpleNamespace(stop_requested=False)
-    first, second = (signal.SIGTERM, WISH_TO_STOP) if own_comes_first else (WISH_TO_STOP, signal.SIGTERM)
-    previous = signal.getsignal(WISH_TO_STOP)
+    first, second = (signal.SIGTERM, STOP_SIGNAL) if own_comes_first else (STOP_SIGNAL, signal.SIGTERM)
+    previous = signal.getsignal(STOP_SIGNAL)
     try:
         with _graceful_stop(driver):
             signal.raise_signal(first)
             assert driver.stop_requested
             signal.raise_signal(second)
-            signal.raise_signal(WISH_TO_STOP)
+            signal.raise_signal(STOP_SIGNAL)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(WISH_TO_STOP)
+        signal.raise_signal(STOP_SIGNAL)
     finally:
-        signal.signal(WISH_TO_STOP, previous)
+        signal.signal(STOP_SIGNAL, previous)
 
 
 def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
-    """Everything that the run has started, once its first actor is there."""
+    """All descendants of the run, once its first actor has started."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         descendants = psutil.Process(pid).children(recursive=True)
@@ -63,7 +63,7 @@ def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
         ):
             return descendants
         time.sleep(0.2)
-    raise AssertionError("no actor has started")
+    raise AssertionError("no actor has started within 120 s")
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -1,4 +1,4 @@
-"""The whole loop with its real parts: Ray, Megatron ranks over gloo, one SGLang engine, reward processes."""
+"""The whole loop with all real parts: Ray, Megatron ranks over gloo, one SGLang engine, reward processes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ TAU = 0.3
 
 
 def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
+    """A small run of two steps on a parallel layout; `layout` may also contain `placement`."""
     layout = dict(layout)
     placement = layout.pop("placement", "disaggregated")
     return Config.model_validate(
@@ -67,7 +68,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
             },
             "algorithm": {"adaptive_temperature": {"tau": TAU}},
             "data": {"train": {"type": "arithmetic", "size": 40}, "eval": {"type": "arithmetic", "size": 4, "seed": 1}},
-            # Rewards by length differ within groups even though a random model is never right.
+            # A random model is never right, but the overlong penalty still makes rewards differ within groups.
             "reward": {"overlong": {"buffer_tokens": 20}, "workers": 1},
             "eval": {"every": 1, "temperature": 0.7, "top_p": 0.9},
             "weight_sync": {"verify_every": 1, "bucket_bytes": 50_000},
@@ -77,7 +78,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
 
 @pytest.fixture(scope="module")
 def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
-    """One engine for all layouts; it can give memory back, and every sync pauses it, whether it has to or not."""
+    """One engine for all layouts. It can release its memory, and every sync pauses it, needed or not."""
     values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), COLOCATED).model_dump()
     values |= {"async": {"max_staleness": 1}}
     values["weight_sync"]["in_flight"] = "pause"
@@ -90,25 +91,28 @@ def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class Recorder:
-    """A rollout pool that remembers what passed through it."""
+    """A rollout pool that records everything it generates."""
 
     def __init__(self, pool: RayRolloutPool):
         self._pool = pool
         self.generated: list[tuple[Sampling, list[Any]]] = []
 
     def generate(self, prompts: list[Prompt], sampling: Sampling):
+        """The pool's groups, which are recorded."""
         groups = self._pool.generate(prompts, sampling)
         self.generated.append((sampling, [rollout for group in groups for rollout in group]))
         return groups
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)  # how weights come in
+        return getattr(self._pool, name)  # includes the methods that load weights
 
 
 @contextmanager
 def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any]]:
-    """The real driver, run to its last step from the newest checkpoint, with what went through the engine, which holds
-    the last weights."""
+    """The parts of a run that the real driver has taken from the newest checkpoint to the last step.
+
+    The engine holds the last weights; the recorder has what it generated.
+    """
     tokenizer = load_tokenizer(config.model.path)
     assert config.data.eval is not None
     train, evaluation = (
@@ -160,7 +164,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
 def trained(
     request: pytest.FixtureRequest, pool: RayRolloutPool, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """Two steps on one layout, the second of them profiled, and the exported model."""
+    """A run of two steps on one layout, the second one profiled, whose model was exported."""
     config = make_config(tiny_qwen3, tmp_path_factory.mktemp("runs"), request.param)
     config = config.model_copy(update={"profile": ProfileConfig(steps=(2,))})
     with finished_run(config, pool) as run:
@@ -169,26 +173,27 @@ def trained(
 
 
 def is_timed(metric: str) -> bool:
-    """Whether the clock, not the seed, decides its value."""
+    """Whether the metric depends on the clock, so that equal runs may differ in it."""
     return metric.startswith(("time/", "tokens_per_second", "utilization/tokens")) or metric.endswith("_idle_share")
 
 
 def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl."""
     lines = (trained["config"].run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def test_metrics_have_every_promised_key(trained: dict[str, Any]) -> None:
+def test_metrics_have_the_expected_keys(trained: dict[str, Any]) -> None:
     before, *steps = metrics_of(trained)
     assert before["step"] == 0
     assert "eval/accuracy" in before
     assert [row["step"] for row in steps] == [1, 2]
-    promised = """step reward/mean eval/accuracy entropy/mean entropy/pivot temperature/min temperature/mean
+    expected = """step reward/mean eval/accuracy entropy/mean entropy/pivot temperature/min temperature/mean
     temperature/max response_length/mean loss/policy loss/clip_fraction_low loss/clip_fraction_high grad_norm
     rollout/logprob_abs_diff time/rollout time/reward time/log_probs time/update time/weight_sync time/step
     tokens_per_second"""
     for row in steps:
-        assert set(promised.split()) <= row.keys()
+        assert set(expected.split()) <= row.keys()
         assert row.keys() <= documented_metrics() | {"step"}
         assert all(np.isfinite(value) for value in row.values())
 
@@ -198,22 +203,22 @@ def test_trainer_and_engine_agree_on_log_probs(trained: dict[str, Any]) -> None:
         assert row["rollout/logprob_abs_diff_max"] < 2e-3
 
 
-def test_the_first_step_samples_plainly_and_the_second_adaptively(trained: dict[str, Any]) -> None:
+def test_the_first_step_samples_at_a_fixed_temperature_and_the_second_adaptively(trained: dict[str, Any]) -> None:
     first, second = metrics_of(trained)[1:]
     assert first["temperature/min"] == first["temperature/max"] == 1.0
-    # float32 temperatures may round just past the bounds
+    # rounding in float32 may exceed the bounds slightly
     assert 1 - TAU - 1e-6 < second["temperature/min"] < second["temperature/max"] < 1 + TAU + 1e-6
 
 
-def test_evaluation_samples_at_its_plain_temperature(trained: dict[str, Any]) -> None:
+def test_evaluation_samples_at_its_fixed_temperature(trained: dict[str, Any]) -> None:
     evaluations = [rollouts for sampling, rollouts in trained["recorder"].generated if sampling.temperature == 0.7]
     assert len(evaluations) == 3
     for rollout in (rollout for rollouts in evaluations for rollout in rollouts):
         np.testing.assert_array_equal(rollout.temperatures, np.float32(0.7))
 
 
-def test_temperatures_are_those_of_the_recorded_distributions(trained: dict[str, Any]) -> None:
-    """The trainer of the step's policy is gone, so the last policy scores fresh rollouts: T_t from its entropies."""
+def test_temperatures_follow_from_the_entropies_of_the_policy(trained: dict[str, Any]) -> None:
+    """Earlier policies are gone, so the last one samples and scores; T_t must follow from its entropies."""
     driver, trainer = trained["driver"], trained["trainer"]
     sampling = driver._sampling(3)
     assert sampling.adaptive is not None
@@ -226,13 +231,13 @@ def test_temperatures_are_those_of_the_recorded_distributions(trained: dict[str,
     assert recorded.std() > 0.01
 
 
-def test_rollouts_carry_the_version_of_the_weights(trained: dict[str, Any]) -> None:
+def test_rollouts_record_the_version_of_the_weights(trained: dict[str, Any]) -> None:
     versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in trained["recorder"].generated]
-    # evaluation, step 1, evaluation, step 2, evaluation; a test may have generated more with the last version
+    # evaluation, step 1, evaluation, step 2, evaluation; other tests may have generated more with the last version
     assert versions[:5] == [{0}, {0}, {1}, {1}, {2}]
 
 
-def test_the_engine_answers_greedily_as_the_exported_model_in_transformers(trained: dict[str, Any]) -> None:
+def test_greedy_responses_equal_those_of_the_exported_model_in_transformers(trained: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = trained["config"].run_dir / "hf"
@@ -266,11 +271,12 @@ def test_a_profiled_step_is_traced_over_all_processes(trained: dict[str, Any]) -
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events of a gzipped Chrome trace."""
     return json.loads(gzip.open(path).read())["traceEvents"]
 
 
 def assert_step_is_traced(folder: Path, config: Config) -> None:
-    """Every process has its row, and what it did lies within the stage of the driver that asked for it."""
+    """Every process has its row, and its spans lie within the driver's stage that caused them."""
     events = read_trace(folder / "step.json.gz")
     rows = {e["pid"]: e["args"]["name"].partition(" (")[0] for e in events if e["name"] == "process_name"}
     ranks = [f"trainer rank {rank}" for rank in range(config.parallel.world_size)]
@@ -302,7 +308,7 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
 def test_an_interrupted_run_resumes_on_the_same_trajectory(
     trained: dict[str, Any], pool: RayRolloutPool, tmp_path: Path
 ) -> None:
-    """Interrupted on GPUs of its own, resumed on shared ones: turns do not show in the metrics."""
+    """Interrupted as a disaggregated run and resumed as a colocated one: memory turns do not change the metrics."""
     config = trained["config"].model_copy(update={"output_dir": tmp_path})
     with finished_run(config.model_copy(update={"steps": 1, "placement": "disaggregated"}), pool):
         pass
@@ -315,6 +321,7 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
 
 
 def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
+    """A run of three steps that generates one step ahead."""
     values = make_config(model, folder, {"tp": 1}).model_dump()
     values |= {"steps": 3, "async": {"max_staleness": 1}}
     values["algorithm"]["importance_correction"] = {"level": "token"}
@@ -322,7 +329,9 @@ def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
     return Config.model_validate(values)
 
 
-def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_rollouts_generated_one_step_ahead_are_one_version_old(
+    pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path
+) -> None:
     with finished_run(ahead_config(tiny_qwen3, tmp_path, "finish"), pool) as run:
         before, *steps = metrics_of(run)
         versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
@@ -337,13 +346,13 @@ def test_rollouts_one_step_ahead_lag_one_version_behind(pool: RayRolloutPool, ti
         assert row.keys() <= documented_metrics() | {"step"}
 
 
-def test_rollouts_in_flight_go_through_syncs(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
     with finished_run(ahead_config(tiny_qwen3, tmp_path, "pause"), pool) as run:
         _, *steps = metrics_of(run)
         assert steps[0]["rollout/staleness"] == 0
         assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
 
-        # The weights stay the same now, so the trainer can score what came of several versions.
+        # From here on all versions have the same weights, so the trainer can score tokens of several versions.
         version, sampling = 100, replace(run["driver"]._sampling(4), samples=64)
         with ThreadPoolExecutor(1) as thread:
             generation = thread.submit(pool.generate, run["prompts"], sampling)
@@ -354,14 +363,14 @@ def test_rollouts_in_flight_go_through_syncs(pool: RayRolloutPool, tiny_qwen3: P
         rollouts = [rollout for group in generation.result() for rollout in group]
         scores = run["trainer"].log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
     assert [rollout.prompt.uid for rollout in rollouts[::64]] == [prompt.uid for prompt in run["prompts"]]
-    assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # a seed each
+    assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # every response has its own seed
     assert any(len(set(rollout.policy_versions)) > 1 for rollout in rollouts)
     recorded = np.concatenate([rollout.rollout_log_probs for rollout in rollouts])
     np.testing.assert_allclose(scores.rollout_temperature_log_probs, recorded, atol=2e-3)
 
 
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
-    """Ray, trainer ranks, engine: every listening socket of this process and its descendants."""
+    """Checks every listening socket of this process and its descendants: Ray, trainer ranks, engine."""
     import psutil
 
     me = psutil.Process()
@@ -377,7 +386,7 @@ def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
 
 
 def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
-    """The path for models whose layouts are not known: the engines load whole tensors and confirm the checksums."""
+    """`gather`, for models whose layout in the engine is unknown: engines load whole tensors and compare checksums."""
     GatherSync(trained["trainer"], trained["recorder"], verify_every=1).sync(policy_version=9)
     (rollout,) = trained["recorder"].generate(
         trained["prompts"][:1], replace(trained["driver"]._sampling(0), samples=1)
@@ -385,17 +394,19 @@ def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
     assert rollout.policy_version == 9
 
 
-def test_the_rehearsal_finds_every_part_sound(trained: dict[str, Any]) -> None:
+def test_the_rehearsal_finds_no_fault(trained: dict[str, Any]) -> None:
     run = trained
     turns = run["driver"].turns
     turns.to_trainer()
     findings = rehearse(run["config"], run["trainer"], run["recorder"], turns, run["rewards"], run["prompts"])
     turns.to_engines(policy_version=9)
     assert {finding.verdict for finding in findings} <= {"ok", "warning"}  # a random model is never right
-    told = "\n".join(finding.message for finding in findings)
-    assert "every engine holds the trainer's weights" in told
-    assert re.search(r"^log-probs of engine and trainer differ by \S+e-0[4-9] on average", told, re.MULTILINE)
-    assert re.search(r"^at the adaptive temperature, log-probs .* differ by \S+e-0[4-9] on average", told, re.MULTILINE)
+    messages = "\n".join(finding.message for finding in findings)
+    assert "every engine holds the trainer's weights" in messages
+    assert re.search(r"^log-probs of engine and trainer differ by \S+e-0[4-9] on average", messages, re.MULTILINE)
+    assert re.search(
+        r"^at the adaptive temperature, log-probs .* differ by \S+e-0[4-9] on average", messages, re.MULTILINE
+    )
 
 
 def test_a_dead_trainer_rank_is_named(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:

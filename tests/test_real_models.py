@@ -1,4 +1,4 @@
-"""The tables against the true sizes of large models, without their weights: names, shapes, every element once."""
+"""The family tables at the sizes of real models, without their weights: names, shapes, every element exactly once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ CONFIGS = Path(__file__).parent / "fixtures" / "hf_configs"
 
 @dataclass(frozen=True)
 class Layout:
-    """A training layout, and the model's parameters as the published checkpoint's metadata counts them."""
+    """A training layout of a model.
+
+    `parameters` is their number according to the metadata of the published checkpoint.
+    """
 
     parameters: int
     tp: int = 1
@@ -66,7 +69,7 @@ def shape_of(tmp_path: Path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_table_names_what_transformers_names(model: str, shape_of: Any, tmp_path: Path) -> None:
+def test_the_table_has_the_names_and_shapes_of_transformers(model: str, shape_of: Any, tmp_path: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,7 +93,7 @@ Parameters = dict[str, tuple[int, ...]]
 def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tuple[list[Parameters], list[float]]:
     """Names and shapes of the first and the last rank's parameters, and the rotary frequencies.
 
-    The other ranks of the world are make-believe.
+    Uses torch's fake process group: no other rank of the world exists.
     """
     import torch
     import torch.distributed as dist
@@ -118,13 +121,13 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tup
 
 @pytest.fixture(scope="module")
 def fake_world():
-    """One process for all models: it imports Megatron once, on a CPU."""
+    """One process for all models, so that Megatron is imported only once."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         yield executor
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_element_of_a_large_model_has_its_place(
+def test_every_element_of_a_large_model_is_placed_exactly_once(
     model: str, shape_of: Any, tmp_path: Path, fake_world: ProcessPoolExecutor
 ) -> None:
     shape, layout = shape_of(model), MODELS[model]
@@ -172,7 +175,7 @@ def test_every_element_of_a_large_model_has_its_place(
 
 
 def rotary_frequencies(folder: Path) -> list[float]:
-    """transformers' own, with llama3's scaling where the config asks for it."""
+    """The frequencies that transformers computes, with llama3 scaling where the config asks for it."""
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -183,6 +186,7 @@ _SHAPES: dict[Shape, dict[str, tuple[int, ...]]] = {}
 
 
 def hf_tensor_shapes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """hf_tensor_shapes, cached."""
     if shape not in _SHAPES:
         _SHAPES[shape] = hf_tensor_shapes(shape)
     return _SHAPES[shape]

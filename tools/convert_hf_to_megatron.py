@@ -1,4 +1,4 @@
-"""`megatron-hapo convert hf-to-megatron SRC DST`, also under torchrun for a model larger than one machine's memory."""
+"""`megatron-hapo convert hf-to-megatron SRC DST`, also under torchrun, for models larger than one machine's memory."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write the demo's starting model: python tools/make_demo_model.py OUT [--seed N]."""
+"""Write the demo's initial model: python tools/make_demo_model.py OUT [--seed N]."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800, help="updates of the supervised warm-up")
+    parser.add_argument("--steps", type=int, default=800, help="number of pre-training updates")
     args = parser.parse_args()
 
     disable_progress_bar()
 
     def report(step: int, loss: float) -> None:
         if step % 100 == 0:
-            print(f"warm-up {step}/{args.steps}  loss {loss:.3f}", flush=True)
+            print(f"pre-training {step}/{args.steps}  loss {loss:.3f}", flush=True)
 
     make_demo_model(args.out, seed=args.seed, steps=args.steps, progress=report)
     print(f"wrote {args.out}")

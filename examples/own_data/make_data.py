@@ -10,6 +10,7 @@ from megatron_hapo.data.arithmetic import problems
 
 
 def main() -> None:
+    """Write both files into the folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder

@@ -1,1 +1,1 @@
-"""Prompts: read from files or generated, rendered, and put in order."""
+"""Prompts: read from files or generated, tokenized, and ordered for training."""

@@ -1,8 +1,8 @@
-"""The demo's task: sums of small numbers, worked out term by term. Needs no download and no torch.
+"""The demo's task: sums of small numbers, solved term by term. Needs no download and no torch.
 
-A question is `7+8-3=`, its worked solution the running totals: `7+8=15 15-3=12 Answer: 12`. Questions fall into two
-halves by their text; an even seed draws from one half and an odd seed from the other, so that training and held-out
-problems never meet.
+A question looks like `7+8-3=`; its worked solution lists the running totals: `7+8=15 15-3=12 Answer: 12`. A hash of the
+text divides all questions into two halves. Even seeds draw from one half and odd seeds from the other, so training and
+held-out questions never overlap.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from dataclasses import dataclass
 DATA_SOURCE = "arithmetic"
 ANSWER_MARKER = "Answer:"
 SUBTRACT = 0.3
-"""Probability that a term is subtracted, where the total allows it."""
+"""Probability that a term is subtracted, where the total stays non-negative."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its answer."""
+    """One question with its answer and a correct solution."""
 
     question: str
     """E.g. `7+8-3=`; no running total is negative."""
     answer: str
     solution: str
-    """A right worked solution, which ends in the answer."""
+    """A correct worked solution, which ends in the answer."""
     data_source: str = DATA_SOURCE
 
 
 def problems(*, size: int, seed: int, min_terms: int = 3, max_terms: int = 5, max_number: int = 9) -> list[Problem]:
-    """`size` different problems, the same for the same arguments.
+    """`size` distinct problems; the same arguments always give the same problems.
 
     Args:
-        seed: sets of an even seed and of an odd seed have no question in common.
-        min_terms, max_terms: bounds on the numbers in a question, both included.
-        max_number: numbers lie between 1 and this.
+        seed: an even and an odd seed never give the same question.
+        min_terms, max_terms: inclusive bounds on how many numbers a question has.
+        max_number: the largest number; the smallest is 1.
     Raises:
-        ValueError: the bounds make no sense, or do not allow that many different questions.
+        ValueError: the bounds contradict each other, or allow fewer than `size` questions.
     """
     if not 2 <= min_terms <= max_terms:
         raise ValueError(f"min_terms and max_terms must satisfy 2 <= min <= max, got {min_terms} and {max_terms}")
@@ -49,8 +49,8 @@ def problems(*, size: int, seed: int, min_terms: int = 3, max_terms: int = 5, ma
     while len(found) < size:
         if tries_left == 0:
             raise ValueError(
-                f"found only {len(found)} different questions with {min_terms} to {max_terms} terms up to "
-                f"{max_number}, {size} were asked for: raise max_terms or max_number"
+                f"found only {len(found)} of {size} different questions with {min_terms} to {max_terms} terms up to "
+                f"{max_number}: raise max_terms or max_number, or lower size"
             )
         tries_left -= 1
         terms = _draw_terms(rng, num_terms=rng.randint(min_terms, max_terms), max_number=max_number)
@@ -61,10 +61,10 @@ def problems(*, size: int, seed: int, min_terms: int = 3, max_terms: int = 5, ma
 
 
 def demonstration(problem: Problem, rng: random.Random, *, slip: float) -> str:
-    """A worked solution by someone who forgets each carry or borrow with probability `slip`, and goes on from there.
+    """A worked solution that drops each carry or borrow with probability `slip`, and continues from the wrong total.
 
-    The supervised warm-up learns from these: a model that knows the form of a solution and every sum without a
-    carry, and is of two minds exactly where a carry decides.
+    The demo's model is pre-trained on these. It learns the format and every sum without a carry, and stays uncertain
+    exactly where a carry matters.
     """
     return _work_out(_parse(problem.question), forgets=lambda: rng.random() < slip)
 
@@ -98,6 +98,6 @@ def _work_out(terms: list[int], *, forgets=lambda: False) -> str:
 
 
 def _carries(total: int, term: int) -> bool:
-    """Whether the units digit overflows (a carry), or underflows with tens to borrow from."""
+    """Whether adding the term carries out of the units digit, or borrows from the tens."""
     units = total % 10 + (abs(term) % 10) * (1 if term > 0 else -1)
     return units > 9 or (units < 0 and total >= 10)

@@ -1,8 +1,8 @@
-"""The demo's starting point: a small Qwen3 with a tokenizer, after a short supervised warm-up on the arithmetic task.
+"""The demo's initial model: a small Qwen3 with a tokenizer, pre-trained briefly on the arithmetic task.
 
-Plain torch and transformers, one process. The warm-up's demonstrations forget most carries
-(arithmetic.demonstration), so the model writes well-formed solutions that are often wrong: work for reinforcement
-learning, and tokens whose entropies differ.
+Uses torch and transformers in one process. Most carries in the training solutions are dropped
+(arithmetic.demonstration), so the model writes well-formed solutions that are often wrong. That leaves something for
+reinforcement learning to improve, and tokens of different entropy.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def make_demo_model(
     max_number: int = 9,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Write model and tokenizer as a Hugging Face folder; the same weights for the same seed on the same machine.
+    """Write model and tokenizer as a Hugging Face folder. A seed gives the same weights each time on the same machine.
 
     Args:
-        steps: updates of the warm-up; 0 writes the untrained model.
-        slip: probability that a demonstration forgets a carry.
-        min_terms, max_terms, max_number: see arithmetic.problems; the questions are those of even seeds.
-        progress: called with the step's number and its loss.
+        steps: number of updates; 0 writes the untrained model.
+        slip: probability that a training solution drops a carry.
+        min_terms, max_terms, max_number: see arithmetic.problems. The seed used there is even.
+        progress: called after each update with its number, from 1, and its loss.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -63,14 +63,14 @@ def make_demo_model(
         count=steps * batch_size,
     )  # fmt: skip
     pad_id = _token_id(tokenizer, PAD)
-    _warm_up(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
+    _pretrain(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
     model.save_pretrained(out)
     GenerationConfig(eos_token_id=_token_id(tokenizer, END), pad_token_id=pad_id).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded; every character of a sum is a token, the answer's marker is one."""
+    """A byte-level BPE that encodes any text: a token for each character of a sum, and one for the answer marker."""
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = []
     for end in range(2, len(arithmetic.ANSWER_MARKER) + 1):
@@ -86,7 +86,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Half a million parameters; heads and KV heads split over two tensor parallel ranks."""
+    """A Qwen3 of half a million parameters, whose heads and KV heads divide over two tensor-parallel ranks."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -106,7 +106,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int), f"{token} is no token of its own"
+    assert isinstance(found, int), f"the tokenizer has no token {token}"
     return found
 
 
@@ -118,7 +118,7 @@ def _examples(
     slip: float,
     count: int,
 ) -> list[tuple[list[int], int]]:
-    """Token ids of question and demonstration, and how many of them are the question's."""
+    """For each example, the token ids of question and solution, and how many of them belong to the question."""
     examples = []
     for _ in range(count):
         problem = rng.choice(problems)
@@ -130,7 +130,7 @@ def _examples(
     return examples
 
 
-def _warm_up(
+def _pretrain(
     model: Qwen3ForCausalLM,
     examples: Sequence[tuple[list[int], int]],
     *,
@@ -140,10 +140,10 @@ def _warm_up(
     lr: float,
     progress: Callable[[int, float], None] | None,
 ) -> None:
-    """Supervised learning on each example once; the rate rises over a tenth of the steps and falls by a cosine."""
+    """Train on each example once. The learning rate rises over the first tenth of the steps, then falls as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains little from more, and its weights must not depend on them
+    torch.set_num_threads(1)  # more threads gain little here, and the weights must not depend on their number
     model.train()
     for step in range(steps):
         warm, cool = (step + 1) / max(steps / 10, 1), 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -162,7 +162,10 @@ def _warm_up(
 
 
 def _collate(examples: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded input ids and labels (solutions only); causal attention needs no mask for padding on the right."""
+    """Input ids and labels, both [examples, longest] int64 and padded on the right; only solutions have labels.
+
+    Causal attention needs no mask for padding on the right.
+    """
     longest = max(len(ids) for ids, _ in examples)
     input_ids = torch.full((len(examples), longest), pad_id)
     labels = torch.full((len(examples), longest), IGNORED_LABEL)

@@ -1,4 +1,4 @@
-"""Files and generated tasks to prompts, and the order in which training sees them. Imports no torch by itself."""
+"""Prompts from files and generated tasks, and the order in which training sees them. Does not import torch itself."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
-"""role and content, as chat templates take them."""
+"""A chat message with the keys that chat templates expect: role and content."""
 
 COLUMNS = ("prompt", "reward_model", "data_source")
-"""Of the DAPO-Math layout; reward_model holds ground_truth."""
+"""Columns of the DAPO-Math layout; reward_model contains ground_truth."""
 
 TASK_INSTRUCTION = '\n\nGive the final answer on the last line, after "Answer:".'
-"""Follows the questions of reasoning-gym, which say nothing about the form of an answer."""
+"""Appended to reasoning-gym's questions, which do not say how to format the answer."""
 
 _ENCODE_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable prompts of one source, in its order."""
+    """The usable prompts of one source, in the order of the source."""
 
     prompts: Sequence[Prompt]
     num_too_long: int
-    """Prompts that were left out."""
+    """Number of prompts that exceed the limit and were dropped."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -58,7 +58,7 @@ class _Problem:
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model folder; code in the folder is never run."""
+    """The tokenizer of a Hugging Face model folder. Code in the folder is never run."""
     from transformers import AutoTokenizer  # imports torch
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -67,10 +67,10 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
 def load_prompts(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, max_prompt_tokens: int
 ) -> PromptSet:
-    """The prompts of a data source, tokenized; longer ones than `max_prompt_tokens` are left out and reported.
+    """The prompts of a data source, tokenized. Prompts of more than `max_prompt_tokens` are dropped, with a warning.
 
     Raises:
-        DataError: rows that cannot be used, or nothing left.
+        DataError: a row is invalid, or no prompt is left.
     """
     prompts: list[Prompt] = []
     num_problems = 0
@@ -79,7 +79,7 @@ def load_prompts(
         encoded = encode_messages([p.messages for p in chunk], tokenizer, chat_template=chat_template)
         for problem, token_ids in zip(chunk, encoded, strict=True):
             if not token_ids:
-                raise DataError(f"{problem.uid}: the prompt has no token")
+                raise DataError(f"{problem.uid}: the prompt is empty after tokenization")
             if len(token_ids) <= max_prompt_tokens:
                 prompts.append(
                     Prompt(
@@ -92,12 +92,12 @@ def load_prompts(
     num_too_long = num_problems - len(prompts)
     name = _name(source)
     if num_problems == 0:
-        raise DataError(f"{name}: no rows")
-    left_out = f"{num_too_long} of {num_problems} prompts are longer than rollout.max_prompt_tokens={max_prompt_tokens}"
+        raise DataError(f"{name} has no rows")
+    dropped = f"{num_too_long} of {num_problems} prompts are longer than rollout.max_prompt_tokens={max_prompt_tokens}"
     if not prompts:
-        raise DataError(f"{name}: {left_out}; nothing is left")
+        raise DataError(f"{name}: {dropped}; no prompt is left")
     if num_too_long:
-        logger.warning("%s: %s and are left out", name, left_out)
+        logger.warning("%s: %s and were dropped", name, dropped)
     logger.info("%s: %d prompts", name, len(prompts))
     return PromptSet(prompts, num_too_long)
 
@@ -105,10 +105,13 @@ def load_prompts(
 def encode_messages(
     conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
 ) -> list[list[int]]:
-    """Token ids of each conversation, up to where the assistant's turn begins.
+    """Token ids of each conversation, up to the start of the assistant's turn.
 
-    Without the chat template the contents are joined by line ends, and get the special tokens (a beginning of
-    sequence) that the tokenizer adds to plain text.
+    Without the chat template, the contents are joined by newlines, and the tokenizer adds the special tokens of plain
+    text, such as the beginning of the sequence.
+
+    Raises:
+        DataError: the chat template is wanted, but the tokenizer has none.
     """
     if not chat_template:
         texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
@@ -123,7 +126,7 @@ def encode_messages(
 
 
 def file_faults(path: Path) -> list[str]:
-    """Why a prompt file cannot be used, from its presence, format and columns; its rows are not read."""
+    """Reasons why a prompt file cannot be used: missing, unreadable, or without a column. Its rows are not checked."""
     if not path.is_file():
         return [f"no such file: {path}"]
     try:
@@ -143,11 +146,11 @@ def file_faults(path: Path) -> list[str]:
 
 
 class PromptSampler:
-    """An endless order of prompts, a new permutation in each epoch, that resumes from one integer.
+    """An endless sequence of prompts, permuted anew in each epoch, whose state is a single integer.
 
-    No batch holds a prompt twice unless there are fewer prompts than it asks for; it then comes under another uid, so
-    that its responses are others. With shuffling, the prompts at the end of an epoch that do not fill a batch are
-    therefore skipped; without, the batch goes on at the beginning.
+    A batch never contains a prompt twice unless it is larger than the set of prompts; each repetition then gets its own
+    uid, so that it is given different responses. With shuffling, the prompts at the end of an epoch that do not fill a
+    batch are therefore skipped; without shuffling, the batch continues at the beginning.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool):
@@ -175,11 +178,11 @@ class PromptSampler:
         return prompts
 
     def state(self) -> int:
-        """How far the order has come."""
+        """Position in the sequence, for `restore`."""
         return self._position
 
     def restore(self, state: int) -> None:
-        """Go on from another sampler's state; it must have had the same prompts and seed."""
+        """Continue from the state of a sampler that had the same prompts and seed."""
         self._position = state
 
     def _row(self, position: int) -> int:
@@ -227,12 +230,12 @@ def _parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     prompt, reward_model, data_source = (row.get(column) for column in COLUMNS)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError("prompt must be a text or a list of messages with role and content")
+        raise ValueError("prompt must be a string or a list of messages with role and content")
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") in (None, ""):
         raise ValueError("reward_model.ground_truth is missing")
     if not isinstance(data_source, str):
-        raise ValueError("data_source must be a text")
-    # Parquet fills the absent keys of a message with None, which some chat templates would print.
+        raise ValueError("data_source must be a string")
+    # Parquet gives every message all keys, absent ones with None, which some chat templates would print.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     return messages, str(reward_model["ground_truth"]), data_source
 
@@ -242,7 +245,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _columns(path: Path) -> tuple[list[str], int]:
-    """Names of the columns, ground_truth with its parent's name before it, and the number of rows (1 for many)."""
+    """Column names, with the children of reward_model as `reward_model.NAME`, and a number of rows (JSONL: 0 or 1)."""
     if path.suffix == ".parquet":
         file = pq.ParquetFile(path)
         columns = list(file.schema_arrow.names)
@@ -254,7 +257,7 @@ def _columns(path: Path) -> tuple[list[str], int]:
         reward_model = first.get("reward_model") if first else None
         children = list(reward_model) if isinstance(reward_model, dict) else []
         return [*(first or ()), *(f"reward_model.{child}" for child in children)], int(first is not None)
-    raise ValueError(f"the name must end in .parquet or .jsonl, not {path.suffix!r}")
+    raise ValueError(f"the file name must end in .parquet or .jsonl, not {path.suffix!r}")
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -281,7 +284,7 @@ def _task_problems(source: TaskData) -> Iterator[_Problem]:
         dataset = import_reasoning_gym().create_dataset(
             source.name, size=source.size, seed=source.seed, **source.options
         )
-    except (ValueError, TypeError, AssertionError) as error:  # its configs validate by assert
+    except (ValueError, TypeError, AssertionError) as error:  # reasoning-gym validates its configs by assert
         raise DataError(f"{_name(source)}: {error}") from None
     for index in range(source.size):
         entry = dataset[index]

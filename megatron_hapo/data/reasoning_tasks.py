@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: the package, and how a task travels to its scorer as a ground truth."""
+"""reasoning-gym: importing the package, and encoding a task as a ground truth for its scorer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import ModuleType
 from typing import Any
 
 REASONING_GYM_PREFIX = "reasoning_gym/"
-"""Opens the data source of reasoning-gym's tasks; the dataset's name follows."""
+"""Prefix of the data source of reasoning-gym's tasks; the dataset's name follows."""
 
 
 def import_reasoning_gym() -> ModuleType:
-    """The package reasoning_gym, without what Python says when it first compiles one of its dependencies."""
+    """The package reasoning_gym, imported without the syntax warnings that one of its dependencies causes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # cellpylib 2.4 compares with literals by `is`
         return importlib.import_module("reasoning_gym")
 
 
 def encode_task(*, answer: str, index: int, size: int, seed: int, options: dict[str, Any]) -> str:
-    """The ground truth of a reasoning-gym task: its answer, and how to build the task again for its own scorer."""
+    """The ground truth of a reasoning-gym task: its answer, and what its scorer needs to build the task again."""
     return json.dumps({"answer": answer, "index": index, "size": size, "seed": seed, "options": options})

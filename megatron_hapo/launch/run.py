@@ -26,7 +26,7 @@ from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
-from megatron_hapo.launch.torchrun.watch import WISH_TO_STOP
+from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
@@ -299,21 +299,21 @@ def _graceful_stop(driver: Driver) -> Iterator[None]:
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked_here
-        if asked_here and number != WISH_TO_STOP:
+        if asked_here and number != STOP_SIGNAL:
             raise KeyboardInterrupt
-        asked_here = asked_here or number != WISH_TO_STOP
+        asked_here = asked_here or number != STOP_SIGNAL
         if not driver.stop_requested:
-            name = "another rank is to end" if number == WISH_TO_STOP else signal.strsignal(number)
+            name = "another rank is to end" if number == STOP_SIGNAL else signal.strsignal(number)
             logger.warning("%s: stopping after this step, with a checkpoint; once more to stop at once", name)
             driver.stop_requested = True
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, WISH_TO_STOP)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)}
     try:
         yield
     finally:
         for number, handler in previous.items():
             # A wish that comes late is fulfilled already.
-            signal.signal(number, signal.SIG_IGN if number == WISH_TO_STOP else handler)
+            signal.signal(number, signal.SIG_IGN if number == STOP_SIGNAL else handler)
 
 
 def _tell_what_is_left(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The demo's task and its starting model."""
+"""The demo's task and its initial model."""
 
 import random
 import subprocess
@@ -10,7 +10,7 @@ from megatron_hapo.data import arithmetic
 from megatron_hapo.data.arithmetic import demonstration, problems
 
 
-def test_problems_are_right_and_end_in_their_answer():
+def test_solutions_are_correct_and_end_in_the_answer():
     for problem in problems(size=300, seed=0, min_terms=2, max_terms=6, max_number=20):
         expression = problem.question.removesuffix("=")
         assert problem.answer == str(eval(expression))
@@ -42,12 +42,12 @@ def test_even_and_odd_seeds_never_share_a_question():
         ({"min_terms": 2, "max_terms": 2, "max_number": 2}, "different questions"),
     ],
 )
-def test_impossible_bounds_are_refused(bounds, message):
+def test_contradictory_bounds_are_refused(bounds, message):
     with pytest.raises(ValueError, match=message):
         problems(size=100, seed=0, **bounds)
 
 
-def test_demonstrations_forget_carries_and_only_carries():
+def test_demonstrations_drop_carries_and_nothing_else():
     rng = random.Random(0)
     carry = arithmetic.Problem(question="7+8-3=", answer="12", solution="7+8=15 15-3=12 Answer: 12")
     assert demonstration(carry, rng, slip=0.0) == carry.solution
@@ -63,7 +63,7 @@ def test_the_task_needs_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_demo_model_loads_in_transformers_and_is_the_same_for_the_same_seed(tmp_path):
+def test_demo_model_loads_in_transformers_and_is_reproducible(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,3 +1,5 @@
+"""Prompts from files and generated tasks, and the order in which they are sampled."""
+
 import json
 import logging
 from pathlib import Path
@@ -44,7 +46,7 @@ def load(path: Path, tokenizer, *, limit=None, chat_template=True, max_prompt_to
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_jsonl])
-def test_a_file_gives_prompts_ready_for_an_engine(tmp_path, tokenizer, write):
+def test_a_file_gives_tokenized_prompts(tmp_path, tokenizer, write):
     path = write(tmp_path / f"math.{write.__name__.removeprefix('write_')}", [row("1+1"), row("2+2", "4", "aime24")])
     prompts = load(path, tokenizer).prompts
     assert [(p.uid, p.ground_truth, p.data_source) for p in prompts] == [
@@ -59,20 +61,20 @@ def test_a_file_gives_prompts_ready_for_an_engine(tmp_path, tokenizer, write):
     )
 
 
-def test_a_plain_text_prompt_is_a_users_message(tmp_path, tokenizer):
+def test_a_string_prompt_is_a_user_message(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "plain.jsonl", [{**row(""), "prompt": "1+1"}])
     (prompt,) = load(path, tokenizer).prompts
     assert "user\n1+1<|im_end|>" in tokenizer.decode(prompt.token_ids)
 
 
-def test_without_the_chat_template_contents_are_taken_as_they_are(tmp_path, tokenizer):
+def test_without_the_chat_template_contents_are_joined(tmp_path, tokenizer):
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
     path = write_jsonl(tmp_path / "two.jsonl", [{**row(""), "prompt": messages}])
     (prompt,) = load(path, tokenizer, chat_template=False).prompts
     assert tokenizer.decode(prompt.token_ids) == "Add.\n1+1="
 
 
-def test_a_tokenizer_without_a_chat_template_is_an_error_that_says_what_to_do(tiny_qwen3):
+def test_a_missing_chat_template_is_an_error_that_names_the_setting(tiny_qwen3):
     tokenizer = load_tokenizer(tiny_qwen3)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"has no chat template: set data\.chat_template=false"):
@@ -84,23 +86,25 @@ def test_the_limit_takes_the_first_rows(tmp_path, tokenizer):
     assert [p.uid for p in load(path, tokenizer, limit=2).prompts] == ["many/0", "many/1"]
 
 
-def test_long_prompts_are_left_out_counted_and_reported(tmp_path, tokenizer, caplog):
+def test_long_prompts_are_dropped_counted_and_reported(tmp_path, tokenizer, caplog):
     path = write_jsonl(tmp_path / "long.jsonl", [row("x" * 200), row("1+1"), row("y" * 300)])
     with caplog.at_level(logging.WARNING, logger="megatron_hapo"):
         loaded = load(path, tokenizer)
     assert (len(loaded), loaded.num_too_long) == (1, 2)
     assert [p.uid for p in loaded.prompts] == ["long/1"]
-    assert "2 of 3 prompts are longer than rollout.max_prompt_tokens=100 and are left out" in caplog.text
+    assert "2 of 3 prompts are longer than rollout.max_prompt_tokens=100 and were dropped" in caplog.text
 
 
-def test_nothing_left_is_an_error(tmp_path, tokenizer):
+def test_no_prompt_left_is_an_error(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "long.jsonl", [row("x" * 200)])
-    with pytest.raises(DataError, match=r"1 of 1 prompts are longer than rollout\.max_prompt_tokens=100; nothing is"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 prompts are longer than rollout\.max_prompt_tokens=100; no prompt is left"
+    ):
         load(path, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path, name):
     write = write_parquet if name.endswith("parquet") else write_jsonl
     path = write(tmp_path / name, [{"question": "1+1", "reward_model": {"style": "rule"}, "data_source": "x"}])
     there = "its columns: question, reward_model, data_source, reward_model.style"
@@ -110,7 +114,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
     ]
 
 
-def test_files_that_cannot_be_used_are_told_apart(tmp_path):
+def test_each_kind_of_unusable_file_has_its_own_message(tmp_path):
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n")
@@ -123,15 +127,15 @@ def test_files_that_cannot_be_used_are_told_apart(tmp_path):
     assert faults[1] == f"{empty} has no rows"
     assert faults[2].startswith(f"{broken}: line 1 is not JSON")
     assert faults[3].startswith(f"{fake} cannot be read: ")
-    assert faults[4] == f"{other} cannot be read: the name must end in .parquet or .jsonl, not '.csv'"
+    assert faults[4] == f"{other} cannot be read: the file name must end in .parquet or .jsonl, not '.csv'"
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"prompt": [{"content": "x"}]}, "prompt must be a text or a list of messages"),
+        ({"prompt": [{"content": "x"}]}, "prompt must be a string or a list of messages"),
         ({"reward_model": {"ground_truth": ""}}, r"reward_model\.ground_truth is missing"),
-        ({"data_source": None}, "data_source must be a text"),
+        ({"data_source": None}, "data_source must be a string"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, tokenizer, change, fault):
@@ -154,7 +158,7 @@ def test_impossible_arithmetic_is_an_error(tokenizer):
         load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=100)
 
 
-def test_tasks_of_reasoning_gym_carry_what_their_scorer_needs(tokenizer):
+def test_the_ground_truth_of_a_reasoning_gym_task_is_enough_for_its_scorer(tokenizer):
     source = TaskData(type="reasoning_gym", name="chain_sum", size=5, seed=3, options={"max_terms": 3})
     prompt = load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300).prompts[4]
     answer = json.loads(prompt.ground_truth)["answer"]
@@ -165,7 +169,7 @@ def test_tasks_of_reasoning_gym_carry_what_their_scorer_needs(tokenizer):
     assert score(f"Answer: {answer}", prompt.ground_truth, prompt.data_source, scorer="exact") == 1.0
 
 
-def test_options_that_a_task_does_not_take_are_an_error(tokenizer):
+def test_unknown_task_options_are_an_error(tokenizer):
     source = TaskData(type="reasoning_gym", name="chain_sum", size=5, options={"terms": 3})
     with pytest.raises(DataError, match=r"reasoning_gym/chain_sum: .*unexpected keyword argument 'terms'"):
         load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300)
@@ -183,7 +187,7 @@ def rows(prompts: list[Prompt]) -> list[int]:
     return [int(p.token_ids[0]) for p in prompts]
 
 
-def test_an_epoch_sees_every_prompt_once_and_each_epoch_has_its_own_order():
+def test_an_epoch_holds_every_prompt_once_in_an_order_of_its_own():
     order = sampler(12)
     first, second = [rows(order.next(4)) + rows(order.next(4)) + rows(order.next(4)) for _ in range(2)]
     assert sorted(first) == sorted(second) == list(range(12))
@@ -193,24 +197,24 @@ def test_an_epoch_sees_every_prompt_once_and_each_epoch_has_its_own_order():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_no_batch_holds_a_prompt_twice(shuffle):
+def test_no_batch_contains_a_prompt_twice(shuffle):
     order = sampler(10, shuffle=shuffle)
     for count in [4, 4, 4, 7, 10, 3, 9] * 20:
         assert len(set(rows(order.next(count)))) == count
 
 
-def test_without_shuffling_the_order_is_that_of_the_data():
+def test_without_shuffling_prompts_keep_the_order_of_the_data():
     order = sampler(5, shuffle=False)
     assert [rows(order.next(3)) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
-def test_fewer_prompts_than_a_batch_come_equally_often():
+def test_fewer_prompts_than_a_batch_are_repeated_equally_often():
     prompts = sampler(3).next(9)
     assert sorted(rows(prompts)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert len({prompt.uid for prompt in prompts}) == 9, "the same uid would be given the same responses"
+    assert len({prompt.uid for prompt in prompts}) == 9, "repetitions with the same uid would get the same responses"
 
 
-def test_a_restored_sampler_goes_on_where_the_other_stopped():
+def test_a_restored_sampler_continues_where_the_other_stopped():
     one, other = sampler(10), sampler(10)
     one.next(4)
     one.next(4)

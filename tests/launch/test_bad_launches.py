@@ -1,4 +1,4 @@
-"""A run that cannot start says so in one line, whoever launched it, and leaves nothing behind. Real processes."""
+"""A run that cannot start prints one line, under either launcher, and leaves no process behind. Real processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.launch.torchrun_process import launched, torchrun, train_command, wri
 
 LAUNCHERS = ("ray", "torchrun")
 PATIENCE_SECONDS = 300
-"""On a busy machine."""
+"""Generous, for a busy machine."""
 NO_GPU: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def told(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int = 1, **environment: str | None) -> str:
-    """All that the run has said about its fault; torchrun adds a report of its own about its processes."""
+def fault(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int = 1, **environment: str | None) -> str:
+    """What a failed run has printed, without the log lines and without torchrun's own report about its processes."""
     config = run_config(model, folder, launcher)
     arguments = [*train_command(write_config(config, folder)), *overrides]
     start = [sys.executable] if launcher == "ray" else torchrun("--standalone", "--nproc-per-node", str(ranks))
@@ -45,15 +45,15 @@ def told(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int =
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """Where nobody listens, and nobody else can."""
+    """A port that is bound here, but on which nobody listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
 
 
 @pytest.mark.slow
-def test_a_node_with_fewer_gpus_than_ranks(tiny_qwen3: Path, tmp_path: Path) -> None:
-    assert told(tmp_path, tiny_qwen3, "torchrun", "device=cuda", ranks=2, **NO_GPU) == (
+def test_a_node_with_fewer_gpus_than_ranks_is_reported(tiny_qwen3: Path, tmp_path: Path) -> None:
+    assert fault(tmp_path, tiny_qwen3, "torchrun", "device=cuda", ranks=2, **NO_GPU) == (
         f"{socket.gethostname()}: 0 GPUs for 2 trainer ranks; start torchrun there with --nproc-per-node 1 and "
         "device=cpu everywhere"
     )
@@ -61,9 +61,9 @@ def test_a_node_with_fewer_gpus_than_ranks(tiny_qwen3: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_model_that_fits_nowhere(tiny_qwen3: Path, tmp_path: Path, launcher: str) -> None:
+def test_a_model_that_does_not_fit_is_reported(tiny_qwen3: Path, tmp_path: Path, launcher: str) -> None:
     overrides = ["device=cuda", "parallel.gpu_memory=3GiB", "parallel.dp=1"]
-    line = told(tmp_path, tiny_qwen3, launcher, *overrides, **NO_GPU)
+    line = fault(tmp_path, tiny_qwen3, launcher, *overrides, **NO_GPU)
     assert re.fullmatch(
         r"command line: parallel: does not fit: a trainer rank.* needs .* GiB, but a GPU has 3.0 GiB; .*", line
     )
@@ -71,28 +71,28 @@ def test_a_model_that_fits_nowhere(tiny_qwen3: Path, tmp_path: Path, launcher: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_no_route_to_the_ray_head(tiny_qwen3: Path, tmp_path: Path, launcher: str, closed_port: int) -> None:
-    line = told(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", RAY_ADDRESS=f"127.0.0.1:{closed_port}")
+def test_an_unreachable_ray_head_is_reported(tiny_qwen3: Path, tmp_path: Path, launcher: str, closed_port: int) -> None:
+    line = fault(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", RAY_ADDRESS=f"127.0.0.1:{closed_port}")
     assert re.match(rf"no route to the Ray head at \S+:{closed_port} \(Connection refused\); ", line)
 
 
 @pytest.mark.slow
-def test_a_busy_port(tiny_qwen3: Path, tmp_path: Path, closed_port: int) -> None:
-    line = told(tmp_path, tiny_qwen3, "torchrun", "parallel.dp=1", f"launch.ray_port={closed_port}")
+def test_a_port_in_use_is_reported(tiny_qwen3: Path, tmp_path: Path, closed_port: int) -> None:
+    line = fault(tmp_path, tiny_qwen3, "torchrun", "parallel.dp=1", f"launch.ray_port={closed_port}")
     assert line.startswith(f"launch.ray_port: 127.0.0.1:{closed_port} cannot be used (Address already in use); ")
 
 
 @pytest.mark.slow
-def test_another_token(tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_is_reported(tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     head = RayNode(LaunchConfig(start_timeout_seconds=600), ip="127.0.0.1", head_address=None)
     try:
         for launcher in LAUNCHERS:
-            # Else Ray would look for the head, which is on loopback, at this host's other address.
+            # Otherwise Ray would look for the head, which is on loopback, at this host's other address.
             loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
             environment = {"RAY_ADDRESS": head.address, "RAY_AUTH_TOKEN": "b" * 64, **loopback}
-            line = told(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", **environment)
+            line = fault(tmp_path, tiny_qwen3, launcher, "parallel.dp=1", **environment)
             assert "token" in line, launcher
             assert "\n" not in line, launcher
     finally:

@@ -1,4 +1,4 @@
-"""Commands reach all ranks, and their answers come back in the ranks' order; real gloo ranks."""
+"""Commands reach all ranks, and results come back in the order of ranks; real gloo ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 
 
 class Target(RankObject):
-    """Stands for a trainer rank."""
+    """A stand-in for a trainer rank."""
 
     def __init__(self, rank: int):
         self.rank, self.yielded = rank, 0
@@ -60,7 +60,7 @@ def channel_rank(rank: int) -> None:
     assert [int(first[0]), *(int(array[0]) for array in stream)] == [0, 1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23, 24]
     assert commander.call("yielded", timeout_seconds=60) == [5, 3, 5]
 
-    # A failed sync leaves the ranks at work; its cause is raised, not what it made of the others.
+    # The ranks keep serving after a failed sync; its cause is raised, not the errors that followed from it.
     with pytest.raises(WeightSyncError, match=r"^the cause$"):
         commander.call("sync", timeout_seconds=60)
     assert commander.call("own", 1, timeout_seconds=60) == [[0, 1], [1, 1], [2, 1]]
@@ -69,7 +69,7 @@ def channel_rank(rank: int) -> None:
     assert not thread.is_alive()
 
 
-def test_commands_and_answers() -> None:
+def test_commands_reach_all_ranks_and_results_come_back_in_order() -> None:
     run_ranks(3, channel_rank, timeout_seconds=400)
 
 

@@ -1,4 +1,4 @@
-"""What crosses between the driver and torchrun's ranks comes out as it went in, and nothing else can cross."""
+"""Values between the driver and torchrun's ranks survive encoding unchanged; other types are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
-def test_values_come_out_as_they_went_in(value: object) -> None:
+def test_values_survive_encoding(value: object) -> None:
     restored = decode(encode(value))
     assert restored == value
     assert type(restored) is type(value)
@@ -72,16 +72,16 @@ def test_arrays_keep_dtype_shape_and_bits() -> None:
                 np.testing.assert_array_equal(getattr(got, name), array)
                 assert getattr(got, name).dtype == array.dtype
     assert batch.token_ids.flags.aligned
-    assert batch.token_ids.flags.writeable  # torch wants to share it
+    assert batch.token_ids.flags.writeable  # so that torch can share the memory
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, np.array([object()]), Exception("x"), b"bytes"])
-def test_nothing_else_is_sent(value: object) -> None:
+def test_other_types_are_refused(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be sent"):
         encode([value])
 
 
-def test_a_name_that_is_no_record_is_not_looked_up() -> None:
+def test_an_unknown_record_name_is_refused() -> None:
     forged = encode(PIECE).replace(b'"Piece"', b'"print"')
     with pytest.raises(KeyError):
         decode(forged)

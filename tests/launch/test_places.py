@@ -10,8 +10,8 @@ from megatron_hapo.config import load_config
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
 from megatron_hapo.launch.ray.engine_pool import _actor_options
-from megatron_hapo.launch.torchrun import attempt
-from megatron_hapo.launch.torchrun.host import is_alone
+from megatron_hapo.launch.torchrun.host import is_single_host
+from megatron_hapo.launch.torchrun.rank_rendezvous import RankPlace
 
 _CONFIG = Path(__file__).parents[2] / "configs/demo_cpu.yaml"
 TWO_NODES = [Place(node, (str(gpu),)) for node in ("a", "b") for gpu in (4, 5, 6, 7)]
@@ -73,5 +73,5 @@ def test_a_torchrun_node_listens_on_loopback_only_if_all_is_on_it(
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
     else:
         monkeypatch.setenv("RAY_ADDRESS", cluster)
-    rank = attempt.Place(rank=0, world_size=2, local_rank=0, local_world_size=1, node=0, num_nodes=nodes)
-    assert is_alone(rank, load_config(_CONFIG, [f"launch.engines={engines}"])) == alone
+    rank = RankPlace(rank=0, world_size=2, local_rank=0, local_world_size=1, node=0, num_nodes=nodes)
+    assert is_single_host(rank, load_config(_CONFIG, [f"launch.engines={engines}"])) == alone

@@ -1,4 +1,4 @@
-"""torchrun gives the same run as the Ray launcher, on one host and on two, and ends and resumes as it should.
+"""A run under torchrun equals one under the Ray launcher, on one host and on two, and it fails and resumes correctly.
 
 Real processes throughout: torchrun's agents, Megatron ranks over gloo, Ray nodes, an SGLang engine.
 """
@@ -27,9 +27,9 @@ from tests.test_loop import assert_step_is_traced, make_config
 
 SAME = {"rel": 1e-5, "abs": 1e-5}
 RESUMED = {"rel": 1e-3, "abs": 1e-5}
-"""A resumed optimizer rounds once more."""
+"""A resumed optimizer rounds its state once more."""
 START_SECONDS = 900
-"""For a run on a busy machine; no test fails by the time that passes, but those that say what the time may be."""
+"""Upper bound for a whole run on a busy machine; it is no statement about how long a run should take."""
 
 FAULT = """
 import os
@@ -63,7 +63,7 @@ def run_config(model: Path, folder: Path, name: str, **weight_sync: object) -> C
     )
 
 
-def rows_of(config: Config) -> int:
+def num_rows(config: Config) -> int:
     return len(metrics_of(config))
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_metrics(tiny_qwen3: Path, folder: Path) -> list[dict[str, float]]:
-    """Of the run by the Ray launcher."""
+    """Metrics of the run under the Ray launcher."""
     config = run_config(tiny_qwen3, folder, "ray")
     command = [sys.executable, *train_command(write_config(config, folder))]
     with launched(command, folder / "ray.log") as launch:
@@ -94,7 +94,7 @@ def assert_same(rows: list[dict[str, float]], want: list[dict[str, float]], tole
 def test_one_node_gives_the_metrics_of_the_ray_launcher_and_traces(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
-    """On GPUs that ranks and engines share in turn, which does not show in the metrics either."""
+    """The run is colocated, which does not change the metrics either."""
     config = run_config(tiny_qwen3, folder, "one_node").model_copy(
         update={"placement": "colocated", "profile": ProfileConfig(steps=(2,))}
     )
@@ -107,7 +107,7 @@ def test_one_node_gives_the_metrics_of_the_ray_launcher_and_traces(
 
 
 @pytest.mark.slow
-def test_a_failed_rank_is_told_by_rank_0_and_the_restart_resumes(
+def test_rank_0_reports_a_failed_rank_and_the_restart_resumes(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
     config = run_config(tiny_qwen3, folder, "failed_rank", method="gather")
@@ -130,10 +130,10 @@ def test_a_failed_rank_is_told_by_rank_0_and_the_restart_resumes(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and `ip`")
-def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
+def test_two_hosts_give_the_same_metrics_and_survive_the_loss_of_one(
     tiny_qwen3: Path, folder: Path, ray_metrics: list[dict[str, float]]
 ) -> None:
-    # Steps enough that the run has not ended before it knows of the loss.
+    # Enough steps that the run cannot end before it notices the loss.
     config = run_config(tiny_qwen3, folder, "two_hosts").model_copy(update={"steps": 30})
     path = write_config(config, folder)
     with two_hosts() as hosts:
@@ -146,17 +146,17 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
                 "--local-addr", own_address, *train_command(path), namespace=namespace,
             )  # fmt: skip
 
-        # Without it an agent that comes back waits in vain for what only the first round of the rendezvous was told.
+        # Without it, an agent that rejoins waits for values that torchrun sets in the first rendezvous round only.
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with launched(agent(first, address), folder / "host_1.log", environment) as one:
             with launched(agent(second, other_address), folder / "host_2.log", environment) as two:
-                one.until(lambda: rows_of(config) >= 3, "second step", START_SECONDS)
+                one.until(lambda: num_rows(config) >= 3, "second step", START_SECONDS)
                 two.note()
                 assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
                 assert "weights go directly, by messages (gloo)" in one.text + two.text
                 kill_hard(two.process)
-                told = "the torchrun agent of trainer rank 1 ("
-                one.until(lambda: told in one.text, "word of the lost host", 60)
+                report = "the torchrun agent of trainer rank 1 ("
+                one.until(lambda: report in one.text, "report of the lost host", 60)
                 two.until_gone(60)
             with launched(agent(second, other_address), folder / "host_2_again.log", environment) as again:
                 codes = [one.wait(2 * START_SECONDS), again.wait(60)]
@@ -171,14 +171,14 @@ def test_two_hosts_give_the_same_metrics_and_outlive_the_loss_of_one(
 
 @pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_ends_with_a_checkpoint(tiny_qwen3: Path, folder: Path) -> None:
-    """SIGTERM at the agent, as from Slurm or Kubernetes."""
+    """SIGTERM to the agent, as Slurm and Kubernetes send it."""
     config = run_config(tiny_qwen3, folder, "stopped").model_copy(update={"steps": 1000})
     command = torchrun(
         "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "600",
         *train_command(write_config(config, folder)),
     )  # fmt: skip
     with launched(command, folder / "stopped.log") as launch:
-        launch.until(lambda: rows_of(config) >= 2, "first step", START_SECONDS)
+        launch.until(lambda: num_rows(config) >= 2, "first step", START_SECONDS)
         launch.process.terminate()
         launch.until(lambda: launch.process.poll() is not None, "end", 600)
         launch.until_gone(60)
@@ -187,20 +187,20 @@ def test_a_run_that_was_asked_to_stop_ends_with_a_checkpoint(tiny_qwen3: Path, f
     assert int(newest.name.removeprefix("step_")) == metrics_of(config)[-1]["step"]
 
 
-def test_ranks_that_the_layout_does_not_divide_are_one_line(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_a_world_size_that_is_not_the_layouts_is_one_line(tiny_qwen3: Path, tmp_path: Path) -> None:
     config = run_config(tiny_qwen3, tmp_path, "uneven").model_copy(update={"steps": 1})
     command = torchrun("--standalone", "--nproc-per-node", "3", *train_command(write_config(config, tmp_path)))
     with launched(command, tmp_path / "log") as launch:
         assert launch.wait(300) != 0
-        told = [line for line in launch.text.splitlines() if line.startswith("parallel: ")]
-        assert told == [
+        lines = [line for line in launch.text.splitlines() if line.startswith("parallel: ")]
+        assert lines == [
             "parallel: tp=1 x pp=1 x cp=1 x dp=2 are 2 ranks, torchrun started 3; set parallel.dp=3, or start 2 ranks"
         ]
         assert not config.run_dir.exists()
 
 
-def test_launches_leave_nothing_behind_that_they_note(tmp_path: Path) -> None:
-    """The helper of these tests sees processes that end up without a parent."""
+def test_the_helper_sees_processes_that_lose_their_parent(tmp_path: Path) -> None:
+    """`Launch`, which these tests rely on, also notices orphans."""
     with launched(["sh", "-c", "sleep 30 & sleep 1"], tmp_path / "log") as launch:
         assert isinstance(launch, Launch)
         assert launch.wait(20) == 0

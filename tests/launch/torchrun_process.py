@@ -1,4 +1,4 @@
-"""torchrun and the Ray launcher as processes, on tests' tiny model; hosts are namespaces of this machine."""
+"""Runs under torchrun and the Ray launcher as real processes; network namespaces of this machine stand for hosts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN
 
 
 class Launch:
-    """A command under test, its output in a file."""
+    """A command under test, with its output in a file."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str | None] | None = None):
         self.log = log
@@ -39,15 +39,16 @@ class Launch:
 
     @property
     def text(self) -> str:
+        """The output so far."""
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout_seconds: float) -> int:
-        """The exit code."""
+        """The exit code, once the command has ended."""
         self.until(lambda: self.process.poll() is not None, "end", timeout_seconds)
         return self.process.wait()
 
     def until(self, condition: Callable[[], Any], what: str, timeout_seconds: float) -> None:
-        """Wait for a condition while the command runs, and take note of every process that comes to be below it."""
+        """Wait for a condition while the command runs, and note all of its descendants."""
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             self.note()
@@ -57,23 +58,25 @@ class Launch:
             time.sleep(0.3)
 
     def until_gone(self, timeout_seconds: float) -> None:
-        """Wait for the end of everything that the command, which has ended, has started."""
+        """Wait until every noted process of the ended command has ended too."""
         deadline = time.monotonic() + timeout_seconds
         while not self.all_gone():
-            assert time.monotonic() < deadline, f"still there: {[p for p in self.seen if p.is_running()]}"
+            assert time.monotonic() < deadline, f"still running: {[p for p in self.seen if p.is_running()]}"
             time.sleep(0.3)
 
     def note(self) -> None:
+        """Remember the command's present descendants."""
         try:
             self.seen.update(psutil.Process(self.process.pid).children(recursive=True))
         except psutil.NoSuchProcess:
             return
 
     def all_gone(self) -> bool:
-        """Whether nothing is left of all that it started."""
+        """Whether all noted processes have ended."""
         return not [p for p in self.seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def end(self) -> None:
+        """Kill the command and every noted process."""
         self.note()
         for process in (psutil.Process(self.process.pid), *self.seen) if self.process.poll() is None else self.seen:
             try:
@@ -85,6 +88,7 @@ class Launch:
 
 @contextmanager
 def launched(*arguments: Any, **options: Any) -> Iterator[Launch]:
+    """A Launch, which is killed at the end of the block."""
     launch = Launch(*arguments, **options)
     try:
         yield launch
@@ -93,23 +97,26 @@ def launched(*arguments: Any, **options: Any) -> Iterator[Launch]:
 
 
 def write_config(config: Config, folder: Path) -> Path:
+    """Path of the config's file in the folder."""
     path = folder / f"{config.name}.yaml"
     dump_config(config, path)
     return path
 
 
 def train_command(config: Path) -> list[str]:
+    """Arguments of Python that train this config."""
     return ["-m", "megatron_hapo", "train", str(config)]
 
 
 def torchrun(*options: str, namespace: str = "") -> list[str]:
-    # A host's shared memory is its own too.
+    """A torchrun command, in a network namespace if one is given."""
+    # Hosts do not share /dev/shm either.
     host = ["ip", "netns", "exec", namespace, "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$0" "$@"']
     return [*(host if namespace else []), sys.executable, "-m", "torch.distributed.run", *options]
 
 
 def metrics_of(config: Config) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl without what the clock makes different."""
+    """The rows of metrics.jsonl, without the metrics that depend on the clock."""
     path = config.run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{name: value for name, value in row.items() if not is_timed(name)} for row in rows]
@@ -121,7 +128,7 @@ def kill_hard(process: psutil.Process | subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def two_hosts() -> Iterator[dict[str, str]]:
-    """Two network namespaces joined by a cable; name to address. Needs root."""
+    """Two network namespaces joined by a veth pair: name to address. Needs root."""
     suffix = f"{os.getpid() % 10000}"
     names = {f"hapo{suffix}a": "10.111.7.1", f"hapo{suffix}b": "10.111.7.2"}
     first, second = names

@@ -22,9 +22,10 @@ from megatron_hapo.model.families import (
     table,
     table_parameters,
 )
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, trainer_shards
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.sizing.parameters import Layout, stage_parameters
+from tests.resharding.planned_grid import trainer_shards
 from tests.shapes import TINY
 
 SHAPE = replace(TINY, num_layers=2, hidden_size=48, ffn_size=96, head_dim=16)

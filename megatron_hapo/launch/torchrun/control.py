@@ -1,9 +1,9 @@
-"""The command channel of torchrun's ranks: rank 0 says which method all ranks call; their results come back to it.
+"""The command channel of torchrun's ranks: rank 0 names a method, every rank calls it, rank 0 collects the results.
 
-It is a gloo group of its own, whatever backend trains. Batches reach the ranks by its broadcast, so that rank 0 sends
-each a few times, not once a rank; the rendezvous store would hold them in one process, and Ray would have to run in
-every rank. What travels is `messages`, not pickle. Whoever fails leaves the run (see `watch`); nothing here waits with
-a deadline, because a rank may wait hours for the next command.
+The channel is a gloo group of its own, whichever backend trains. Batches are broadcast over it, so rank 0 sends each a
+few times and not once per rank; the rendezvous store would keep them all in one process, and Ray would have to run in
+every rank. Values are encoded by `messages`, never pickled. Nothing here has a deadline, because a rank may wait hours
+for the next command; a failed rank exits, and the failure detector ends the run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megatron_hapo.trainer.over_ranks import RankObject
 
 _FOREVER = timedelta(days=30)
 _BUFFERED = 2
-"""Answers that rank 0 takes ahead of the driver."""
+"""Number of results that rank 0 receives before the driver takes one."""
 
 
 class ControlGroup:
-    """Messages between rank 0 and the others; every rank makes one, at the same place of its start."""
+    """Messages between rank 0 and the other ranks. Constructing it is a collective call of all ranks."""
 
     def __init__(self) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's value, on every rank."""
+        """Rank 0's value, on every rank. Collective; the argument of other ranks is ignored."""
         data = self._buffer(encode(value)) if self.rank == 0 else None
         length = torch.tensor([0 if data is None else len(data)])
         dist.broadcast(length, 0, group=self._group)
@@ -47,11 +47,13 @@ class ControlGroup:
         return value if self.rank == 0 else decode(data.numpy())
 
     def send(self, value: Any, rank: int) -> None:
+        """Send a value to a rank, which must call `receive`."""
         data = self._buffer(encode(value))
         dist.send(torch.tensor([len(data)]), rank, group=self._group)
         dist.send(data, rank, group=self._group)
 
     def receive(self, rank: int) -> Any:
+        """The value that the rank sends to this one."""
         length = torch.tensor([0])
         dist.recv(length, rank, group=self._group)
         data = self._empty(int(length))
@@ -73,11 +75,11 @@ class _Job:
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     each: Sequence[tuple[Any, ...]] | None = None
-    """Arguments of each rank, in the place of the same for all."""
+    """Arguments per rank, which replace `arguments`."""
 
 
 class Commander:
-    """The driver's end, in rank 0's main thread; `serve` runs in another thread of the same process."""
+    """The driver's end of the channel, in rank 0's main thread; `serve_driver` runs in another thread there."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
@@ -85,19 +87,24 @@ class Commander:
         self._one_at_a_time = threading.Lock()
 
     def call(self, method: str, *arguments: Any, timeout_seconds: float, **options: Any) -> list[Any]:
-        """What the method returned on each rank."""
+        """The method's result on each rank.
+
+        Raises:
+            TrainingError: a rank did not answer in time.
+            WeightSyncError: the method raised it on a rank.
+        """
         return self._results(_Job(method=method, arguments=arguments, options=options), timeout_seconds)
 
     def call_each(self, method: str, each: Sequence[tuple[Any, ...]], *, timeout_seconds: float) -> list[Any]:
-        """The same, with arguments of each rank's own."""
+        """As `call`, with different arguments for each rank."""
         return self._results(_Job(method=method, each=each), timeout_seconds)
 
     def stream(self, method: str, *, timeout_seconds: float, **options: Any) -> Iterator[Any]:
-        """What the ranks' generators yield, rank after rank; they stop while nobody takes it."""
+        """What the ranks' generators yield, rank after rank, advanced only as fast as the results are consumed."""
         yield from (item for _, item in self._run(_Job(method=method, options=options), timeout_seconds))
 
     def stop(self) -> None:
-        """Let every rank's `serve` return."""
+        """Let `serve` return on every rank."""
         self._jobs.put(None)
 
     def _results(self, job: _Job, timeout_seconds: float) -> list[Any]:
@@ -123,21 +130,23 @@ class Commander:
                 last = answer[0]
                 yield answer
 
-    # ----- rank 0's other thread
+    # ----- called in rank 0's other thread
 
     def next_job(self) -> _Job | None:
+        """The driver's next command; None when there are no more."""
         return self._jobs.get()
 
     def answer(self, rank: int, value: Any) -> None:
+        """Pass one result of a rank to the driver."""
         self._answers.put((rank, value))
 
     def end(self) -> None:
-        """All ranks have done the job."""
+        """Tell the driver that all ranks have finished the command."""
         self._answers.put(None)
 
 
 def serve(control: ControlGroup, target: RankObject) -> None:
-    """On ranks other than 0: carry out commands until rank 0 says that there are no more."""
+    """Carry out commands until rank 0 stops the channel. Called on every rank but 0."""
     while (command := control.broadcast()) is not None:
         method, arguments, options, each = command
         for result in _results(target, method, control.receive(0) if each else arguments, options):
@@ -149,7 +158,7 @@ def serve(control: ControlGroup, target: RankObject) -> None:
 def _results(
     target: RankObject, method: str, arguments: Sequence[Any], options: Mapping[str, Any]
 ) -> Iterator[Any | WeightSyncError]:
-    """The target's results; the error of a sync is one of them, because every rank of a failed sync comes back."""
+    """The target's results. A WeightSyncError counts as a result, because the ranks go on after a failed sync."""
     try:
         yield from target.results(method, arguments, options)
     except WeightSyncError as error:
@@ -164,10 +173,10 @@ def _received(message: list[Any] | tuple[Any, ...]) -> Any:
 
 
 def serve_driver(control: ControlGroup, target: RankObject, commander: Commander) -> None:
-    """On rank 0: pass the driver's commands on, take part in them, and hand back what all ranks answer.
+    """Forward the driver's commands, take part in them, and return the results of all ranks. Called on rank 0.
 
-    Answers are taken rank after rank. A rank may wait in its generator for the others of its tensor-parallel group, of
-    which only the first yields; it never waits for a rank that comes later.
+    Results are received rank after rank. A generator may wait for the other ranks of its tensor-parallel group, of
+    which only the first yields, but never for a rank whose results are received later.
     """
     while (job := commander.next_job()) is not None:
         control.broadcast((job.method, job.arguments, job.options, job.each is not None))

@@ -1,6 +1,6 @@
-"""Values between the driver and the ranks of torchrun as bytes: JSON and raw arrays, so that reading them runs no code.
+"""Encoding of values between the driver and torchrun's ranks: JSON and raw arrays, so that decoding runs no code.
 
-Layout: length of the JSON (8 bytes), the JSON, then the arrays that it refers to, each at a multiple of 16 bytes.
+Layout: length of the JSON (8 bytes), the JSON, then the arrays that it refers to, each aligned to 16 bytes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def encode(value: Any) -> bytearray:
-    """Bytes of numbers, strings, paths, arrays of numbers, `_RECORDS`, and lists, tuples and dicts of them.
+    """The encoded value: numbers, strings, paths, numeric arrays, `_RECORDS`, and lists, tuples and dicts of them.
 
     Raises:
-        TypeError: anything else.
+        TypeError: the value contains anything else.
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_describe(value, arrays)).encode()
@@ -51,7 +51,7 @@ def encode(value: Any) -> bytearray:
 
 
 def decode(data: bytearray | np.ndarray) -> Any:
-    """The value that `encode` was given; arrays share the memory of `data`, which must start aligned."""
+    """The value that `encode` was given. Arrays share the memory of `data`, whose start must be aligned to 16 bytes."""
     (length,) = _LENGTH.unpack_from(data)
     start = _LENGTH.size + length
     view = memoryview(data)
@@ -59,12 +59,13 @@ def decode(data: bytearray | np.ndarray) -> Any:
 
 
 class _Cursor:
-    """Where the next array starts; arrays come in the order in which the JSON names them."""
+    """Position of the next array; arrays follow in the order in which the JSON names them."""
 
     def __init__(self, position: int):
         self._position = position
 
     def take(self, num_bytes: int) -> int:
+        """Start of the next array, of this many bytes."""
         start = self._position + -self._position % _ALIGNMENT
         self._position = start + num_bytes
         return start

@@ -1,7 +1,8 @@
 """A process that torchrun started: a trainer rank, and on rank 0 the driver beside it.
 
-The rank works in a thread of its own. The main thread drives (rank 0), keeps the node's part of Ray (first rank of each
-node), takes signals, and ends the process when the run cannot go on, even if the rank hangs in a collective.
+The trainer rank works in a thread of its own. The main thread drives the run (rank 0), keeps this node's part of Ray
+(first rank of each node), handles signals, and ends the process when the run cannot go on, even if the rank's thread
+hangs in a collective.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from megatron_hapo.launch.places import Place as EnginePlace
 from megatron_hapo.launch.places import beside_ranks
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.cluster import RayNode
-from megatron_hapo.launch.torchrun import attempt
-from megatron_hapo.launch.torchrun.attempt import Facts, Place
+from megatron_hapo.launch.torchrun import rank_rendezvous
 from megatron_hapo.launch.torchrun.control import Commander, ControlGroup, serve, serve_driver
-from megatron_hapo.launch.torchrun.host import interface_of, is_alone, own_address
-from megatron_hapo.launch.torchrun.watch import Watch, leave
+from megatron_hapo.launch.torchrun.failure_detector import FailureDetector, exit_now
+from megatron_hapo.launch.torchrun.host import interface_of, is_single_host, own_address
+from megatron_hapo.launch.torchrun.rank_rendezvous import RankInfo, RankPlace
 from megatron_hapo.model.rank_environment import environment, quieten
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
 from megatron_hapo.trainer.rank_process import start_rank
@@ -45,110 +46,177 @@ logger = logging.getLogger(__name__)
 _EXIT_FAULT = 2
 _EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
-_END_SECONDS = 60.0
-_RENDEZVOUS_SECONDS = 20.0
+_SHUTDOWN_SECONDS = 60.0
+_AGENT_LOST_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 _RAY_HEAD = "ray/head"
-_ENGINES_AWAY = "engines/away"
-"""Set when engines have given back the memory of GPUs that they share with the ranks."""
+_ENGINES_RELEASED_MEMORY = "engines/released_memory"
+"""Set when the engines have released the memory of the GPUs that they share with the ranks."""
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
-    """All that this process has to do in the run; a failed run ends the process.
+    """Do this process's part of the run, and return when the run has ended. A failed run exits the process.
 
     Raises:
         HapoError: on rank 0, when the run cannot start.
     """
-    place = Place.from_environment()
+    place = RankPlace.from_environment()
     quieten()
     fault, config = None, None
     try:
         config = load_checked_config(path, overrides)
-        attempt.check_world_size(config, place.world_size)
+        rank_rendezvous.check_world_size(config, place.world_size)
     except ConfigError as error:
         fault = error
     if place.rank == 0:
-        _lead(place, config, fault)
+        _run_rank_0(place, config, fault)
     else:
-        _follow(place, config, fault)
+        _run_other_rank(place, config, fault)
 
 
-def _lead(place: Place, config: Config | None, fault: ConfigError | None) -> None:
-    """Rank 0."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the driver runs, a wish to stop is an end
-    store = attempt.open_store()
-    name = attempt.announce(store)
-    run_store = attempt.run_store(store, name)
+@dataclass(frozen=True, kw_only=True)
+class _JoinedRun:
+    """The run as this rank has joined it."""
+
+    config: Config
+    place: RankPlace
+    device: str
+    """cpu or cuda."""
+    address: str
+    """IP address of this host for the other nodes."""
+    store: Store
+    """The store of this attempt."""
+    detector: FailureDetector
+
+    def wait_for(self, store: Store, keys: Sequence[str], *, timeout_seconds: float | None = None) -> list[bytes]:
+        """The values of these keys, once all of them are in the store.
+
+        Args:
+            store: the calling thread's own connection.
+            timeout_seconds: None means launch.start_timeout_seconds.
+        Raises:
+            RolloutError: some were not set in time. A failure of the run meanwhile is raised as it is.
+        """
+        if timeout_seconds is None:
+            timeout_seconds = self.config.launch.start_timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
+        for key in keys:
+            while not store.check([key]):
+                if self.detector.failed.wait(_POLL_SECONDS) and self.detector.error is not None:
+                    raise self.detector.error
+                if time.monotonic() > deadline:
+                    raise RolloutError(f"starting: no {key} within {timeout_seconds:g} s")
+        return [store.get(key) for key in keys]
+
+
+def _run_rank_0(place: RankPlace, config: Config | None, fault: ConfigError | None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the driver runs, SIGTERM ends the run at once
+    run = _lead_rendezvous(place, config, fault)
+    failure = _FailureReport(run.detector)
+    try:
+        _drive(run, failure)
+    except BaseException as error:
+        code = failure.exit_code(error)
+        _wait_for_lost_agents(place)
+        exit_now(code)
+    run.detector.wait_for_others(_SHUTDOWN_SECONDS)
+    run.detector.close()
+
+
+def _lead_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError | None) -> _JoinedRun:
+    """Rank 0's rendezvous with the other ranks, which it releases if all of them can work together."""
+    store = rank_rendezvous.open_store()
+    attempt = rank_rendezvous.announce(store)
+    attempt_store = rank_rendezvous.attempt_store(store, attempt)
     try:
         if config is None or fault is not None:
             raise fault or AssertionError("neither a config nor a fault")
         device = _device_of(config)
         address = _set_environment(place, config, device)
-        facts = attempt.gather_facts(
+        infos = rank_rendezvous.gather_infos(
             store,
-            name,
+            attempt,
             world_size=place.world_size,
-            own=_facts(place, config, None, device),
+            own=_rank_info(place, config, None, device),
             timeout_seconds=config.launch.start_timeout_seconds,
         )
-        attempt.check_facts(facts, device=device)
+        rank_rendezvous.check_infos(infos, device=device)
         token = cluster.cluster_token()
         _prepare_ray(place, config, token)
-        Watch.prepare(
-            run_store, [f"trainer rank {rank} ({f.host}, process {f.process})" for rank, f in enumerate(facts)]
-        )
+        names = [f"trainer rank {rank} ({info.host}, process {info.process})" for rank, info in enumerate(infos)]
+        FailureDetector.prepare(attempt_store, names)
     except BaseException:
-        attempt.call_off(store, name)
+        rank_rendezvous.cancel(store, attempt)
         raise
-    attempt.begin(store, name, {"token": token})
-    watch = Watch(run_store, rank=0, world_size=place.world_size)
-    end = _End(watch)
-    try:
-        _drive(config, TorchrunLauncher(config, place, device, address, run_store, watch, end))
-    except BaseException as error:
-        code = end.because(error)
-        _wait_for_rendezvous(place)
-        leave(code)
-    watch.wait_for_others(_END_SECONDS)
-    watch.close()
+    rank_rendezvous.release(store, attempt, {"ray_token": token})
+    detector = FailureDetector(attempt_store, rank=0, world_size=place.world_size)
+    return _JoinedRun(
+        config=config, place=place, device=device, address=address, store=attempt_store, detector=detector
+    )
 
 
-def _wait_for_rendezvous(place: Place) -> None:
-    """Where torchrun will restart: it counts an agent that was killed among the living for 15 s, and whoever comes back
-    sooner is given it as a partner and fails."""
+def _wait_for_lost_agents(place: RankPlace) -> None:
+    """Give torchrun time to notice killed agents before it restarts the ranks.
+
+    It counts a killed agent as alive for 15 s. An agent that rejoins sooner is matched with the dead one, and fails.
+    """
     restarts_left = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) - int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if place.num_nodes > 1 and restarts_left > 0:
-        time.sleep(_RENDEZVOUS_SECONDS)
+        time.sleep(_AGENT_LOST_SECONDS)
 
 
-class _End:
-    """Of a failed run on rank 0: its error is told once, to the other ranks and to the user."""
+class _FailureReport:
+    """Reports the error of a failed run once, to the other ranks and to the user. On rank 0."""
 
-    def __init__(self, watch: Watch):
-        self._watch = watch
+    def __init__(self, detector: FailureDetector):
+        self._detector = detector
         self._code: int | None = None
 
-    def because(self, error: BaseException) -> int:
-        """The exit code. From here on a signal is no wish to stop any more."""
+    def exit_code(self, error: BaseException) -> int:
+        """The exit code for the first error, which is reported. From then on SIGTERM is ignored: the run is ending."""
         if self._code is None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._watch.report(error)
-            self._code = _tell(error)
+            self._detector.report(error)
+            self._code = _print_error(error)
         return self._code
 
 
-def _drive(config: Config, launcher: TorchrunLauncher) -> None:
+def _drive(run: _JoinedRun, failure: _FailureReport) -> None:
     from megatron_hapo.launch.run import run_training  # imports Ray, which reads the environment at once
 
+    launcher = TorchrunLauncher(run, failure)
     thread = launcher.start_rank()
-    run_training(config, launcher)
+    run_training(run.config, launcher)
     launcher.commander.stop()
-    thread.join(_END_SECONDS)
+    thread.join(_SHUTDOWN_SECONDS)
 
 
-def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> None:
-    """The other ranks."""
+def _run_other_rank(place: RankPlace, config: Config | None, fault: ConfigError | None) -> None:
     logging.getLogger("megatron_hapo").setLevel(logging.WARNING)
+    run, ray_token = _join_rendezvous(place, config, fault)
+    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when the run ends
+        signal.signal(number, lambda *_: run.detector.request_stop())
+    thread = _RankThread(run, None)
+    thread.start()
+    with contextlib.ExitStack() as stack:
+        try:
+            if place.local_rank == 0:
+                _prepare_ray(place, run.config, ray_token)
+                _join_ray(stack, run)
+        except Exception as error:  # any error here is reported to all ranks, and ends this one below
+            run.detector.fail(error)
+        while thread.is_alive() and not run.detector.failed.wait(_POLL_SECONDS):
+            pass
+    error = run.detector.error
+    if error is not None:
+        code = _EXIT_FAILED if run.detector.reported_by_another else _print_error(error)
+        _wait_for_lost_agents(place)
+        exit_now(code)
+    run.detector.close()
+
+
+def _join_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError | None) -> tuple[_JoinedRun, str]:
+    """The run that rank 0 starts, and Ray's token. Exits the process if rank 0 cancels the run."""
     device = "cpu" if config is None else _device_of(config)
     address = ""
     try:
@@ -156,104 +224,78 @@ def _follow(place: Place, config: Config | None, fault: ConfigError | None) -> N
             address = _set_environment(place, config, device)
     except ConfigError as error:
         fault = error
-    facts = _facts(place, config, fault, device)
+    info = _rank_info(place, config, fault, device)
     timeout_seconds = 300.0 if config is None else config.launch.start_timeout_seconds
     try:
-        store, orders = attempt.join(attempt.open_store(), facts, rank=place.rank, timeout_seconds=timeout_seconds)
-    except attempt.RefusedError:  # rank 0 tells why
-        leave(_EXIT_FAULT)
-    assert config is not None, "rank 0 begins only when every rank has a config"
-    watch = Watch(store, rank=place.rank, world_size=place.world_size)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the end of the run is rank 0's to decide
-        signal.signal(number, lambda *_: watch.ask_to_stop())
-    thread = _RankThread(place, config, device, store, watch, None)
-    thread.start()
-    with contextlib.ExitStack() as stack:
-        try:
-            if place.local_rank == 0:
-                _prepare_ray(place, config, orders["token"])
-                _join_ray(stack, place, config, device, address, store, watch)
-        except Exception as error:  # whatever it is, all ranks are told, and this one ends with it below
-            watch.fail(error)
-        while thread.is_alive() and not watch.failed.wait(_POLL_SECONDS):
-            pass
-    if watch.error is not None:
-        code = _EXIT_FAILED if watch.told_by_another else _tell(watch.error)
-        _wait_for_rendezvous(place)
-        leave(code)
-    watch.close()
+        store, instructions = rank_rendezvous.join(
+            rank_rendezvous.open_store(), info, rank=place.rank, timeout_seconds=timeout_seconds
+        )
+    except rank_rendezvous.AttemptCancelledError:  # rank 0 tells the user why
+        exit_now(_EXIT_FAULT)
+    assert config is not None, "rank 0 releases the ranks only when every rank has a config"
+    detector = FailureDetector(store, rank=place.rank, world_size=place.world_size)
+    run = _JoinedRun(config=config, place=place, device=device, address=address, store=store, detector=detector)
+    return run, instructions["ray_token"]
 
 
-def _join_ray(
-    stack: contextlib.ExitStack,
-    place: Place,
-    config: Config,
-    device: str,
-    address: str,
-    store: Store,
-    watch: Watch,
-) -> None:
-    head = wait_for(store, [_RAY_HEAD], watch, timeout_seconds=config.launch.start_timeout_seconds)[0].decode()
-    node = RayNode(config.launch, ip=address, head_address=head, gpus=_gpus_for_engines(place, config, device))
+def _join_ray(stack: contextlib.ExitStack, run: _JoinedRun) -> None:
+    """Start this node's part of Ray, which the stack closes."""
+    head = run.wait_for(run.store, [_RAY_HEAD])[0].decode()
+    node = RayNode(run.config.launch, ip=run.address, head_address=head, gpus=_gpus_for_engines(run))
     stack.callback(node.close)
-    _announce_node(store, place, node, device)
+    _announce_node(run, node)
 
 
 class TorchrunLauncher:
     """run.Launcher on rank 0."""
 
-    def __init__(self, config: Config, place: Place, device: str, address: str, store: Store, watch: Watch, end: _End):
-        self._end = end
-        self.device, self.commander = device, Commander()
-        self._config, self._place, self._address, self._store, self._watch = config, place, address, store, watch
+    def __init__(self, run: _JoinedRun, failure: _FailureReport):
+        self._run, self._failure = run, failure
+        self.device, self.commander = run.device, Commander()
         self._nodes: list[_Node] = []
 
     def start_rank(self) -> _RankThread:
-        """Rank 0's own part of the trainer."""
-        thread = _RankThread(self._place, self._config, self.device, self._store, self._watch, self.commander)
+        """The thread of rank 0's own trainer rank, started."""
+        thread = _RankThread(self._run, self.commander)
         thread.start()
         return thread
 
     @contextlib.contextmanager
     def ray_cluster(self) -> Iterator[None]:
-        place, config = self._place, self._config
+        run = self._run
         node = RayNode(
-            config.launch,
-            ip=self._address,
-            head_address=cluster.address_to_join(),
-            gpus=_gpus_for_engines(place, config, self.device),
+            run.config.launch, ip=run.address, head_address=cluster.address_to_join(), gpus=_gpus_for_engines(run)
         )
         try:
-            self._store.set(_RAY_HEAD, node.address)
-            _announce_node(self._store, place, node, self.device)
-            with cluster.connected(node.address, ip=self._address):
-                keys = [_node_key(number) for number in range(place.num_nodes)]
-                nodes = wait_for(self._store, keys, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
+            run.store.set(_RAY_HEAD, node.address)
+            _announce_node(run, node)
+            with cluster.connected(node.address, ip=run.address):
+                nodes = run.wait_for(run.store, [_node_key(number) for number in range(run.place.num_nodes)])
                 self._nodes = [_Node(**json.loads(text)) for text in nodes]
                 yield
         finally:
             node.close()
 
     def engine_places(self) -> list[EnginePlace]:
-        if self._config.placement == "colocated":
-            rollout = self._config.rollout
+        config = self._run.config
+        if config.placement == "colocated":
             ranks = [rank for node in self._nodes for rank in node.rank_places()]
-            return beside_ranks(ranks, engines=rollout.engines, tp=rollout.tp)
+            return beside_ranks(ranks, engines=config.rollout.engines, tp=config.rollout.tp)
         names = [node.name for node in self._nodes]
-        return cluster.place_engines(self._config, trainer_nodes=names, device=self.device)
+        return cluster.place_engines(config, trainer_nodes=names, device=self.device)
 
     def start_trainer(self) -> TorchrunTrainer:
-        self._store.set(_ENGINES_AWAY, "")
-        return TorchrunTrainer(self._config, self.commander)
+        self._run.store.set(_ENGINES_RELEASED_MEMORY, "")
+        return TorchrunTrainer(self._run.config, self.commander)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has installed its own handler
         try:
-            with self._watch.interrupting():
+            with self._run.detector.raising_failures():
                 yield
         except BaseException as error:
-            self._end.because(error)  # before the parts are closed, which takes time
+            self._failure.exit_code(error)  # reported before the parts are closed, which takes time
             raise
 
 
@@ -271,7 +313,7 @@ class TorchrunTrainer(TrainerOverRanks):
             yield ray.put(bucket)
 
     def close(self) -> None:
-        """The ranks end with their processes."""
+        """Nothing to do: the ranks end with their processes."""
 
     def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
         return self._commander.call(method, *arguments, timeout_seconds=self._timeout_seconds, **options)
@@ -281,32 +323,29 @@ class TorchrunTrainer(TrainerOverRanks):
 
 
 class _RankThread(threading.Thread):
-    """Becomes a trainer rank and serves until rank 0 ends the run; an error wakes the main thread."""
+    """Becomes a trainer rank and serves commands until rank 0 ends the run; an error wakes the main thread."""
 
-    def __init__(
-        self,
-        place: Place,
-        config: Config,
-        device: str,
-        store: Store,
-        watch: Watch,
-        commander: Commander | None,
-    ):
+    def __init__(self, joined: _JoinedRun, commander: Commander | None):
+        """Prepare the thread; `start` starts it.
+
+        Args:
+            commander: the driver's end of the command channel, on rank 0; None on other ranks.
+        """
         super().__init__(name="rank", daemon=True)
-        self._place, self._config, self._device = place, config, device
-        self._store, self._watch, self._commander = store.clone(), watch, commander
+        self._joined, self._commander = joined, commander
+        self._store = joined.store.clone()
 
     def run(self) -> None:
         try:
-            place, config = self._place, self._config
-            # Ray's processes do not wait long for each other: on a small machine the imports of the ranks come after.
-            own_node = [_node_key(place.node)]
-            wait_for(self._store, own_node, self._watch, timeout_seconds=config.launch.start_timeout_seconds)
+            place, config = self._joined.place, self._joined.config
+            # Ray's processes wait for each other only briefly: on a small machine this rank's imports must come later.
+            self._joined.wait_for(self._store, [_node_key(place.node)])
             if config.placement == "colocated":
-                wait_for(self._store, [_ENGINES_AWAY], self._watch, timeout_seconds=config.rollout.timeout_seconds)
+                timeout_seconds = config.rollout.timeout_seconds
+                self._joined.wait_for(self._store, [_ENGINES_RELEASED_MEMORY], timeout_seconds=timeout_seconds)
             rank = start_rank(
-                self._config,
-                device=self._device,
+                config,
+                device=self._joined.device,
                 rank=place.rank,
                 world_size=place.world_size,
                 init_method=PrefixStore("world", self._store),
@@ -321,23 +360,7 @@ class _RankThread(threading.Thread):
 
             parallel_layout.shutdown()
         except BaseException as error:
-            self._watch.fail(error)
-
-
-def wait_for(store: Store, keys: Sequence[str], watch: Watch, *, timeout_seconds: float) -> list[bytes]:
-    """The values of these keys.
-
-    Raises:
-        RolloutError: some did not come in time. What made the run fail meanwhile comes as it is.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    for key in keys:
-        while not store.check([key]):
-            if watch.failed.wait(_POLL_SECONDS) and watch.error is not None:
-                raise watch.error
-            if time.monotonic() > deadline:
-                raise RolloutError(f"starting: no {key} within {timeout_seconds:g} s")
-    return [store.get(key) for key in keys]
+            self._joined.detector.fail(error)
 
 
 def _node_key(node: int) -> str:
@@ -346,29 +369,33 @@ def _node_key(node: int) -> str:
 
 @dataclass(frozen=True)
 class _Node:
-    """What the driver must know of a node."""
+    """What the driver needs to know of a node."""
 
     name: str
-    """Ray's id."""
+    """Ray's id of the node."""
     ranks: int
+    """Number of trainer ranks on it."""
     gpus: list[str]
-    """Of its trainer ranks, in their order; none on a CPU."""
+    """GPUs of its trainer ranks, in the order of ranks; empty on a CPU."""
 
     def rank_places(self) -> list[EnginePlace]:
+        """Where each of its trainer ranks runs."""
         return [EnginePlace(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
 
 
-def _announce_node(store: Store, place: Place, node: RayNode, device: str) -> None:
-    gpus = _visible_gpus()[: place.local_world_size] if device == "cuda" else []
-    store.set(_node_key(place.node), json.dumps(asdict(_Node(node.node_id, place.local_world_size, gpus))))
+def _announce_node(run: _JoinedRun, node: RayNode) -> None:
+    """Publish this node in the store, for the driver and for the node's ranks."""
+    ranks_here = run.place.local_world_size
+    gpus = _visible_gpus()[:ranks_here] if run.device == "cuda" else []
+    run.store.set(_node_key(run.place.node), json.dumps(asdict(_Node(node.node_id, ranks_here, gpus))))
 
 
 def _device_of(config: Config) -> str:
     return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _facts(place: Place, config: Config | None, fault: ConfigError | None, device: str) -> Facts:
-    return Facts(
+def _rank_info(place: RankPlace, config: Config | None, fault: ConfigError | None, device: str) -> RankInfo:
+    return RankInfo(
         host=socket.gethostname(),
         process=os.getpid(),
         ranks_here=place.local_world_size,
@@ -378,26 +405,27 @@ def _facts(place: Place, config: Config | None, fault: ConfigError | None, devic
     )
 
 
-def _set_environment(place: Place, config: Config, device: str) -> str:
-    """Makes the environment a rank's; its address for the other nodes."""
-    alone = is_alone(place, config)
-    address = own_address(alone=alone)
-    os.environ |= environment(device, loopback=alone)
+def _set_environment(place: RankPlace, config: Config, device: str) -> str:
+    """This host's address for the other nodes, once the environment is set up for a trainer rank."""
+    single_host = is_single_host(place, config)
+    address = own_address(single_host=single_host)
+    os.environ |= environment(device, loopback=single_host)
     interface = interface_of(address)
-    if interface is not None:  # gloo would ask for the address of the host's name, which is often loopback
+    if interface is not None:  # by default gloo resolves the host's own name, which is often loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return address
 
 
-def _prepare_ray(place: Place, config: Config, token: str) -> None:
-    cluster.prepare_environment(token, host=socket.gethostname(), loopback=is_alone(place, config))
+def _prepare_ray(place: RankPlace, config: Config, token: str) -> None:
+    cluster.prepare_environment(token, host=socket.gethostname(), loopback=is_single_host(place, config))
 
 
-def _gpus_for_engines(place: Place, config: Config, device: str) -> list[str]:
-    """The GPUs of this node that its trainer ranks leave free, if engines are to stand there."""
-    if device == "cpu" or config.launch.engines == "own_nodes" or config.placement == "colocated":
+def _gpus_for_engines(run: _JoinedRun) -> list[str]:
+    """The GPUs of this node that its trainer ranks leave free, if engines are to be placed there."""
+    config = run.config
+    if run.device == "cpu" or config.launch.engines == "own_nodes" or config.placement == "colocated":
         return []
-    return _visible_gpus()[place.local_world_size :]
+    return _visible_gpus()[run.place.local_world_size :]
 
 
 def _visible_gpus() -> list[str]:
@@ -405,8 +433,8 @@ def _visible_gpus() -> list[str]:
     return visible.split(",")
 
 
-def _tell(error: BaseException) -> int:
-    """Says it as the command line would; the exit code."""
+def _print_error(error: BaseException) -> int:
+    """The exit code of an error, which is printed as the command line prints it."""
     if isinstance(error, HapoError):
         print(error, file=sys.stderr, flush=True)
         return _EXIT_FAULT
