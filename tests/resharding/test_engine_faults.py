@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +19,7 @@ import ray
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
-from megatron_hapo.launch.run import local_ray
+from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.resharding import transfer as transfer_module
 from megatron_hapo.types import Sampling
 from megatron_hapo.weight_sync import DirectSync
@@ -84,6 +86,10 @@ def rank_processes(pool: RayRolloutPool, engine: int) -> list[psutil.Process]:
     return [child for child in actor.children(recursive=True) if "sglang::scheduler" in child.name()]
 
 
+def pause_in_syncs(actor: Any) -> None:
+    actor._started._config = replace(actor._started._config, in_flight="pause")
+
+
 def kill_in_mid_sync(monkeypatch: pytest.MonkeyPatch, victim: psutil.Process, *, of_channel: str) -> None:
     """Once some buckets are on their way over a channel whose `of_channel` (engine, or engine_rank) is 1."""
     original = transfer_module._Outlet._tell
@@ -147,8 +153,8 @@ def test_a_trainer_rank_beyond_the_deadline_is_named_and_no_engine_is_replaced(c
 
 def test_rollouts_of_another_version_are_refused(case) -> None:
     pool, sync, new = case
-    ray.get(pool._engines[1].begin_weight_update.remote())
-    ray.get(pool._engines[1].end_weight_update.remote(99))
+    ray.get(pool._engines[1].call.remote("begin_weight_update"))
+    ray.get(pool._engines[1].call.remote("end_weight_update", 99))
     with pytest.raises(RolloutError, match=r"engine 1 holds version 99 of the weights, the last sync brought"):
         assert_greedy_equals(pool, load_reference(new), version=99)
     sync.sync(policy_version=7)
@@ -170,7 +176,7 @@ def test_responses_do_not_depend_on_the_engine(case, monkeypatch) -> None:
 def test_an_engine_killed_in_a_sync_gives_its_unfinished_responses_to_the_others(case, monkeypatch) -> None:
     pool, sync, new = case
     for engine in pool._engines:
-        ray.get(engine.__ray_call__.remote(lambda actor: setattr(actor, "_in_flight", "pause")))
+        ray.get(engine.__ray_call__.remote(pause_in_syncs))
     monkeypatch.setattr(pool, "_room", 16)
     (victim,) = rank_processes(pool, 1)
     sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=64, seed=3, stop_token_ids=(7,))

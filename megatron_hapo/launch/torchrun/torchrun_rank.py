@@ -27,8 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megatron_hapo.checks.preflight import load_checked_config
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, HapoError, RolloutError
-from megatron_hapo.launch.places import Place as EnginePlace
-from megatron_hapo.launch.places import beside_ranks
+from megatron_hapo.launch.places import GpuPlacement, beside_ranks
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.cluster import RayNode
 from megatron_hapo.launch.torchrun import attempt
@@ -234,10 +233,10 @@ class TorchrunLauncher:
         finally:
             node.close()
 
-    def engine_places(self) -> list[EnginePlace]:
+    def engine_placements(self) -> list[GpuPlacement]:
         if self._config.placement == "colocated":
             rollout = self._config.rollout
-            ranks = [rank for node in self._nodes for rank in node.rank_places()]
+            ranks = [rank for node in self._nodes for rank in node.rank_placements()]
             return beside_ranks(ranks, engines=rollout.engines, tp=rollout.tp)
         names = [node.name for node in self._nodes]
         return cluster.place_engines(self._config, trainer_nodes=names, device=self.device)
@@ -354,8 +353,8 @@ class _Node:
     gpus: list[str]
     """Of its trainer ranks, in their order; none on a CPU."""
 
-    def rank_places(self) -> list[EnginePlace]:
-        return [EnginePlace(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
+    def rank_placements(self) -> list[GpuPlacement]:
+        return [GpuPlacement(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
 
 
 def _announce_node(store: Store, place: Place, node: RayNode, device: str) -> None:
