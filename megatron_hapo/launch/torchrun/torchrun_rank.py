@@ -272,11 +272,11 @@ class TorchrunTrainer(TrainerOverRanks):
     def close(self) -> None:
         """The ranks end with their processes."""
 
-    def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        return self._commander.call(method, *arguments, timeout_seconds=self._timeout_seconds, **options)
+    def _all(self, verb: str, *arguments: Any, **options: Any) -> list[Any]:
+        return self._commander.call(verb, *arguments, timeout_seconds=self._timeout_seconds, **options)
 
-    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._commander.call_each(method, arguments, timeout_seconds=self._timeout_seconds)
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._commander.call_each(verb, arguments, timeout_seconds=self._timeout_seconds)
 
 
 class _RankThread(threading.Thread):
