@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peak_memory import PeakMemory
 from megatron_hapo.config import Config
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
+from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
-from megatron_hapo.launch.run import local_ray
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.protocols import WeightSync
 from megatron_hapo.weight_sync import DirectSync, GatherSync

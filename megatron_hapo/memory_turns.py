@@ -1,14 +1,14 @@
-"""Placement colocated: whose turn it is to hold the memory of GPUs that trainer ranks and engines share. Pure.
+"""Colocated placement: who holds the memory of the GPUs that trainer ranks and engines share, trainer or engines. Pure.
 
-The order of both turns stands here and nowhere else. Who gives something up does so before the other takes anything,
-and the weights travel while neither the optimizer's state nor a KV cache is there, so that the peak is never the sum:
+Only this module knows the order of both turns. One side releases its memory before the other allocates, and the weights
+are synced while neither the optimizer's state nor a KV cache is allocated, so that the peak is never the sum of both:
 
-    trainer's turn      engines give back their KV cache and weights; the trainer takes optimizer state and gradient
-                        buffers. Scores, updates, checkpoints, exports.
-    engines' turn       the trainer gives back gradient buffers and optimizer state; engines take memory for weights;
-                        the sync fills it; engines take memory for the KV cache. Rollouts, evaluation.
+    trainer's turn      engines release KV cache and weights; the trainer takes optimizer state and gradient buffers.
+                        Scores, updates, checkpoints, exports.
+    engines' turn       the trainer releases gradient buffers and optimizer state; engines take memory for weights; the
+                        sync fills it; engines take memory for the KV cache. Rollouts, evaluation.
 
-With placement disaggregated nobody gives anything back, and the engines' turn begins with the sync alone.
+With placement=disaggregated nothing is released, and the engines' turn only begins with the sync.
 """
 
 from __future__ import annotations
@@ -16,75 +16,76 @@ from __future__ import annotations
 import logging
 
 from megatron_hapo.config import Config
-from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
 
 logger = logging.getLogger(__name__)
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
-"""What engines give back, under SGLang's names."""
+"""What engines release, under SGLang's names."""
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
-"""What trainer ranks give back."""
+"""What trainer ranks release."""
 
 
-def given_back_by_engines(config: Config) -> tuple[str, ...]:
-    """In their order; nothing if the placement is disaggregated."""
+def released_by_engines(config: Config) -> tuple[str, ...]:
+    """What engines release in the trainer's turn, in this order; nothing if the placement is disaggregated."""
     if config.placement == "disaggregated":
         return ()
     return (KV_CACHE, WEIGHTS) if config.memory_turns.engines == "all" else (KV_CACHE,)
 
 
-def given_back_by_trainer(config: Config) -> tuple[str, ...]:
-    """In their order; nothing if the placement is disaggregated."""
+def released_by_trainer(config: Config) -> tuple[str, ...]:
+    """What the trainer releases in the engines' turn, in this order; nothing if the placement is disaggregated."""
     if config.placement == "disaggregated":
         return ()
     return (GRADIENTS, OPTIMIZER) if config.memory_turns.trainer == "all" else (GRADIENTS,)
 
 
 def make_room_for_trainer(config: Config, pool: RolloutPool, *, device: str) -> None:
-    """Before the trainer is built: engines must find empty GPUs, by which they size their cache, and give all back."""
-    if given_back := given_back_by_engines(config):
+    """Before the trainer is built: engines start, size their caches by the empty GPUs, and release their memory."""
+    if released := released_by_engines(config):
         pool.wait_until_ready()
-        pool.release_memory(given_back)
+        pool.broadcast(RolloutEngine.release_memory, released)
         logger.info(
-            "engines and trainer hold the memory of the same %s in turn: engines give back %s, the trainer %s",
-            "GPUs" if device == "cuda" else "machine", ", ".join(given_back), ", ".join(given_back_by_trainer(config)),
+            "engines and trainer use the memory of the same %s in turn: engines release %s, the trainer %s",
+            "GPUs" if device == "cuda" else "machine", ", ".join(released), ", ".join(released_by_trainer(config)),
         )  # fmt: skip
         if device == "cpu":
-            logger.info("on a CPU SGLang cannot give memory back: the turns save memory on the trainer's side alone")
+            logger.info("on a CPU SGLang cannot release memory: only the trainer's side saves any")
 
 
 class MemoryTurns:
-    """The two turns of a run, which begins in the trainer's: it has been built, and may load a checkpoint.
+    """The two turns of a run. It begins in the trainer's turn: the trainer is built, and may load a checkpoint.
 
     Args:
         config: of the run.
         trainer: holds all of its memory.
-        pool: has given back what `given_back_by_engines` says.
+        pool: has released what `released_by_engines` says.
+        weight_sync: brings the trainer's weights into the pool's engines.
     """
 
     def __init__(self, config: Config, trainer: Trainer, pool: RolloutPool, weight_sync: WeightSync):
         self._trainer, self._pool, self._weight_sync = trainer, pool, weight_sync
-        self._of_engines, self._of_trainer = given_back_by_engines(config), given_back_by_trainer(config)
-        self._trainer_holds = True
+        self._engine_parts, self._trainer_parts = released_by_engines(config), released_by_trainer(config)
+        self._is_trainers_turn = True
 
     def to_trainer(self) -> None:
         """After this the trainer may score, update, save and load; does nothing in the trainer's turn."""
-        if self._trainer_holds:
+        if self._is_trainers_turn:
             return
-        if self._of_engines:
-            self._pool.release_memory(self._of_engines)
-        if self._of_trainer:
-            self._trainer.take_memory(self._of_trainer[::-1])
-        self._trainer_holds = True
+        if self._engine_parts:
+            self._pool.broadcast(RolloutEngine.release_memory, self._engine_parts)
+        if self._trainer_parts:
+            self._trainer.broadcast(TrainerWorker.take_memory, self._trainer_parts[::-1])
+        self._is_trainers_turn = True
 
     def to_engines(self, *, policy_version: int) -> None:
         """After this every engine generates with the trainer's weights, under this version."""
-        assert self._trainer_holds, "engines have their turn already"
-        self._trainer_holds = False
-        if self._of_trainer:
-            self._trainer.release_memory(self._of_trainer)
-        if WEIGHTS in self._of_engines:
-            self._pool.take_memory((WEIGHTS,))
+        assert self._is_trainers_turn, "it is the engines' turn already"
+        self._is_trainers_turn = False
+        if self._trainer_parts:
+            self._trainer.broadcast(TrainerWorker.release_memory, self._trainer_parts)
+        if WEIGHTS in self._engine_parts:
+            self._pool.broadcast(RolloutEngine.take_memory, (WEIGHTS,))
         self._weight_sync.sync(policy_version=policy_version)
-        if KV_CACHE in self._of_engines:
-            self._pool.take_memory((KV_CACHE,))
+        if KV_CACHE in self._engine_parts:
+            self._pool.broadcast(RolloutEngine.take_memory, (KV_CACHE,))

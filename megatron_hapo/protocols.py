@@ -1,18 +1,117 @@
-"""What the driver sees: the trainer, the rollout engines and the path of the weights between them."""
+"""What the driver sees: the trainer, the rollout engines, the rewards and the weight sync.
+
+A verb of the trainer's ranks or of the engines is declared once, as a method of `TrainerShard`, `TrainerWorker` or
+`RolloutEngine`, and implemented once, in `trainer.trainer_rank`, `trainer.over_ranks` or `sglang_ext.engine`. Callers
+pass the declaration: `pool.broadcast(RolloutEngine.release_memory, parts)`. Everything between (Ray, torchrun) passes
+the verb's name on and refuses names that are not declared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Concatenate, Protocol
 
-from megatron_hapo.types import Prompt, Rollout, Sampling, Score, TokenScores, TrainBatch
+from megatron_hapo.errors import HapoError, RolloutError, WeightSyncError
+from megatron_hapo.types import InFlight, Prompt, Rollout, Sampling, Score, TokenScores, TrainBatch, WeightBucket
 
 if TYPE_CHECKING:
     from megatron_hapo.observe.spans import Timeline
     from megatron_hapo.resharding.plan import Parameter, SendingTask
     from megatron_hapo.resharding.receiving import ReceiveRequest
     from megatron_hapo.resharding.transfer import Transfer
+
+Finished = tuple[int, int, Rollout]
+"""A response: the number of its prompt, its index among the prompt's samples, and the rollout itself."""
+
+
+def declared_verbs(protocol: type) -> frozenset[str]:
+    """Names of all verbs that a protocol of this module declares or inherits."""
+    return frozenset(
+        name
+        for declaring in protocol.__mro__
+        for name, member in vars(declaring).items()
+        if callable(member) and not name.startswith("_")
+    )
+
+
+def _of_weight_sync[F: Callable[..., Any]](verb: F) -> F:
+    """Marks a verb of the weight sync: an engine that dies in it, or is late, is a WeightSyncError."""
+    verb.failure = WeightSyncError  # type: ignore[attr-defined]
+    return verb
+
+
+def engine_failure(verb: Callable[..., Any]) -> type[HapoError]:
+    """The error to raise when an engine dies in this verb, or does not answer in time."""
+    return getattr(verb, "failure", RolloutError)
+
+
+# ----- trainer
+
+
+class TrainerShard(Protocol):
+    """The verbs of one rank's shard of the policy. All ranks are called alike, and in the same order."""
+
+    def log_probs(self, batch: TrainBatch) -> tuple[list[int], TokenScores] | None:
+        """Rows of the batch and their scores with the current weights, on ranks that report; else None."""
+        ...
+
+    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float] | None:
+        """One optimizer step on a mini-batch; its metrics on ranks of the last stage, else None."""
+        ...
+
+    def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
+        """Whole HF tensors in buckets, each from one rank; with checksums if this sync is verified. A stream."""
+        ...
+
+    def own_parameters(self) -> tuple[Parameter, ...]:
+        """The parameters of this rank, in Hugging Face coordinates, from which the plan is made."""
+        ...
+
+    def prepare_sending(self, task: SendingTask) -> None:
+        """Store this rank's part of the plan, for all `send_weights` to come."""
+        ...
+
+    def send_weights(self, transfer: Transfer, *, verify: bool) -> dict[str, list[int]] | None:
+        """Send this rank's pieces; returns what it adds to the checksums of a verified sync."""
+        ...
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write this rank's part of model and optimizer state."""
+        ...
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load model and optimizer state, whatever layout wrote them."""
+        ...
+
+    def export_hf(self, folder: Path) -> dict[str, str] | None:
+        """Write this rank's part of a Hugging Face folder; tensor name to file name, where it wrote any."""
+        ...
+
+    def release_memory(self, parts: Sequence[str]) -> None:
+        """Release `gradients` or `optimizer` from the GPU until `take_memory`; see memory_turns."""
+        ...
+
+    def take_memory(self, parts: Sequence[str]) -> None:
+        """Allocate released parts again, with the content that they had."""
+        ...
+
+
+class TrainerWorker(TrainerShard, Protocol):
+    """The verbs of the process that holds a shard."""
+
+    def sees(self, path: Path) -> bool:
+        """Whether this file exists for the process: whether it shares a host with the driver."""
+        ...
+
+    def start_profile(self) -> None:
+        """Begin to trace operators and to record the verbs that are called."""
+        ...
+
+    def finish_profile(self, folder: Path) -> Timeline:
+        """Write the operators since `start_profile` into the folder; returns the recorded verbs."""
+        ...
 
 
 class Trainer(Protocol):
@@ -30,46 +129,110 @@ class Trainer(Protocol):
         """Every tensor of the policy once, as WeightBuckets or references to them, few at a time in memory."""
         ...
 
-    def own_parameters(self) -> list[tuple[Parameter, ...]]:
-        """What each rank holds, for a plan."""
-        ...
-
-    def sees(self, path: Path) -> bool:
-        """Whether every rank has this file before it: whether they share a host with the driver."""
-        ...
-
-    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
-        """Give every rank its part of the plan."""
-        ...
-
-    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]] | None]:
-        """Every rank sends its pieces; returns what each adds to the checksums of a verified sync."""
-        ...
-
     def save_checkpoint(self, folder: Path) -> None:
-        """Model and optimizer state, for `load_checkpoint` at any layout."""
+        """Write model and optimizer state, for `load_checkpoint` at any layout."""
         ...
 
-    def load_checkpoint(self, folder: Path) -> None: ...
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load what `save_checkpoint` has written."""
+        ...
 
     def export_hf(self, folder: Path) -> None:
-        """The policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder."""
+        ...
+
+    def broadcast[**P, R](
+        self, verb: Callable[Concatenate[TrainerWorker, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]:
+        """Call this verb with the same arguments on every rank; the results, in the order of ranks."""
+        ...
+
+    def scatter[A, R](self, verb: Callable[[TrainerWorker, A], R], arguments: Sequence[A]) -> list[R]:
+        """Call this verb on every rank, each with an argument of its own; the results, in the order of ranks."""
+        ...
+
+
+# ----- rollouts
+
+
+class RolloutEngine(Protocol):
+    """The verbs of one rollout engine."""
+
+    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[Finished]:
+        """Start `sampling.samples` responses to each of these prompts, and wait until one of the call's has finished.
+
+        Args:
+            call: the generation call to which the responses belong. It advances until it has all of them, in one
+                thread at a time.
+            prompts: by number; responses come back under the same number.
+        Returns:
+            The call's responses that have finished since it last advanced, at least one.
+        """
+        ...
+
+    @_of_weight_sync
+    def begin_weight_update(self, in_flight: InFlight | None = None) -> None:
+        """Open an update: no token is sampled until its end. Does nothing if a failed update is still open.
+
+        Args:
+            in_flight: what becomes of unfinished responses; None: as the engine was configured. See
+                config.WeightSyncConfig.in_flight.
+        """
+        ...
+
+    @_of_weight_sync
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Load whole tensors under their Hugging Face names; the bucket's checksums are compared at the end."""
+        ...
+
+    @_of_weight_sync
+    def sees(self, path: Path) -> bool:
+        """Whether this file exists for the engine: whether it shares a host with the driver."""
+        ...
+
+    @_of_weight_sync
+    def prepare_receiving(self, plans: Sequence[str]) -> None:
+        """Store each rank's part of the plan (`resharding.receiving.receiver_plan`), for all `receive_weights`."""
+        ...
+
+    @_of_weight_sync
+    def receive_weights(self, request: ReceiveRequest) -> None:
+        """Open an update, unless one is open, and fill every rank's parameters from the trainer ranks."""
+        ...
+
+    @_of_weight_sync
+    def verify(self, checksums: dict[str, list[int]]) -> None:
+        """Compare what every rank's parameters hold with these checksums, in an open update.
+
+        Args:
+            checksums: for each Hugging Face name, `tensor_checksum` of each rank's slice (`checksum.engine_slices`).
+        """
+        ...
+
+    @_of_weight_sync
+    def end_weight_update(self, policy_version: int) -> None:
+        """Close the update: the engine now holds this version, and nothing cached from another."""
+        ...
+
+    @_of_weight_sync
+    def resume(self) -> None:
+        """Let responses continue that an update has paused, once all engines hold the new weights."""
         ...
 
     def release_memory(self, parts: Sequence[str]) -> None:
-        """Every rank gives these parts of its GPU's memory back; see memory_turns."""
+        """Release `kv_cache` or `weights` from the GPUs until `take_memory`; the content is lost. See memory_turns."""
         ...
 
     def take_memory(self, parts: Sequence[str]) -> None:
-        """Every rank takes these parts again, as they were."""
+        """Allocate released parts again, without their content."""
         ...
 
     def start_profile(self) -> None:
-        """Every rank begins to trace its operators and to record what it is asked to do."""
+        """Begin to record the verbs that are called."""
         ...
 
-    def finish_profile(self, folder: Path) -> list[Timeline]:
-        """Every rank ends that, and writes its operators into the folder; what each did."""
+    def finish_profile(self) -> Timeline:
+        """The verbs recorded since `start_profile`."""
         ...
 
 
@@ -84,44 +247,35 @@ class RolloutPool(Protocol):
         """A group of `sampling.samples` rollouts for each prompt, in the prompts' order."""
         ...
 
-    def update_weights(self, buckets: Iterator[Any], *, policy_version: int) -> None:
-        """Load these weights into every engine; afterwards all tokens are sampled from this version, and carry it."""
+    def broadcast[**P, R](
+        self, verb: Callable[Concatenate[RolloutEngine, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]:
+        """Call this verb with the same arguments on every engine; the results, in the order of engines."""
         ...
 
-    def sees(self, path: Path) -> bool:
-        """Whether every engine has this file before it."""
+    def scatter[A, R](
+        self,
+        verb: Callable[[RolloutEngine, A], R],
+        arguments: Sequence[A],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> list[R]:
+        """Call this verb on every engine, each with an argument of its own; the results, in the order of engines.
+
+        Args:
+            timeout_seconds: None: that of all other verbs.
+        """
         ...
 
-    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
-        """Give every engine its ranks' parts of the plan (`resharding.receiving.receiver_plan`)."""
-        ...
+    def weight_update(self, *, policy_version: int) -> AbstractContextManager[None]:
+        """Encloses what brings new weights into the engines. At its end all engines take this version and resume.
 
-    def receive_weights(self, requests: Sequence[ReceiveRequest], *, timeout_seconds: float) -> None:
-        """Every engine opens an update and fills its parameters from the trainer's ranks, as its request says."""
+        If the body raises, the update stays open and no engine takes the version; another may follow.
+        """
         ...
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
-        """Start new engines for those that died or do not answer in time; their indices."""
-        ...
-
-    def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
-        """Compare with the checksums, if there are any, and then, on all engines alike, take the new version."""
-        ...
-
-    def release_memory(self, parts: Sequence[str]) -> None:
-        """Every engine gives these parts of its GPUs' memory back; see memory_turns."""
-        ...
-
-    def take_memory(self, parts: Sequence[str]) -> None:
-        """Every engine takes these parts again; what they held is lost."""
-        ...
-
-    def start_profile(self) -> None:
-        """Every engine begins to record what it is asked to do."""
-        ...
-
-    def finish_profile(self) -> list[Timeline]:
-        """What each engine did."""
+        """Start new engines for those that died or do not answer in time; their indices. They know no plan."""
         ...
 
 
@@ -133,7 +287,7 @@ class RewardPool(Protocol):
         ...
 
     def start_profile(self) -> None:
-        """Start recording what each worker does."""
+        """Begin to record what each worker does."""
         ...
 
     def finish_profile(self) -> list[Timeline]:

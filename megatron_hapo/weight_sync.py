@@ -1,4 +1,4 @@
-"""The trainer's weights into the engines, without a checkpoint: straight into their parameters, or as whole tensors."""
+"""Brings the trainer's weights into the engines without a checkpoint: into their parameters, or as whole tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ import torch
 from megatron_hapo.config import Config
 from megatron_hapo.errors import HapoError, WeightSyncError
 from megatron_hapo.model.families import read_shape
-from megatron_hapo.protocols import RolloutPool, Trainer, WeightSync
+from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, ReshardingPlan, SendingTask, make_plan
@@ -29,9 +29,9 @@ from megatron_hapo.resharding.transfer import Rendezvous, Transfer, TransferStop
 logger = logging.getLogger(__name__)
 
 SLOT_BYTES = 4 << 20
-"""Of one channel's two slots: small enough that a bucket is read while it is still in the processor's cache."""
+"""Maximum size of one of a channel's two slots: small enough that a bucket is read while it is in the CPU's cache."""
 _GRACE_SECONDS = 30
-"""After the ranks' own deadline, whose errors say more."""
+"""Added to the ranks' own deadline, whose errors are more specific."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -42,19 +42,19 @@ def open_weight_sync(
     """The sync that `weight_sync.method` asks for, or GatherSync with a logged reason.
 
     Args:
-        address: of this host, for ranks on others.
+        address: of this host, for ranks on other hosts.
     """
     settings = config.weight_sync
     if settings.method == "gather":
         yield GatherSync(trainer, pool, verify_every=settings.verify_every)
         return
     shared = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    # Readable by this user only; its path is short, as a socket's must be.
+    # Readable by this user only; the path is short because it must fit a socket's.
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir=shared) as folder:
         try:
             weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder), address=address)
         except ValueError as reason:  # a layout that direct does not know
-            logger.warning("weight_sync.method: gather takes the place of direct: %s", reason)
+            logger.warning("weight_sync.method: gather is used instead of direct: %s", reason)
             weight_sync = GatherSync(trainer, pool, verify_every=settings.verify_every)
         yield weight_sync
 
@@ -71,7 +71,10 @@ class GatherSync:
 
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._verify_every == 0
-        self._pool.update_weights(self._trainer.weight_buckets(verify=verify), policy_version=policy_version)
+        with self._pool.weight_update(policy_version=policy_version):
+            self._pool.broadcast(RolloutEngine.begin_weight_update)
+            for bucket in self._trainer.weight_buckets(verify=verify):
+                self._pool.broadcast(RolloutEngine.load_bucket, bucket)
         self._num_syncs += 1
 
 
@@ -82,6 +85,9 @@ class DirectSync:
     and every `verify_every`-th sync the engines compare what they hold with the trainer's checksums; only when all
     have confirmed do they take the new version. An engine that dies meanwhile is replaced, and the sync starts again.
 
+    Args:
+        folder: an empty folder that all processes of this host can write; it must outlive the sync.
+        address: of this host, for ranks on other hosts.
     Raises:
         ValueError: (constructor) the plan does not know a layout of this model.
     """
@@ -94,7 +100,7 @@ class DirectSync:
         self._num_syncs = self._num_attempts = 0
         shape = read_shape(config.model.path)
         engine = engine_parameters(shape, config.rollout.tp, config.rollout.ep)
-        shards = shards_of_ranks(trainer.own_parameters())
+        shards = shards_of_ranks(trainer.broadcast(TrainerWorker.own_parameters))
         num_ranks = sum(len(shard.ranks) for shard in shards)
         channels = num_ranks * config.rollout.engines * config.rollout.tp
         self._slot_bytes = min(SLOT_BYTES, max(1, config.weight_sync.bucket_bytes // channels))
@@ -106,17 +112,24 @@ class DirectSync:
             itemsize={"float32": 4, "bfloat16": 2}[config.rollout.dtype],
             max_copy_bytes=self._slot_bytes,
         )
-        self._fingerprint = hashlib.blake2b(repr((self.plan.shards, engine, self._slot_bytes)).encode()).hexdigest()[
-            :16
-        ]
-        self._hand_out(self.plan, engine, num_ranks)
-        token = folder / "token"
-        token.touch()
+        described = repr((self.plan.shards, engine, self._slot_bytes))
+        self._fingerprint = hashlib.blake2b(described.encode()).hexdigest()[:16]
+        trainer.scatter(TrainerWorker.prepare_sending, _sending_tasks(self.plan, num_ranks))
+        self._receiver_plans = _receiver_plans(self.plan, engine)
+        pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
         self._rendezvous: Rendezvous | None = None
-        if not (trainer.sees(token) and pool.sees(token)):
+        if not self._on_one_host():
             self._store, self._rendezvous = self._open_rendezvous(address, num_ranks)
         way = "shared memory" if self._rendezvous is None else f"messages ({self._rendezvous.backend})"
-        logger.info("weights go directly, by %s: %d copies an engine", way, len(self.plan.copies))
+        logger.info("direct weight sync by %s: %d copies an engine", way, len(self.plan.copies))
+
+    def _on_one_host(self) -> bool:
+        """Whether all trainer ranks and engines share this host, and so its memory."""
+        token = self._folder / "token"
+        token.touch()
+        return all(self._trainer.broadcast(TrainerWorker.sees, token)) and all(
+            self._pool.broadcast(RolloutEngine.sees, token)
+        )
 
     def _open_rendezvous(self, address: str, trainer_ranks: int) -> tuple[Any, Rendezvous]:
         store, port = open_store(address)
@@ -129,21 +142,6 @@ class DirectSync:
             backend="nccl" if nccl else "gloo",
         )  # fmt: skip
 
-    def _hand_out(self, plan: ReshardingPlan, engine: list[tuple[Parameter, ...]], num_ranks: int) -> None:
-        outgoing: dict[int, list[Channel]] = defaultdict(list)
-        incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
-        for channel in plan.channels():
-            outgoing[channel.source_rank].append(channel)
-            incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
-        owned_blocks = plan.owned_blocks()
-        self._trainer.prepare_sending(
-            [SendingTask(tuple(outgoing[rank]), tuple(owned_blocks.get(rank, ()))) for rank in range(num_ranks)]
-        )
-        self._pool.prepare_receiving(
-            [[receiver_plan(parameters, incoming[index, rank]) for rank, parameters in enumerate(engine)]
-             for index in range(plan.engines)]
-        )  # fmt: skip
-
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
@@ -154,12 +152,13 @@ class DirectSync:
             except WeightSyncError as failed:
                 if self._rendezvous is not None:
                     self._rendezvous = replace(self._rendezvous, generation=self._rendezvous.generation + 1)
-                # All get everything again: what arrived in the others is of no use without the rest.
+                # All engines receive everything again: an update that is complete on some of them is of no use.
                 patience = max(_GRACE_SECONDS, self._settings.timeout_seconds)
                 replaced = self._pool.replace_dead_engines(patience_seconds=patience)
                 if not replaced or attempt == self._rollout.engines:
                     raise
                 logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
+                self._pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
                 verify = True
 
     def _attempt(self, policy_version: int, *, verify: bool) -> None:
@@ -175,17 +174,43 @@ class DirectSync:
         )
         requests = [ReceiveRequest(transfer=transfer, engine=index) for index in range(self._rollout.engines)]
         late = self._settings.timeout_seconds + _GRACE_SECONDS
-        parts, _ = _together(
-            transfer,
-            lambda: self._trainer.send_weights(transfer, verify=verify),
-            lambda: self._pool.receive_weights(requests, timeout_seconds=late),
-        )
-        sums = merge_checksums(part for part in parts if part is not None) if verify else None
-        self._pool.finish_update(sums, policy_version=policy_version)
+        with self._pool.weight_update(policy_version=policy_version):
+            parts, _ = _together(
+                transfer,
+                lambda: self._trainer.broadcast(TrainerWorker.send_weights, transfer, verify=verify),
+                lambda: self._pool.scatter(RolloutEngine.receive_weights, requests, timeout_seconds=late),
+            )
+            if verify:
+                checksums = merge_checksums(part for part in parts if part is not None)
+                self._pool.broadcast(RolloutEngine.verify, checksums)
+
+
+def _sending_tasks(plan: ReshardingPlan, num_ranks: int) -> list[SendingTask]:
+    """Each trainer rank's part of the plan."""
+    outgoing: dict[int, list[Channel]] = defaultdict(list)
+    for channel in plan.channels():
+        outgoing[channel.source_rank].append(channel)
+    owned_blocks = plan.owned_blocks()
+    return [SendingTask(tuple(outgoing[rank]), tuple(owned_blocks.get(rank, ()))) for rank in range(num_ranks)]
+
+
+def _receiver_plans(plan: ReshardingPlan, engine: Sequence[tuple[Parameter, ...]]) -> list[list[str]]:
+    """The parts of the plan of each engine's ranks.
+
+    Args:
+        engine: parameters of each rank of an engine.
+    """
+    incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
+    for channel in plan.channels():
+        incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
+    return [
+        [receiver_plan(parameters, incoming[index, rank]) for rank, parameters in enumerate(engine)]
+        for index in range(plan.engines)
+    ]
 
 
 def _together(transfer: Transfer, *calls: Callable[[], Any]) -> list[Any]:
-    """Results of calls that need each other; a failure is told to the others, and what caused it is raised."""
+    """Results of calls that depend on each other; a failure stops the others, and its cause is raised."""
 
     def guarded(call: Callable[[], Any]) -> Any:
         try:

@@ -1,1 +1,1 @@
-"""What lives inside or around SGLang: the entropy-adaptive temperature hook and the engine that proves it."""
+"""Code inside and around SGLang: the plugin with the entropy-adaptive temperature, and the engine that proves it."""

@@ -1,7 +1,7 @@
-"""SGLang's float8 rounding (0.5.23) for a machine without a GPU, where its own is Triton. Never used on a GPU.
+"""SGLang's float8 rounding (0.5.23) for a machine without a GPU; its own needs Triton. Never used on a GPU.
 
-With it an engine on a CPU serves dense models that `megatron-hapo quantize --format fp8` has written; their KV cache is
-bfloat16.
+It lets an engine on a CPU serve dense models that `megatron-hapo quantize --format fp8` has written, with a bfloat16 KV
+cache.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ TARGETS = {
     "sglang.srt.layers.quantization.utils.scaled_fp8_quant": "scaled_fp8_quant",
     "sglang.srt.layers.quantization.fp8_utils.static_quant_fp8": "static_quant_fp8",
 }
-"""Where SGLang looks a function up to the one of this module that takes its place."""
+"""Each name under which SGLang looks a function up, and the function of this module that replaces it."""
 
 
 def scaled_fp8_quant(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights on this scale, and the scale."""
+    """Weights rounded to float8 on this scale, and the scale."""
     return _round(x, scale), scale
 
 
 def static_quant_fp8(x: Tensor, x_s: Tensor, repeat_scale: bool = False) -> tuple[Tensor, Tensor]:
-    """Activations on this scale, and the scale."""
-    assert not repeat_scale, "one scale a row is for SGLang's own GPU kernels"
+    """Activations rounded to float8 on this scale, and the scale."""
+    assert not repeat_scale, "repeat_scale (one scale a row) is only for SGLang's own GPU kernels"
     return _round(x, x_s), x_s
 
 

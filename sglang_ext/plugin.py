@@ -1,13 +1,13 @@
-"""What SGLang loads: the adaptive temperature, seeded sampling and honest weight updates; the one place that knows its
-internals (0.5.23).
+"""The SGLang plugin: adaptive temperature, seeded sampling, and weight updates that report every failure. Only this
+module depends on SGLang's internals (0.5.23).
 
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and runs it in its main process and in every
-scheduler process. It only logs a plugin that fails, hence `sglang_ext.engine.Engine.self_test`.
+scheduler process. It only logs a plugin that fails, which is why `sglang_ext.engine.Engine.self_test` exists.
 
 A request opts in with `sampling_params["custom_params"] = {REQUEST_KEY: [...]}`, the six numbers of
 `temperature.row_parameters`, or an empty list for the base temperature; requests without the key are sampled as if this
-plugin did not exist. The numbers live in a tensor beside the batch's temperatures and are cut and joined with them:
-nothing here is global to the engine, and a batch may mix requests of every kind.
+plugin did not exist. The numbers live in a tensor beside the batch's temperatures and are filtered and merged with
+them: nothing here is global to the engine, and a batch may mix requests of every kind.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 REQUEST_KEY = "hapo"
-"""In a request's custom_params: marks a request of ours."""
+"""Key in a request's custom_params that marks it as one of this project."""
 TEMPERATURE_KEY = "hapo_temperature"
-"""In an answer's meta_info: T_t of each sampled token, for requests with an adaptive temperature."""
-ENTROPY_KEY = "hapo_entropy"
-"""In an answer's meta_info: entropy at the base temperature, nats, of each sampled token."""
+"""Key in an answer's meta_info: T_t of each sampled token, for requests with an adaptive temperature."""
 _UNSEEDED = 42  # SGLang's own seed for requests without one, in its deterministic mode
 
 
@@ -68,15 +66,15 @@ def register() -> None:
 
 @dataclass
 class _Rows:
-    """Our part of a SamplingBatchInfo, kept as its attribute `hapo`; None where no request of the batch is ours."""
+    """The attribute `hapo` of a SamplingBatchInfo; None where no request of the batch has the key."""
 
     adaptive: Tensor | None
-    """[R, 6] float32 on the batch's device; None where every row keeps its base temperature."""
+    """[R, 6] float32, each row's parameters, on the batch's device; None where all rows keep their base temperature."""
     recorded: dict[str, _HostColumn] | None = None
-    """Filled by the hook on the logits, taken by the hook on the sampler's result."""
+    """Set by the hook on the logits, consumed by the hook on the sampler's result."""
 
 
-# --- the batch's rows through its life
+# ----- rows of a batch, from its creation on
 
 
 def _after_creation(_result: None, info: SamplingBatchInfo, batch: ScheduleBatch, _vocab_size: int) -> None:
@@ -92,8 +90,8 @@ def _after_creation(_result: None, info: SamplingBatchInfo, batch: ScheduleBatch
     adaptive = any(row[0] > 0 for row in numbers)
     _set_rows(info, _Rows(_to_device(numbers, torch.float32, info.device) if adaptive else None))
     if info.sampling_seed is None:
-        # The sampler takes each token from (seed, position) wherever this tensor is set. SGLang itself sets it in its
-        # deterministic mode alone, which also swaps the matrix kernels and refuses CPUs.
+        # The sampler derives each token from (seed, position) wherever this tensor is set. SGLang itself sets it only
+        # in its deterministic mode, which also replaces the matrix kernels and refuses CPUs.
         seeds = [r.sampling_params.sampling_seed for r in batch.reqs]
         seeds = [_UNSEEDED if seed is None else seed for seed in seeds]
         info.sampling_seed = _to_device(seeds, torch.int64, info.device)
@@ -113,13 +111,13 @@ def _after_merge(_result: None, info: SamplingBatchInfo, other: SamplingBatchInf
     counts = (len(info) - len(other), len(other))
     parts = (None if mine is None else mine.adaptive, None if theirs is None else theirs.adaptive)
     _set_rows(info, _Rows(_join(parts, counts, torch.tensor(temperature.NEUTRAL))))
-    if mine is None or theirs is None:  # SGLang joins the seeds only where both sides have them
+    if mine is None or theirs is None:  # SGLang merges the seeds only where both sides have them
         seeds = (info.sampling_seed, None) if theirs is None else (None, other.sampling_seed)
         info.sampling_seed = _join(seeds, counts, torch.tensor(_UNSEEDED))
 
 
 def _after_copy(result: SamplingBatchInfo, info: SamplingBatchInfo) -> None:
-    rows = _rows(info)  # a copy takes the declared fields only; what is recorded belongs to one forward pass
+    rows = _rows(info)  # SGLang copies declared fields only; what is recorded belongs to one forward pass
     _set_rows(result, None if rows is None else _Rows(rows.adaptive))
 
 
@@ -139,7 +137,7 @@ def _to_device(values: list, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def _join(parts: tuple[Tensor | None, Tensor | None], counts: tuple[int, int], default: Tensor) -> Tensor | None:
-    """Both parts end to end, an absent one made of `default` rows; None if both are absent."""
+    """Both parts concatenated, an absent one filled with `default` rows; None if both are absent."""
     present = next((part for part in parts if part is not None), None)
     if present is None:
         return None
@@ -151,11 +149,11 @@ def _join(parts: tuple[Tensor | None, Tensor | None], counts: tuple[int, int], d
     return torch.cat(filled)
 
 
-# --- one forward pass
+# ----- one forward pass
 
 
 def _after_preprocess_logits(logits_RV: Tensor, _sampler: Sampler, _logits: Tensor, info: SamplingBatchInfo) -> None:
-    """Divides each row in place by 1 + tau h, so that SGLang's division by T completes T_t."""
+    """Divides each row in place by 1 + tau h; SGLang's own division by T then makes it a division by T_t."""
     rows = _rows(info)
     if rows is None or rows.adaptive is None or info.is_all_greedy:
         return
@@ -163,8 +161,8 @@ def _after_preprocess_logits(logits_RV: Tensor, _sampler: Sampler, _logits: Tens
     base_R = info.temperatures.view(-1)
     entropy_R = temperature.entropy_at_temperature(logits_RV, base_R)
     factor_R = temperature.temperature_factor(entropy_R, rows.adaptive)
-    logits_RV.div_(factor_R[:, None])  # exactly 1 for a row without adaptive temperature: its bits stay
-    rows.recorded = {TEMPERATURE_KEY: _HostColumn(base_R * factor_R), ENTROPY_KEY: _HostColumn(entropy_R)}
+    logits_RV.div_(factor_R[:, None])  # exactly 1 without adaptive temperature, which leaves the row's bits
+    rows.recorded = {TEMPERATURE_KEY: _HostColumn(base_R * factor_R)}
 
 
 def _after_sampling(
@@ -175,10 +173,10 @@ def _after_sampling(
     *_args: Any,
     **_kwargs: Any,
 ) -> None:
-    """Hands over what was recorded; SGLang appends entry i of each column to request i's meta_info.
+    """Passes on what was recorded; SGLang appends entry i of each column to request i's meta_info.
 
-    Its scheduler does so only for tokens that it keeps, in order: not for an unfinished chunk of a prompt, nor for the
-    token that the overlapped schedule computes after a request's last. A retracted request keeps its columns.
+    Its scheduler does so only for tokens that it keeps, in order: neither for an unfinished chunk of a prompt, nor for
+    the token that the overlapped schedule computes after a request's last. A retracted request keeps its columns.
     """
     rows = _rows(sampling_info)
     if rows is not None:
@@ -188,7 +186,7 @@ def _after_sampling(
 
 
 class _HostColumn:
-    """One number a row, read on the host after the step; building it never waits for the GPU."""
+    """One number a row, copied to the host asynchronously: only reading it waits for the GPU."""
 
     def __init__(self, values_R: Tensor):
         self._copied: torch.cuda.Event | None = None
@@ -209,19 +207,20 @@ class _HostColumn:
         return self._values[row]
 
 
-# --- weight updates
+# ----- weight updates
 
 
 def _around_weight_update(
     original: Callable[..., tuple[bool, str]], updater: WeightUpdater, *args: Any, **kwargs: Any
 ) -> tuple[bool, str]:
-    """An update whose failure on any rank reaches the caller as (False, message).
+    """Runs the update, and returns (False, message) if it failed on any rank.
 
-    Without it an exception ends the scheduler process, and one on another rank than 0, which alone answers, is lost.
+    Without this an exception would end the scheduler process, and a failure on any rank but 0, the only one that
+    answers, would be lost.
     """
     try:
         success, message = original(updater, *args, **kwargs)
-    except Exception as error:  # whatever the model's own loading code raises
+    except Exception as error:  # the model's own loading code may raise anything
         success, message = False, f"{type(error).__name__}: {error}"
     from sglang.srt.runtime_context import get_parallel
 

@@ -1,7 +1,7 @@
-"""Fills an engine rank's parameters from the trainer's ranks; SGLang's `custom_weight_loader` extension point.
+"""Fills an engine rank's parameters from the trainer's ranks, as one of SGLang's `custom_weight_loader`s.
 
-`receive` is named in the engine's `custom_weight_loader` list and runs in every tensor parallel rank when an update
-comes with `load_format=RECEIVE`. The rank reads its part of the plan once, from a file that its engine has written.
+`receive` is named in the engine's `custom_weight_loader` list and runs in every tensor-parallel rank for an update
+with `load_format=RECEIVE`. The rank reads its part of the plan once, from a file that its engine has written.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ RECEIVE = "sglang_ext.receive.receive"
 
 
 def payload(request: ReceiveRequest, plans: Path) -> list[tuple[str, Tensor]]:
-    """The request as the named tensors that SGLang carries; `plans` is the folder of `write_plans`."""
+    """The request as named tensors, which SGLang can send; `plans` is the folder of `write_plans`."""
     text = json.dumps({**asdict(request), "plans": str(plans)})
     return [("request", torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))]
 
 
 def write_plans(folder: Path, plans: Sequence[str]) -> None:
-    """Leave each engine rank's part of the plan where it will look for it."""
+    """Writes each engine rank's part of the plan to the file from which the rank reads it."""
     for rank, plan in enumerate(plans):
         _plan_path(folder, rank).write_text(plan)
 
 
 def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Takes part in one sync with this rank's parameters.
+    """Receives one sync into this rank's parameters.
 
     Raises:
-        WeightSyncError: the model is not what the plan was made for, or something did not come in time.
+        WeightSyncError: the model is not the one that the plan was made for, or something did not arrive in time.
     """
     from sglang.srt.runtime_context import get_parallel
 
     request: dict[str, Any] = json.loads(bytes(named_tensors[0][1].cpu().numpy()).decode())
     transfer, engine, rank = _transfer(request["transfer"]), request["engine"], get_parallel().tp_rank
-    known: _Known | None = getattr(model, "hapo_receiver", None)
+    prepared: _Prepared | None = getattr(model, "hapo_receiver", None)
     try:
-        if known is None or known.plan != transfer.plan:
-            known = _read(model, transfer, _plan_path(Path(request["plans"]), rank))
-            model.hapo_receiver = known  # type: ignore[assignment]  # kept with what it describes
+        if prepared is None or prepared.plan != transfer.plan:
+            prepared = _prepare(model, transfer, _plan_path(Path(request["plans"]), rank))
+            model.hapo_receiver = prepared  # type: ignore[assignment]  # lives as long as the model
     except BaseException:
         transfer.abort()
         raise
     with torch.no_grad():
-        known.receiver.receive(known.sources, known.matrices, transfer, engine=engine, engine_rank=rank)
+        prepared.receiver.receive(prepared.sources, prepared.matrices, transfer, engine=engine, engine_rank=rank)
 
 
 def _transfer(fields: dict[str, Any]) -> Transfer:
@@ -64,10 +64,11 @@ def _transfer(fields: dict[str, Any]) -> Transfer:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What this rank knows of its plan between syncs."""
+class _Prepared:
+    """What this rank keeps between syncs."""
 
     plan: str
+    """Fingerprint of the plan."""
     sources: dict[int, list[Piece]]
     matrices: dict[str, Tensor]
     receiver: Receiver
@@ -77,9 +78,10 @@ def _plan_path(folder: Path, rank: int) -> Path:
     return folder / f"plan.{rank}.json"
 
 
-def _read(model: nn.Module, transfer: Transfer, path: Path) -> _Known:
+def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
+    """This rank's part of the plan, checked against the model."""
     plan = json.loads(path.read_text())
-    # named_parameters leaves out what it has met before: an output head tied to the embedding
+    # named_parameters names a shared parameter once: an output head tied to the embedding is left out
     matrices = {name: as_matrix(parameter) for name, parameter in model.named_parameters()}
     found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
     planned = {name: (rows, columns) for name, rows, columns in plan["parameters"]}
@@ -89,7 +91,7 @@ def _read(model: nn.Module, transfer: Transfer, path: Path) -> _Known:
         if planned.get(name) != found.get(name)
     ]
     faults += [
-        f"{name}: is {matrix.dtype}, weights come as {transfer.dtype}"
+        f"{name}: is {matrix.dtype}, but weights are sent as {transfer.dtype}"
         for name, matrix in matrices.items()
         if matrix.dtype != getattr(torch, transfer.dtype)
     ]
@@ -100,4 +102,4 @@ def _read(model: nn.Module, transfer: Transfer, path: Path) -> _Known:
         int(source): [Piece(names[index], *place) for index, *place in pieces]
         for source, pieces in plan["sources"].items()
     }
-    return _Known(transfer.plan, sources, matrices, Receiver())
+    return _Prepared(transfer.plan, sources, matrices, Receiver())

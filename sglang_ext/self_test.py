@@ -1,8 +1,7 @@
-"""Proves at start, on the real model, that an engine's temperatures and log-probs are what the formula says.
+"""Proves at start, on the real model, that an engine's temperatures and log-probs are those of the formula.
 
-Requests with and without the adaptive temperature run in one batch. Their statistics are made up around the entropy
-that the model shows, so that h comes out at about +0.5 and -0.5 and a hook that does nothing, or the wrong thing, is
-seen.
+Requests with and without the adaptive temperature run in one batch. Their statistics are chosen around the entropy of
+the model, so that h is about +0.5 and -0.5, and a hook that does nothing, or the wrong thing, is detected.
 """
 
 from __future__ import annotations
@@ -25,22 +24,24 @@ from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 logger = logging.getLogger(__name__)
 
 _TAU = 0.5
-_BASE = 1.3  # not 1, so that a forgotten base temperature shows
+_BASE = 1.3  # not 1, so that a forgotten base temperature is detected
 _TOKENS = 2  # one from the prefill, one from a decoding step
 _TEMPERATURE_TOLERANCE = 2e-3  # relative; the reference entropy comes from log-probs rounded to float32
-# Between two batches, which may take different matrix kernels; in bfloat16 a logit of 30 has steps of 0.1.
+# Between two batches, which may use different matrix kernels; in bfloat16 a logit of 30 has steps of 0.1.
 _LOG_PROB_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3}
 _NO_HOOK = (
-    "SGLang did not load the plugin megatron_hapo: is the package installed in this environment, "
-    "does SGLANG_PLUGINS exclude it?"
+    "SGLang did not load the plugin megatron_hapo: check that the package is installed in this environment, "
+    "and that SGLANG_PLUGINS does not exclude it"
 )
-_OTHER_FORMULA = "another plugin may change the logits, or this SGLang version calls its sampler differently"
+_OTHER_FORMULA = "Another plugin may change the logits, or this SGLang version calls its sampler differently"
 
 
 class Answer(Protocol):
-    """Calls the engine: prompts, sampling parameters, and per-request options as keyword lists."""
+    """Calls the engine."""
 
-    def __call__(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]: ...
+    def __call__(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]:
+        """SGLang's answers to these prompts; `options` are lists with an entry a request."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class _Case:
 
 
 def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
-    """Raises RolloutError at the first difference: what was expected, what came, and the likely cause."""
+    """Raises RolloutError at the first difference: what was expected, what was received, and the likely cause."""
     start = time.perf_counter()
     prompt, plain_V = _entropic_prompt(answers, vocab_size)
     entropy = entropy_from_logits(plain_V)
     cases = _cases(float(entropy.log()))
     parameters = [_parameters(case.adaptive) for case in cases]
-    # One batch for all: a request that disturbed another would show in it.
+    # All in one batch, so that a request that disturbs another is detected.
     replies = answers([prompt] * len(cases), parameters, top_logprobs_num=[vocab_size] * len(cases))
     for case, reply in zip(cases, replies, strict=True):
         _check_temperatures(case, reply, vocab_size)
@@ -67,7 +68,7 @@ def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
 def _entropic_prompt(answers: Answer, vocab_size: int) -> tuple[list[int], Tensor]:
     """The prompt, of a few, with the highest next-token entropy, and its log-probs at the base temperature. [V]
 
-    These requests are none of ours: what SGLang itself says at temperature 1 is what everything is compared with.
+    These requests do not use the plugin: SGLang's own log-probs at temperature 1 are the reference for everything.
     """
     prompts = [[(17 + 31 * i + 7 * j) * 997 % vocab_size for j in range(1 + 2 * i)] for i in range(4)]
     replies = answers(
@@ -80,8 +81,8 @@ def _entropic_prompt(answers: Answer, vocab_size: int) -> tuple[list[int], Tenso
     best = max(range(len(prompts)), key=entropies.__getitem__)
     if not entropies[best] > 1e-3:
         raise RolloutError(
-            f"self-test of the sampling: the model's next-token entropies are {entropies} nats on all test prompts; "
-            "are its weights those of a language model?"
+            f"self-test of the sampling: the model's next-token entropies on the test prompts are {entropies} nats; at "
+            "least one must be above 0.001, check that model.path holds the weights of a language model"
         )
     return prompts[best], log_probs[best]
 
@@ -113,9 +114,9 @@ def _parameters(adaptive: AdaptiveTemperature | None) -> dict[str, Any]:
 
 
 def _check_temperatures(case: _Case, reply: dict, vocab_size: int) -> None:
-    """The recorded temperatures are those of the formula, given that the log-probs are of logits / T_t.
+    """Compares the recorded temperatures with the formula, given that the log-probs are of logits / T_t.
 
-    If they were of anything else, the logits recovered from them would have another entropy, and call for another T_t.
+    Otherwise the logits recovered from them would have another entropy, and the formula another T_t.
     """
     a = case.adaptive
     if a is None:
@@ -132,11 +133,11 @@ def _check_temperatures(case: _Case, reply: dict, vocab_size: int) -> None:
 
 
 def _check_log_probs(case: _Case, reply: dict, plain_V: Tensor, tolerance: float) -> None:
-    """The first token's log-probs are SGLang's own at the base temperature, brought to T_t."""
+    """Compares the first token's log-probs with SGLang's own at the base temperature, converted to T_t."""
     temperature_ratio = 1.0 if case.adaptive is None else reply["meta_info"][TEMPERATURE_KEY][0] / _BASE
     expected_V = torch.log_softmax(plain_V / temperature_ratio, -1)
     got_V = _full_log_probs(reply, 0, len(plain_V))
-    # What is less likely than e^-20 has lost its digits in float32 probabilities.
+    # Below e^-20 float32 probabilities have lost their digits.
     error_V = torch.where(expected_V > -20, (got_V - expected_V).abs(), 0.0)
     token = int(error_V.argmax())
     if not float(error_V[token]) <= tolerance:
@@ -145,7 +146,7 @@ def _check_log_probs(case: _Case, reply: dict, plain_V: Tensor, tolerance: float
 
 
 def _full_log_probs(reply: dict, step: int, vocab_size: int) -> Tensor:
-    """[V] float64, of output token `step`."""
+    """[V] float64, log-probs at output token `step`."""
     values, token_ids, _ = zip(*reply["meta_info"]["output_top_logprobs"][step], strict=True)
     log_probs_V = torch.full((vocab_size,), -math.inf, dtype=torch.float64)
     log_probs_V[torch.tensor(token_ids)] = torch.tensor(values, dtype=torch.float64)

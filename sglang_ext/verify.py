@@ -1,7 +1,7 @@
-"""Checks what an engine's parameters hold, inside each of its ranks; SGLang's `custom_weight_loader` extension point.
+"""Verifies an engine's parameters by checksums, inside each of its ranks, as one of SGLang's `custom_weight_loader`s.
 
-`verify` is named in the engine's `custom_weight_loader` list and runs in every tensor parallel rank when an update
-comes with `load_format=VERIFY`. It finds the Hugging Face tensors inside SGLang's fused parameters from the layers' own
+`verify` is named in the engine's `custom_weight_loader` list and runs in every tensor-parallel rank for an update
+with `load_format=VERIFY`. It finds the Hugging Face tensors inside SGLang's fused parameters from the layers' own
 metadata, not from the formula that the trainer used to cut them (`megatron_hapo.resharding.checksum.engine_slices`).
 """
 
@@ -18,11 +18,11 @@ from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.checksum import tensor_checksum
 
 VERIFY = "sglang_ext.verify.verify"
-_SHOWN = 5  # of many mismatches
+_MAX_SHOWN = 5  # mismatches in one error
 
 
 def checksum_payload(checksums: dict[str, list[int]]) -> list[tuple[str, Tensor]]:
-    """The checksums as the named tensors that SGLang carries; one tensor, since each takes a shared memory file."""
+    """The checksums as named tensors, which SGLang can send; one tensor, since each needs a shared-memory file."""
     return [("checksums", torch.frombuffer(bytearray(json.dumps(checksums).encode()), dtype=torch.uint8))]
 
 
@@ -30,7 +30,7 @@ def verify(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> Non
     """Compares this rank's parameters with the expected checksums of its slices.
 
     Raises:
-        WeightSyncError: names the tensors that differ, that the model lacks, or that were not given.
+        WeightSyncError: names the tensors that differ, that the model lacks, or that have no checksum.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -45,15 +45,15 @@ def verify(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> Non
             faults.append(f"{name}: the engine's rank {rank} holds other values than the trainer sent")
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         expected.pop("lm_head.weight", None)
-    # Of another rank's experts this rank holds no element, whose checksum is 0.
+    # This rank holds no element of another rank's experts, and the checksum of nothing is 0.
     faults += [f"{name}: the engine's model has no such tensor" for name, sums in expected.items() if sums[rank]]
     if faults:
-        more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise WeightSyncError("; ".join(faults[:_SHOWN]) + more)
+        more = f", and {len(faults) - _MAX_SHOWN} more" if len(faults) > _MAX_SHOWN else ""
+        raise WeightSyncError("; ".join(faults[:_MAX_SHOWN]) + more)
 
 
 def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of an SGLang model as (Hugging Face name, this rank's slice), fused ones in their parts."""
+    """Every parameter of an SGLang model as (Hugging Face name, this rank's slice); fused parameters are split."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -75,21 +75,23 @@ def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[t
         sizes = (data.shape[0] // 2,) * 2
         names = ("gate_proj", "up_proj")
     else:
-        # Rows that only pad the vocabulary belong to no tensor of the trainer.
+        # Rows of padding in the vocabulary have no counterpart in the trainer's tensors.
         indices = getattr(module, "shard_indices", None)
         full_name = f"{module_name}.{name}" if module_name else name
         yield full_name, data if indices is None else data[: indices.num_org_elements]
         return
     if sum(sizes) != data.shape[0]:
-        raise WeightSyncError(f"{module_name}: {data.shape[0]} rows, but its parts {names} have {sizes}")
+        raise WeightSyncError(f"{module_name}: has {data.shape[0]} rows, but its parts {names} have {sizes}")
     for part_name, part in zip(names, data.split(sizes), strict=True):
         yield f"{parent}.{part_name}.{name}", part
 
 
 def _experts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a FusedMoE layer's experts, which it stacks, w13 with gate and up in an order of its own."""
+    """The tensors of a FusedMoE layer's stacked experts; the order of gate and up in w13 depends on the layer."""
     if len(data) != module.num_local_experts:
-        raise WeightSyncError(f"{module_name}.{name}: {len(data)} experts, the layer says {module.num_local_experts}")
+        raise WeightSyncError(
+            f"{module_name}.{name}: holds {len(data)} experts, but the layer has {module.num_local_experts}"
+        )
     names = ["down_proj"]
     if name == "w13_weight":
         method = getattr(module, "weight_load_method", None) or module.quant_method

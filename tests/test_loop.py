@@ -25,8 +25,8 @@ from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokeniz
 from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
+from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
-from megatron_hapo.launch.run import local_ray
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger

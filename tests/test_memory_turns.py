@@ -1,8 +1,8 @@
-"""Who holds what when: the real driver and rehearsal over parts that keep books of the GPU's memory."""
+"""Who holds which memory when: the real driver and rehearsal over parts that account for the GPU's memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ SIZES = {"engine weights": 1, "engine kv_cache": 10, "trainer gradients": 4, "tr
 
 
 class Books:
-    """What is held at each moment, and what happened meanwhile. It stands for trainer, engines and sync alike."""
+    """What is held at each moment, and what happened meanwhile, for trainer, engines and sync."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -52,6 +52,9 @@ class Engines:
     def wait_until_ready(self) -> None:
         self.books.note("ready")
 
+    def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return [getattr(self, verb.__name__)(*arguments)]
+
     def release_memory(self, parts: Sequence[str]) -> None:
         self.books.move("engine", parts, take=False)
 
@@ -77,6 +80,9 @@ class Ranks:
     def __init__(self, books: Books):
         self.books = books
         books.held |= {"trainer gradients", "trainer optimizer"}
+
+    def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return [getattr(self, verb.__name__)(*arguments)]
 
     def release_memory(self, parts: Sequence[str]) -> None:
         self.books.move("trainer", parts, take=False)
@@ -146,7 +152,7 @@ def make_config(folder: Path, placement: str, **settings: Any) -> Config:
 
 @contextmanager
 def opened(config: Config) -> Iterator[tuple[Books, Engines, Ranks, MemoryTurns]]:
-    """As `run.open_parts` does."""
+    """The parts, opened in the order of `run.open_parts`."""
     books = Books(config)
     engines: Any = Engines(books)
     make_room_for_trainer(config, engines, device="cpu")
@@ -203,28 +209,28 @@ def test_the_order_of_a_run_and_of_a_resumed_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("trainer", "engines", "peak"),
-    # Of 11 for engines and 12 for the trainer, never both; what is kept counts in both turns.
+    # Engines need 11 and the trainer 12, never at once; what is kept counts in both turns.
     [("all", "all", 12), ("gradients", "all", 19), ("all", "kv_cache", 13), ("gradients", "kv_cache", 19)],
 )
-def test_nothing_is_held_beside_what_the_other_needs(
+def test_the_peak_is_never_the_sum_of_both_sides(
     tmp_path: Path, trainer: Literal["all", "gradients"], engines: Literal["all", "kv_cache"], peak: int
 ) -> None:
     books = run(make_config(tmp_path, "colocated", memory_turns={"trainer": trainer, "engines": engines}))
     assert books.peak == peak
 
 
-def test_a_run_that_is_saved_only_at_its_end_saves_in_the_trainers_turn(tmp_path: Path) -> None:
+def test_a_run_that_saves_only_at_its_end_does_so_in_the_trainers_turn(tmp_path: Path) -> None:
     books = run(make_config(tmp_path, "colocated", checkpoint={"every": 0}))
     assert books.events[-3:] == [*TO_TRAINER, "save"]
 
 
-def test_on_gpus_of_their_own_nobody_gives_anything_back(tmp_path: Path) -> None:
+def test_on_separate_gpus_nothing_is_released(tmp_path: Path) -> None:
     books = run(make_config(tmp_path, "disaggregated"))
     assert not [event for event in books.events if "releases" in event or "takes" in event]
     assert books.events.count("sync") == 3
 
 
-def test_a_rehearsal_takes_turns_too(tmp_path: Path) -> None:
+def test_a_rehearsal_takes_the_same_turns(tmp_path: Path) -> None:
     config = make_config(tmp_path, "colocated")
     with opened(config) as (books, engines, ranks, turns):
         parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
@@ -236,5 +242,5 @@ def test_a_rehearsal_takes_turns_too(tmp_path: Path) -> None:
 def test_engines_do_not_get_two_turns_in_a_row(tmp_path: Path) -> None:
     with opened(make_config(tmp_path, "disaggregated")) as (_, _, _, turns):
         turns.to_engines(policy_version=0)
-        with pytest.raises(AssertionError, match="engines have their turn already"):
+        with pytest.raises(AssertionError, match="it is the engines' turn already"):
             turns.to_engines(policy_version=1)

@@ -1,4 +1,4 @@
-"""Where engines stand. Pure."""
+"""Placement: on which nodes and GPUs engines and trainer ranks run. Pure."""
 
 from __future__ import annotations
 
@@ -10,53 +10,51 @@ from megatron_hapo.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of an engine, or of a trainer rank."""
+class GpuPlacement:
+    """The node of an engine or of a trainer rank, and its GPUs there."""
 
     node: str
     """Ray's id of the node."""
     gpus: tuple[str, ...] = ()
-    """Names for CUDA_VISIBLE_DEVICES. Of an engine: those of trainer ranks; empty where Ray chooses among free ones."""
+    """Names for CUDA_VISIBLE_DEVICES. For an engine: those of trainer ranks; empty where Ray chooses free ones."""
 
 
-def beside_ranks(ranks: Sequence[Place], *, engines: int, tp: int) -> list[Place]:
-    """Engine i stands on the GPUs of trainer ranks i * tp and following, in their order.
+def beside_ranks(ranks: Sequence[GpuPlacement], *, engines: int, tp: int) -> list[GpuPlacement]:
+    """The placement of each colocated engine: engine i on the GPUs of trainer ranks i * tp and following, in order.
 
     Args:
         ranks: of the trainer, at least engines * tp; without GPUs on a CPU.
     Raises:
-        ConfigError: an engine's ranks would stand on two nodes.
+        ConfigError: an engine's ranks would be on two nodes.
     """
-    places = []
+    placements = []
     for engine in range(engines):
         own = ranks[engine * tp : (engine + 1) * tp]
         if len({rank.node for rank in own}) > 1:
             raise ConfigError(
                 [
-                    f"rollout.tp: engine {engine} of tp={tp} would stand on the GPUs of trainer ranks {engine * tp} to "
+                    f"rollout.tp: engine {engine} of tp={tp} would use the GPUs of trainer ranks {engine * tp} to "
                     f"{(engine + 1) * tp - 1}, which are on two nodes; with placement=colocated rollout.tp must divide "
-                    "the trainer ranks of a node"
+                    "the number of trainer ranks on a node"
                 ]
             )
-        places.append(Place(own[0].node, tuple(gpu for rank in own for gpu in rank.gpus)))
-    return places
+        placements.append(GpuPlacement(own[0].node, tuple(gpu for rank in own for gpu in rank.gpus)))
+    return placements
 
 
 def check_gpus(config: Config, *, here: int, everywhere: int) -> None:
-    """Whether Ray's GPUs hold the run; else its actors would wait for GPUs that never come.
+    """Raises ConfigError if Ray has too few GPUs for the run; its actors would wait for them forever.
 
     Args:
-        here: GPUs of this node, where the trainer's ranks are to be.
-        everywhere: of all of Ray's nodes.
-    Raises:
-        ConfigError: they do not.
+        here: GPUs of this node, on which the trainer's ranks will be.
+        everywhere: GPUs of all of Ray's nodes.
     """
     ranks, rollout = config.parallel.world_size, config.rollout
     if ranks > here:
         raise ConfigError(
             [
-                f"parallel: {ranks} trainer ranks need as many GPUs, and this node has {here}; start it with torchrun "
-                "on as many nodes as it needs (docs/launching.md), or find another layout with `megatron-hapo plan`"
+                f"parallel: {ranks} trainer ranks need as many GPUs, and this node has {here}; start the run with "
+                "torchrun on several nodes (docs/launching.md), or find another layout with `megatron-hapo plan`"
             ]
         )
     engines = rollout.engines * rollout.tp if config.placement == "disaggregated" else 0
@@ -64,6 +62,26 @@ def check_gpus(config: Config, *, here: int, everywhere: int) -> None:
         raise ConfigError(
             [
                 f"rollout.engines: {rollout.engines} engines of tp={rollout.tp} need {engines} GPUs beside the "
-                f"{ranks} of the trainer, and Ray has {everywhere} in all; take fewer, colocated ones or more nodes"
+                f"{ranks} of the trainer, and Ray has {everywhere} in all; use fewer engines, placement=colocated, or "
+                "more nodes"
             ]
         )
+
+
+def spread(gpus: dict[str, int], *, engines: int, tp: int, on_gpus: bool) -> list[str] | None:
+    """The node of each engine, as even as the GPUs allow; None where they do not fit. An engine's ranks share a node.
+
+    Args:
+        gpus: free GPUs of each node.
+    """
+    free, count = dict(gpus), dict.fromkeys(gpus, 0)
+    nodes = []
+    for _ in range(engines):
+        fitting = [name for name in free if not on_gpus or free[name] >= tp]
+        if not fitting:
+            return None
+        name = min(fitting, key=lambda name: (count[name], -free[name] if on_gpus else 0))
+        free[name] -= tp
+        count[name] += 1
+        nodes.append(name)
+    return nodes

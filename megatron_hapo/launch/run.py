@@ -1,31 +1,28 @@
-"""A whole run: Ray, the trainer ranks, the engines, the data, the driver, and what is left for the user."""
+"""A whole run: load the data, open the parts, run the driver, report where the results are."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ray
 import torch
-from ray._private import ray_constants
 
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import Finding, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
-from megatron_hapo.launch.places import Place, beside_ranks, check_gpus
-from megatron_hapo.launch.ray import cluster
+from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
-from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
+from megatron_hapo.launch.ray.local_ray import local_ray
+from megatron_hapo.launch.ray.ray_launcher import RayLauncher
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
@@ -44,11 +41,15 @@ logger = logging.getLogger(__name__)
 
 
 class LaunchedTrainer(Trainer, Protocol):
-    def close(self) -> None: ...
+    """A trainer whose processes the run must close."""
+
+    def close(self) -> None:
+        """Ends the ranks, unless their launcher does."""
+        ...
 
 
 class Launcher(Protocol):
-    """How the processes of a run come to be."""
+    """How the processes of a run are started and placed."""
 
     @property
     def device(self) -> str:
@@ -56,60 +57,27 @@ class Launcher(Protocol):
         ...
 
     def ray_cluster(self) -> AbstractContextManager[object]:
-        """Ray is up within it, with this process as a driver."""
+        """Ray, with this process as a driver, while the context is open."""
         ...
 
-    def engine_places(self) -> Sequence[Place] | None:
-        """Of each engine; None leaves it to Ray."""
+    def engine_placements(self) -> Sequence[GpuPlacement] | None:
+        """The placement of each engine; None leaves it to Ray."""
         ...
 
     def start_trainer(self) -> LaunchedTrainer:
-        """The trainer, whose ranks may still be loading their weights. Colocated ranks take no GPU memory before."""
+        """The trainer, whose ranks may still be loading their weights. Until then colocated ranks use no GPU memory."""
         ...
 
     def running(self) -> AbstractContextManager[object]:
-        """Around everything that needs the trainer; ends before the parts are closed."""
+        """A context around everything that needs the trainer; it ends before the parts are closed."""
         ...
-
-
-class RayLauncher:
-    """Trainer ranks and engines are Ray actors; Ray places them."""
-
-    def __init__(self, config: Config):
-        self._config, self.device = config, _device(config)
-        self._processes: RankProcesses | None = None
-
-    @contextlib.contextmanager
-    def ray_cluster(self) -> Iterator[None]:
-        with local_ray():
-            if self.device == "cuda":
-                check_gpus(
-                    self._config, here=_gpus_of_this_node(), everywhere=int(ray.cluster_resources().get("GPU", 0))
-                )
-            # Before the engines, which Ray might else put on the GPUs that the ranks need.
-            self._processes = RankProcesses(self._config, device=self.device)
-            yield
-
-    def engine_places(self) -> list[Place] | None:
-        if self._config.placement == "disaggregated":
-            return None
-        assert self._processes is not None, "Ray is not up"
-        rollout = self._config.rollout
-        return beside_ranks(self._processes.places(), engines=rollout.engines, tp=rollout.tp)
-
-    def start_trainer(self) -> RayTrainer:
-        assert self._processes is not None, "Ray is not up"
-        return RayTrainer(self._config, self._processes)
-
-    def running(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext()
 
 
 def run_training(config: Config, launcher: Launcher | None = None) -> None:
-    """Train as a checked config says; continues from the run folder's newest checkpoint.
+    """Trains as a checked config says; continues from the run folder's newest checkpoint.
 
     Args:
-        launcher: None is Ray's.
+        launcher: None: Ray alone.
     """
     prompts, eval_prompts = _load_data(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +86,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
-        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config)))
+        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=_device(config))))
         metrics = stack.enter_context(
             MetricsLogger(
                 config.run_dir,
@@ -141,15 +109,15 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         with _graceful_stop(driver):
             driver.run()
         if driver.stop_requested:
-            logger.warning("stopped on request; the same command goes on from %s", config.run_dir / "checkpoints")
+            logger.warning("stopped on request; the same command continues from %s", config.run_dir / "checkpoints")
             return
         if config.checkpoint.hf_at_end:
             parts.trainer.export_hf(config.run_dir.absolute() / "hf")
-    _tell_what_is_left(config)
+    _report(config)
 
 
 def run_evaluation(config: Config) -> dict[str, float]:
-    """Evaluate the model folder's own weights on the evaluation data. Starts engines only."""
+    """Metrics of the model folder's own weights on the evaluation data. Starts engines only."""
     _, prompts = _load_data(config)
     with local_ray(), open_rollouts(config, read_weights=True) as (pool, rewards):
         pool.wait_until_ready()
@@ -157,9 +125,9 @@ def run_evaluation(config: Config) -> dict[str, float]:
 
 
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
-    """Start every part of the run and let each work once, on this many prompts; nothing is trained or written."""
+    """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
     sampler, _ = _load_data(config)
-    with open_parts(config, RayLauncher(config)) as parts:
+    with open_parts(config, RayLauncher(config, device=_device(config))) as parts:
         return rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, sampler.next(prompts))
 
 
@@ -175,12 +143,12 @@ class Parts:
 
 @contextlib.contextmanager
 def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
-    """Trainer ranks, engines, reward workers and the way of the weights, all of them ready."""
+    """Trainer ranks, engines, reward workers and the weight sync, all of them ready."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(launcher.ray_cluster())
         with launcher.running():
             # Engines start in their own processes while the trainer builds its model, unless that needs their GPUs.
-            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_places()))
+            pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_placements()))
             make_room_for_trainer(config, pool, device=launcher.device)
             trainer = launcher.start_trainer()
             stack.callback(trainer.close)
@@ -193,25 +161,20 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
 
 @contextlib.contextmanager
 def open_rollouts(
-    config: Config, places: Sequence[Place] | None = None, *, read_weights: bool = False
+    config: Config, placements: Sequence[GpuPlacement] | None = None, *, read_weights: bool = False
 ) -> Iterator[tuple[RayRolloutPool, ProcessRewardPool]]:
     """Engines, which are still starting, and reward workers.
 
     Args:
-        places: of each engine; None leaves it to Ray.
-        read_weights: the engines are to read the model folder; else a sync must bring the weights.
+        placements: of each engine; None leaves it to Ray.
+        read_weights: whether the engines read the model folder; otherwise a sync must bring the weights.
     """
     with ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
-        pool = RayRolloutPool(config, device=_device(config), places=places, read_weights=read_weights)
+        pool = RayRolloutPool(config, device=_device(config), placements=placements, read_weights=read_weights)
         try:
             yield pool, rewards
         finally:
             pool.close()
-
-
-def _gpus_of_this_node() -> int:
-    own = ray.get_runtime_context().get_node_id()
-    return next(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["NodeID"] == own)
 
 
 def _device(config: Config) -> str:
@@ -219,6 +182,7 @@ def _device(config: Config) -> str:
 
 
 def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
+    """The training prompts' sampler, and the evaluation prompts, if there are any."""
     tokenizer = load_tokenizer(config.model.path)
     sources = [config.data.train] if config.data.eval is None else [config.data.train, config.data.eval]
     train, *rest = [
@@ -236,64 +200,10 @@ def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
 
 
 @contextlib.contextmanager
-def local_ray() -> Iterator[None]:
-    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    _end_on_sigterm()
-    with _own_ray() if address is None else cluster.connected(address):
-        _end_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
-        yield
-
-
-@contextlib.contextmanager
-def _own_ray() -> Iterator[None]:
-    # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
-    # this process, the variable for those that it starts.
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    # No actor asks for a CPU, and Ray would start an idle worker for each.
-    _start_ray(
-        {
-            "address": "local", "include_dashboard": False, "num_cpus": 0,
-            "log_to_driver": False, "logging_level": logging.ERROR,
-        }
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start_ray(options: dict[str, Any]) -> None:
-    """Ray's processes wait half a minute for each other, which a busy machine may exceed: they get a second chance."""
-    for last in (False, True):
-        try:
-            ray.init(**options)
-            return
-        except Exception as error:  # Ray raises a bare Exception
-            if last or "timed out during startup" not in str(error):
-                raise
-            logger.warning("Ray was too slow to start; trying once more")
-            ray.shutdown()
-
-
-def _end_on_sigterm() -> None:
-    """SIGTERM ends the process as Ctrl-C does: whatever was started is closed."""
-
-    def on_signal(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_signal)
-
-
-@contextlib.contextmanager
 def _graceful_stop(driver: Driver) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; the second at once.
+    """The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; the second ends it at once.
 
-    What other ranks wish does not count: they are mostly told together with this one.
+    Requests of other ranks do not count as a second one: torchrun signals them mostly together with this one.
     """
     asked_here = False
 
@@ -303,8 +213,8 @@ def _graceful_stop(driver: Driver) -> Iterator[None]:
             raise KeyboardInterrupt
         asked_here = asked_here or number != STOP_SIGNAL
         if not driver.stop_requested:
-            name = "another rank is to end" if number == STOP_SIGNAL else signal.strsignal(number)
-            logger.warning("%s: stopping after this step, with a checkpoint; once more to stop at once", name)
+            name = "another rank was asked to stop" if number == STOP_SIGNAL else signal.strsignal(number)
+            logger.warning("%s: stopping after this step, with a checkpoint; repeat to stop at once", name)
             driver.stop_requested = True
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)}
@@ -312,14 +222,15 @@ def _graceful_stop(driver: Driver) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            # A wish that comes late is fulfilled already.
+            # A request of another rank that arrives now has been fulfilled already.
             signal.signal(number, signal.SIG_IGN if number == STOP_SIGNAL else handler)
 
 
-def _tell_what_is_left(config: Config) -> None:
+def _report(config: Config) -> None:
+    """Prints where the run's results are."""
     picture = write_report(config.run_dir)
-    left: list[tuple[str, Path]] = [("metrics", config.run_dir / "metrics.jsonl"), ("curves", picture)]
+    results: list[tuple[str, Path]] = [("metrics", config.run_dir / "metrics.jsonl"), ("curves", picture)]
     if config.checkpoint.hf_at_end:
-        left.append(("final model", config.run_dir / "hf"))
-    for what, path in left:
+        results.append(("final model", config.run_dir / "hf"))
+    for what, path in results:
         print(f"{what + ':':<13} {path}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.observe.spans import Span, Timeline
-from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
+from megatron_hapo.protocols import RewardPool, RolloutEngine, RolloutPool, Trainer, TrainerWorker
 
 STEP_TRACE = "step.json.gz"
 _DURING = {
@@ -44,13 +44,16 @@ class StepProfiler:
             return
         folder = self._folder / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for part in (self._pool, self._rewards, self._trainer):
-            part.start_profile()
+        self._pool.broadcast(RolloutEngine.start_profile)
+        self._rewards.start_profile()
+        self._trainer.broadcast(TrainerWorker.start_profile)
         clock = StepClock()
         yield clock
         others = [
-            *self._trainer.finish_profile(folder), *self._pool.finish_profile(), *self._rewards.finish_profile()
-        ]  # fmt: skip
+            *self._trainer.broadcast(TrainerWorker.finish_profile, folder),
+            *self._pool.broadcast(RolloutEngine.finish_profile),
+            *self._rewards.finish_profile(),
+        ]
         write_step_trace(folder / STEP_TRACE, clock.timeline(), others)
 
 

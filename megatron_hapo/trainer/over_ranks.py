@@ -1,130 +1,125 @@
-"""The trainer as the driver sees it, over ranks that some launcher started."""
+"""The trainer as the driver sees it, over ranks that a launcher has started."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Concatenate
 
 import torch
 
 from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions, finish_folder
 from megatron_hapo.config import Config
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
+from megatron_hapo.protocols import TrainerShard, TrainerWorker, declared_verbs
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 
-if TYPE_CHECKING:
-    from megatron_hapo.resharding.plan import Parameter, SendingTask
-    from megatron_hapo.resharding.transfer import Transfer
-    from megatron_hapo.trainer.trainer_rank import TrainerRank
-
-_STREAMS = ("weight_buckets",)
-_METHODS = (
-    *("log_probs", "update", "own_parameters", "prepare_sending", "send_weights"),
-    *("save_checkpoint", "load_checkpoint", "export_hf"),
-    *("release_memory", "take_memory"),
-)
-_OF_THE_PROCESS = ("sees", "start_profile", "finish_profile")
+_SHARD_VERBS = declared_verbs(TrainerShard)
+_VERBS = declared_verbs(TrainerWorker)
 
 
 class RankObject:
-    """A rank's process from outside: the TrainerRank's methods by name, and what only the process knows."""
+    """A rank's process from outside: the verbs of protocols.TrainerWorker, called by name.
 
-    def __init__(self, rank: TrainerRank, number: int):
-        self._rank, self._spans = rank, SpanRecorder(f"trainer rank {number}")
+    The rank implements those of protocols.TrainerShard, which are recorded in profiles; this class the others.
+    """
+
+    def __init__(self, rank: TrainerShard, number: int):
+        self._rank, self._number, self._spans = rank, number, SpanRecorder(f"trainer rank {number}")
         self._trace: torch.profiler.profile | None = None
 
-    def results(self, method: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Iterator[Any]:
-        """The one result of a method, or what a generator yields."""
-        if method in _OF_THE_PROCESS:
-            yield getattr(self, method)(*arguments)
-        elif method in _STREAMS:
-            with self._spans(method):
-                yield from getattr(self._rank, method)(*arguments, **options)
-        elif method in _METHODS:
-            with self._spans(method), torch.profiler.record_function(method):
-                result = getattr(self._rank, method)(*arguments, **options)
-            yield result
-        else:
-            raise ValueError(f"a trainer rank has no command {method!r}")
+    def results(self, verb: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Iterator[Any]:
+        """The one result of a verb, or everything that it yields if it is a stream.
+
+        Raises:
+            ValueError: the protocol declares no such verb.
+        """
+        if verb not in _VERBS:
+            raise ValueError(f"a trainer rank has no verb {verb!r}; its verbs are {', '.join(sorted(_VERBS))}")
+        if verb not in _SHARD_VERBS:
+            yield getattr(self, verb)(*arguments, **options)
+            return
+        method = getattr(self._rank, verb)
+        if inspect.isgeneratorfunction(method):
+            with self._spans(verb):
+                yield from method(*arguments, **options)
+            return
+        with self._spans(verb), torch.profiler.record_function(verb):
+            result = method(*arguments, **options)
+        yield result
 
     def sees(self, path: Path) -> bool:
+        """Whether this file exists here."""
         return path.exists()
 
     def start_profile(self) -> None:
+        """Begin to trace operators and to record the verbs that are called."""
         self._trace = torch.profiler.profile()
         self._trace.start()
         self._spans.start()
 
-    def finish_profile(self, path: Path) -> Timeline:
-        """Writes the operators since `start_profile` as a gzipped Chrome trace; what the rank was asked to do."""
-        assert self._trace is not None, "start_profile comes first"
+    def finish_profile(self, folder: Path) -> Timeline:
+        """Writes the operators since `start_profile` as a gzipped Chrome trace; returns the recorded verbs."""
+        assert self._trace is not None, "finish_profile requires start_profile"
         timeline = self._spans.finish()
         self._trace.stop()
-        self._trace.export_chrome_trace(str(path))
+        self._trace.export_chrome_trace(str(folder / f"trainer_rank_{self._number:05d}.json.gz"))
         self._trace = None
         return timeline
 
 
 class TrainerOverRanks(ABC):
-    """protocols.Trainer; a launcher says how its ranks are called."""
+    """protocols.Trainer; a launcher's subclass says how verbs reach its ranks."""
 
     def __init__(self, config: Config):
         self._config = config
 
     @abstractmethod
-    def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        """What every rank's method returns."""
+    def _all(self, verb: str, *arguments: Any, **options: Any) -> list[Any]:
+        """The verb's result on every rank, called with the same arguments."""
 
     @abstractmethod
-    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The same, with arguments for each rank."""
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The verb's result on every rank, called with arguments of its own."""
 
     @abstractmethod
-    def weight_buckets(self, *, verify: bool) -> Iterator[Any]: ...
+    def weight_buckets(self, *, verify: bool) -> Iterator[Any]:
+        """Every tensor of the policy once, in buckets, or references to them, rank after rank."""
+
+    def broadcast[**P, R](
+        self, verb: Callable[Concatenate[TrainerWorker, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]:
+        """The verb's results, in the order of ranks."""
+        return self._all(verb.__name__, *args, **kwargs)
+
+    def scatter[A, R](self, verb: Callable[[TrainerWorker, A], R], arguments: Sequence[A]) -> list[R]:
+        """The verb's results, in the order of ranks, each called with an argument of its own."""
+        return self._each(verb.__name__, [(argument,) for argument in arguments])
 
     def log_probs(self, batch: TrainBatch) -> TokenScores:
-        return merge_scores(self._all("log_probs", batch), batch)
+        """Scores of every response token with the current weights, in batch order."""
+        return merge_scores(self.broadcast(TrainerWorker.log_probs, batch), batch)
 
     def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
-        return next(metrics for metrics in self._all("update", batch, step=step) if metrics is not None)
-
-    def own_parameters(self) -> list[tuple[Parameter, ...]]:
-        return self._all("own_parameters")
-
-    def sees(self, path: Path) -> bool:
-        return all(self._all("sees", path))
-
-    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
-        self._each("prepare_sending", [(task,) for task in tasks])
-
-    def send_weights(self, transfer: Transfer, *, verify: bool) -> list[dict[str, list[int]] | None]:
-        return self._all("send_weights", transfer, verify=verify)
+        """One optimizer step on a mini-batch; its metrics."""
+        results = self.broadcast(TrainerWorker.update, batch, step=step)
+        return next(metrics for metrics in results if metrics is not None)
 
     def save_checkpoint(self, folder: Path) -> None:
-        self._all("save_checkpoint", folder)
-        # With these the checkpoint is a model folder too: another run may start from it, and `convert` takes it.
+        """Writes model and optimizer state."""
+        self.broadcast(TrainerWorker.save_checkpoint, folder)
+        # With these the checkpoint is a model folder too: another run may start from it, and `convert` reads it.
         copy_companions(self._config.model.path, folder, self._config.trainer.dtype)
 
     def load_checkpoint(self, folder: Path) -> None:
-        self._all("load_checkpoint", folder)
-
-    def release_memory(self, parts: Sequence[str]) -> None:
-        self._all("release_memory", tuple(parts))
-
-    def take_memory(self, parts: Sequence[str]) -> None:
-        self._all("take_memory", tuple(parts))
+        """Loads what `save_checkpoint` has written, at any layout."""
+        self.broadcast(TrainerWorker.load_checkpoint, folder)
 
     def export_hf(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder, which appears when it is complete."""
         with atomic_folder(folder) as partial:
-            parts = self._all("export_hf", partial)
+            parts = self.broadcast(TrainerWorker.export_hf, partial)
             weight_map = {name: file for part in parts if part for name, file in part.items()}
             finish_folder(partial, self._config.model.path, weight_map, self._config.trainer.dtype)
-
-    def start_profile(self) -> None:
-        self._all("start_profile")
-
-    def finish_profile(self, folder: Path) -> list[Timeline]:
-        ranks = range(self._config.parallel.world_size)
-        return self._each("finish_profile", [(folder / f"trainer_rank_{rank:05d}.json.gz",) for rank in ranks])

@@ -17,7 +17,8 @@ from tests.tiny_model import write_tiny_qwen3
 
 
 def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
-    from sglang_ext.engine import Engine, EngineConfig
+    from sglang_ext.engine import Engine
+    from sglang_ext.engine_config import EngineConfig
 
     engine = Engine(
         EngineConfig(

@@ -42,14 +42,15 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
 
     from megatron_hapo.model.families import read_shape
     from megatron_hapo.resharding.weight_buckets import BucketBuilder, engine_cut
-    from sglang_ext.engine import Engine, EngineConfig
+    from sglang_ext.engine import Engine
+    from sglang_ext.engine_config import EngineConfig
     from tests.sglang_ext.engine_process import generate
 
     free = {"total": torch.cuda.mem_get_info()[1]}
     engine = Engine(
         EngineConfig(
             model_path=model, device="cuda", dtype="bfloat16", tp=1, max_running_requests=64, memory_fraction=0.5,
-            kv_cache_tokens=None, context_tokens=256, seed=0, gives_memory_back=True,
+            kv_cache_tokens=None, context_tokens=256, seed=0, releases_memory=True,
         )
     )  # fmt: skip
 
@@ -63,8 +64,8 @@ def turns_of_an_engine(model: Path) -> dict[str, Any]:
         before = greedy()
         free["all held"] = torch.cuda.mem_get_info()[0]
         engine.release_memory((KV_CACHE, WEIGHTS))
-        free["released"] = torch.cuda.mem_get_info()[0]
-        with pytest.raises(RolloutError, match="has given back its memory"):
+        free["given back"] = torch.cuda.mem_get_info()[0]
+        with pytest.raises(RolloutError, match="has released the memory"):
             greedy()
         engine.take_memory((WEIGHTS,))
         free["weights"] = torch.cuda.mem_get_info()[0]

@@ -80,5 +80,5 @@ def test_a_rank_that_does_not_answer_in_time_is_named() -> None:
 
 def test_only_a_trainer_ranks_own_methods_can_be_called() -> None:
     rank: Any = object()
-    with pytest.raises(ValueError, match="a trainer rank has no command '__reduce__'"):
+    with pytest.raises(ValueError, match="a trainer rank has no verb '__reduce__'"):
         next(RankObject(rank, 0).results("__reduce__", (), {}))

@@ -1,4 +1,4 @@
-"""Ray under torchrun: where engines go, and what keeps a node from starting, each told in one line."""
+"""Ray under torchrun: what keeps a node from starting is reported in one line each."""
 
 from __future__ import annotations
 
@@ -18,32 +18,10 @@ from megatron_hapo.launch.ray.cluster import (
     cluster_token,
     connected,
     prepare_environment,
-    spread,
 )
 
 
-@pytest.mark.parametrize(
-    ("gpus", "engines", "tp", "places"),
-    [
-        ({"a": 0, "b": 0}, 3, 1, None),
-        ({"a": 4, "b": 4}, 4, 2, ["a", "b", "a", "b"]),
-        ({"a": 1, "b": 4}, 2, 2, ["b", "b"]),  # an engine's ranks share a node
-        ({"a": 3, "b": 3}, 3, 2, None),
-        ({"a": 2, "b": 8}, 3, 2, ["b", "a", "b"]),
-        ({}, 1, 1, None),
-    ],
-)
-def test_engines_are_spread_as_the_gpus_allow(
-    gpus: dict[str, int], engines: int, tp: int, places: list[str] | None
-) -> None:
-    assert spread(gpus, engines=engines, tp=tp, on_gpus=True) == places
-
-
-def test_on_cpus_engines_are_simply_spread() -> None:
-    assert spread({"a": 0, "b": 0}, engines=3, tp=2, on_gpus=False) == ["a", "b", "a"]
-
-
-def test_a_busy_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_port_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_node, "_BUSY_SECONDS", 0.1)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -53,15 +31,15 @@ def test_a_busy_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             ray_node.start(head=True, address="", ip="127.0.0.1", port=port, ports=None, num_gpus=0)
 
 
-def test_no_route_to_the_head_is_one_line() -> None:
+def test_an_unreachable_head_is_reported_in_one_line() -> None:
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and nobody listens
+        unused.bind(("127.0.0.1", 0))  # nothing listens there
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ray_node.FaultError, match=rf"no route to the Ray head at {address} \(Connection refused\)"):
             ray_node.start(head=False, address=address, ip="127.0.0.1", port=0, ports=None, num_gpus=0)
 
 
-def test_another_token_on_a_node_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_token_on_a_node_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "own")
     assert cluster_token() == "own"
@@ -77,14 +55,14 @@ def test_another_token_on_a_node_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])
-def test_an_address_that_ranks_cannot_join_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_an_address_that_ranks_cannot_join_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match="RAY_ADDRESS must be HOST:PORT"):
         address_to_join()
 
 
 @pytest.mark.slow
-def test_a_node_takes_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     # What `prepare_environment` sets for one node on loopback; Ray may have been imported before.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.channel_ends import ChannelId
-from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.weight_sync import DirectSync
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
@@ -35,19 +35,21 @@ class OneEngine:
     def sees(self, path: Path) -> bool:
         return path.exists()
 
-    def prepare_receiving(self, plans: Sequence[Sequence[str]]) -> None:
-        self.engine.prepare_receiving(plans[0])
+    def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
+        target = self if verb.__name__ == "sees" else self.engine
+        return [getattr(target, verb.__name__)(*arguments)]
 
-    def receive_weights(self, requests: Sequence[ReceiveRequest], *, timeout_seconds: float) -> None:
-        self.engine.begin_weight_update()
-        self.engine.receive_weights(requests[0])
+    def scatter(
+        self, verb: Callable[..., Any], arguments: Sequence[Any], *, timeout_seconds: float | None = None
+    ) -> list[Any]:
+        return self.broadcast(verb, arguments[0])
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
         return []
 
-    def finish_update(self, checksums: dict[str, list[int]] | None, *, policy_version: int) -> None:
-        if checksums:
-            self.engine.verify(checksums)
+    @contextmanager
+    def weight_update(self, *, policy_version: int) -> Iterator[None]:
+        yield
         self.engine.end_weight_update(policy_version)
         self.version = policy_version
 

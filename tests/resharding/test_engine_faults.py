@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
-from megatron_hapo.launch.run import local_ray
+from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.types import Sampling
 from megatron_hapo.weight_sync import DirectSync
@@ -173,10 +173,10 @@ def test_a_trainer_rank_beyond_the_deadline_is_named_and_no_engine_is_replaced(c
     assert_greedy_equals(pool, load_reference(new), version=6)
 
 
-def test_rollouts_of_another_version_are_an_error(case: Case) -> None:
+def test_rollouts_of_another_version_are_refused(case: Case) -> None:
     pool, sync, new, *_ = case
-    ray.get(pool._engines[1].begin_weight_update.remote())
-    ray.get(pool._engines[1].end_weight_update.remote(99))
+    ray.get(pool._engines[1].call.remote("begin_weight_update"))
+    ray.get(pool._engines[1].call.remote("end_weight_update", 99))
     with pytest.raises(RolloutError, match=r"engine 1 holds version 99 of the weights, the last sync brought"):
         assert_greedy_equals(pool, load_reference(new), version=99)
     sync.sync(policy_version=7)

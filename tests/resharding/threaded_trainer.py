@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,15 +48,22 @@ class ThreadedTrainer:
                 held = cut(whole, shard.parameters)
                 self.matrices[rank] |= {name: torch.tensor(value, dtype=torch.float32) for name, value in held.items()}
 
+    def broadcast(self, verb: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        return getattr(self, verb.__name__)(*arguments, **options)
+
+    def scatter(self, verb: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+        return self.broadcast(verb, arguments)
+
     def own_parameters(self) -> list[tuple[Parameter, ...]]:
         return [self._parameters[rank] for rank in sorted(self._parameters)]
 
-    def sees(self, path: Path) -> bool:
-        return path.exists()
+    def sees(self, path: Path) -> list[bool]:
+        return [path.exists()]
 
-    def prepare_sending(self, tasks: Sequence[SendingTask]) -> None:
+    def prepare_sending(self, tasks: Sequence[SendingTask]) -> list[None]:
         self.tasks = list(tasks)
         self._senders = [Sender(rank, on_bucket=self._inject) for rank in range(len(tasks))]
+        return [None for _ in tasks]
 
     def _inject(self, channel: ChannelId, number: int, data: torch.Tensor) -> None:
         if self.on_bucket is not None:

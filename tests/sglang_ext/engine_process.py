@@ -18,7 +18,7 @@ from unittest import mock
 from megatron_hapo.types import Prompt, Rollout, Sampling
 from sglang_ext import cpu
 
-TIMEOUT_SECONDS = 400  # imports alone take half a minute of CPU time, more where the machine is busy
+TIMEOUT_SECONDS = 400  # imports alone take half a minute of CPU time, more on a busy machine
 
 
 class RemoteEngine:
@@ -60,7 +60,7 @@ def generate(engine: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list
 def running_engine(
     model_path: Path, *, variables: dict[str, str] | None = None, **settings: Any
 ) -> Iterator[RemoteEngine]:
-    """An engine on the CPU; `settings` are EngineConfig fields, `variables` come on top of its environment."""
+    """An engine on the CPU; `settings` are EngineConfig fields, `variables` are added to its environment."""
     settings = {
         "model_path": model_path,
         "device": "cpu",
@@ -83,7 +83,7 @@ def running_engine(
         engine.receive()
         yield engine
     finally:
-        with suppress(OSError):  # the process may have ended by itself; what it raised has been received
+        with suppress(OSError):  # the process may have ended already; its error has been received
             ours.send(None)
         process.join(60)
         if process.is_alive():
@@ -91,9 +91,10 @@ def running_engine(
 
 
 def _serve(connection: Connection, settings: dict[str, Any]) -> None:
-    # multiprocessing gives a spawned child its parent's sys.path, in which PYTHONPATH has had no say.
+    # multiprocessing gives a spawned child its parent's sys.path, in which PYTHONPATH has no effect.
     sys.path.insert(0, str(cpu.STAND_INS))
-    from sglang_ext.engine import Engine, EngineConfig
+    from sglang_ext.engine import Engine
+    from sglang_ext.engine_config import EngineConfig
 
     try:
         engine = Engine(EngineConfig(**settings))

@@ -16,15 +16,16 @@ from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.resharding.checksum import engine_slices, tensor_checksum
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext import temperature
-from sglang_ext.engine import Engine, EngineConfig
+from sglang_ext.engine import Engine
+from sglang_ext.engine_config import EngineConfig
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.tiny_model import write_tiny_qwen3
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_qwen3: Path) -> Iterator[RemoteEngine]:
-    # fewer cache tokens than 32 sequences need, so that requests wait and are retracted
-    with running_engine(tiny_qwen3, kv_cache_tokens=1024, gives_memory_back=True) as running:
+    # Fewer cache tokens than 32 sequences need, so that requests wait and are retracted.
+    with running_engine(tiny_qwen3, kv_cache_tokens=1024, releases_memory=True) as running:
         yield running
 
 
@@ -55,7 +56,7 @@ def make_prompts(count: int, *, length: int = 8) -> list[Prompt]:
 
 
 def response_logits(reference, rollout: Rollout) -> Tensor:
-    """[R, V], logits from which each response token was sampled."""
+    """[R, V] float32, logits from which each response token was sampled."""
     token_ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
     with torch.no_grad():
         logits_TV = reference(torch.from_numpy(token_ids).long()[None]).logits[0]
@@ -84,7 +85,7 @@ def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
         expected_R = adaptive_temperature(entropy_R, 1.2, stats, tau=0.3, sign=sign)
         torch.testing.assert_close(torch.from_numpy(rollout.temperatures), expected_R, atol=1e-4, rtol=0)
     spread = np.concatenate([rollout.temperatures for rollout in rollouts])
-    assert spread.max() - spread.min() > 0.05  # else the test would show nothing
+    assert spread.max() - spread.min() > 0.05  # otherwise the test would prove nothing
     assert_log_probs_are_at_recorded_temperatures(reference, rollouts)
 
 
@@ -95,7 +96,7 @@ def test_without_statistics_every_token_is_at_the_base_temperature(engine, refer
 
 
 def test_requests_of_every_kind_share_a_batch_and_do_not_disturb_each_other(engine, stats):
-    """Greedy, foreign, base and adaptive requests end at different times: rows are merged and filtered all along."""
+    """Greedy, base and adaptive requests end at different times, so that rows are merged and filtered throughout."""
     numbers = temperature.row_parameters(AdaptiveTemperature(stats=stats, tau=0.3))
     kinds = [{"custom_params": {"hapo": numbers}}, {"custom_params": {"hapo": []}}, {"temperature": 0.0}]
     prompts, parameters = [], []
@@ -114,7 +115,7 @@ def test_requests_of_every_kind_share_a_batch_and_do_not_disturb_each_other(engi
         assert len(set(temperatures)) > 1
 
 
-def test_a_seed_determines_a_response_whatever_else_is_in_the_batch(engine, stats):
+def test_a_seed_determines_a_response_whatever_the_batch_contains(engine, stats):
     sampling = replace(SAMPLING, max_response_tokens=60, adaptive=AdaptiveTemperature(stats=stats, tau=0.3))
     prompts = make_prompts(20)
     together = engine.generate(prompts, sampling)
@@ -164,7 +165,7 @@ def assert_greedy_equals(engine: RemoteEngine, reference, *, version: int = 0) -
         assert rollout.policy_version == version
 
 
-# --- weight updates
+# ----- weight updates
 
 
 def make_bucket(tensors: dict[str, Tensor]) -> WeightBucket:
@@ -251,47 +252,50 @@ def test_failed_updates_raise_and_leave_the_engine_alive(engine, reference):
     engine.begin_weight_update()
     with pytest.raises(WeightSyncError, match=f"loading {name}"):
         engine.load_bucket(bucket)
-    engine.begin_weight_update()  # anew
-    load(engine, reference.state_dict())  # SGLang may have written part of the tensor
+    engine.begin_weight_update()  # again
+    load(engine, reference.state_dict())  # SGLang may have written a part of the tensor
     engine.end_weight_update(0)
     assert_greedy_equals(engine, reference)
 
 
-def test_an_engine_without_its_memory_refuses_work_until_it_has_all_again(engine, reference):
-    """On a CPU the engine only keeps the books; what it lets be done in which order is the same."""
+def test_an_engine_that_has_released_memory_refuses_work_until_it_has_all_again(engine, reference):
+    """On a CPU only the engine's state changes; the calls that it allows are the same as on a GPU."""
     engine.release_memory(("kv_cache", "weights"))
     engine.release_memory(("kv_cache",))  # nothing happens twice
     engine.begin_weight_update()
-    with pytest.raises(WeightSyncError, match="has given back the memory of its weights"):
+    with pytest.raises(
+        WeightSyncError,
+        match=r"load_bucket requires the memory of the weights.* has released the memory of its kv_cache and weights",
+    ):
         load(engine, reference.state_dict())
     engine.take_memory(("weights",))
     load(engine, reference.state_dict())
     engine.verify(make_checksums(reference.state_dict()))
     engine.end_weight_update(0)
-    with pytest.raises(RolloutError, match="has given back its memory"):
+    with pytest.raises(RolloutError, match="has released the memory of its kv_cache"):
         engine.generate(make_prompts(1), SAMPLING)
     engine.take_memory(("kv_cache",))
     assert_greedy_equals(engine, reference)
     engine.release_memory(("weights",))
     engine.take_memory(("weights",))
-    with pytest.raises(RolloutError, match="or its weights; it cannot generate"):
+    with pytest.raises(RolloutError, match=r"advance requires weights .* has lost its weights"):
         engine.generate(make_prompts(1), SAMPLING)
     engine.begin_weight_update()
     load(engine, reference.state_dict())
     engine.end_weight_update(0)
 
 
-# --- updates while responses are unfinished
+# ----- updates while responses are unfinished
 
 
 def of_any_length(stats: EntropyStats) -> Sampling:
-    """Responses end by chance, after 65 tokens on average."""
+    """Sampling in which responses end by chance, after 65 tokens on average."""
     adaptive = AdaptiveTemperature(stats=stats, tau=0.3)
     return replace(SAMPLING, samples=4, max_response_tokens=300, stop_token_ids=(7, 77, 177), adaptive=adaptive)
 
 
 def advance_until(engine: RemoteEngine, rollouts: dict, count: int, sampling: Sampling, *, prompts=()) -> None:
-    """Adds to `rollouts`, by prompt and sample, until there are at least `count`."""
+    """Adds finished responses to `rollouts`, by prompt and sample, until there are at least `count`."""
     while len(rollouts) < count:
         finished = engine.advance(1, dict(enumerate(prompts)), sampling)
         rollouts |= {(number, index): rollout for number, index, rollout in finished}
@@ -301,7 +305,7 @@ def advance_until(engine: RemoteEngine, rollouts: dict, count: int, sampling: Sa
 def assert_tokens_are_of_their_versions(rollouts: Sequence[Rollout], models: dict, stats: EntropyStats) -> None:
     """Temperatures and log-probs are those of the version that a token carries, given all tokens before it.
 
-    Had the engine kept anything that the old weights computed, a new token's log-prob would be of neither.
+    If the engine had kept anything computed by the old weights, a new token's log-prob would match neither version.
     """
     for rollout in rollouts:
         of_version = {version: response_logits(model, rollout) for version, model in models.items()}
@@ -314,13 +318,13 @@ def assert_tokens_are_of_their_versions(rollouts: Sequence[Rollout], models: dic
 
 
 @pytest.mark.parametrize("in_flight", ["pause", "abort"])
-def test_unfinished_responses_go_on_or_start_anew_from_the_new_weights(
+def test_unfinished_responses_continue_or_start_again_from_the_new_weights(
     engine, reference, stats, tmp_path, in_flight
 ) -> None:
     new = load_reference(write_tiny_qwen3(tmp_path, seed=1))
     update(engine, reference, 20)
     sampling, prompts, rollouts = of_any_length(stats), make_prompts(8), {}
-    # 32 responses, of which the cache holds a part, so that some have not begun
+    # The cache holds only some of the 32 responses, so that others have not begun.
     advance_until(engine, rollouts, 1, sampling, prompts=prompts)
     engine.begin_weight_update(in_flight)
     update(engine, new, 21)
@@ -331,7 +335,7 @@ def test_unfinished_responses_go_on_or_start_anew_from_the_new_weights(
     kinds = {key: tuple(np.unique(rollout.policy_versions)) for key, rollout in rollouts.items()}
     assert all((np.diff(rollout.policy_versions) >= 0).all() for rollout in rollouts.values())
     assert {(20,), (21,), (20, 21)} - set(kinds.values()) == (set() if in_flight == "pause" else {(20, 21)})
-    again = engine.generate(prompts, sampling)  # finds nothing in the prefix cache that the old weights computed
+    again = engine.generate(prompts, sampling)  # nothing in the prefix cache was computed by the old weights
     assert_tokens_are_of_their_versions([rollout for group in again for rollout in group], models, stats)
     for number, index in (key for key, kind in kinds.items() if kind == (21,)):
         fresh, first = again[number][index], rollouts[number, index]
@@ -339,7 +343,7 @@ def test_unfinished_responses_go_on_or_start_anew_from_the_new_weights(
     update(engine, reference, 22)
 
 
-# --- engines of their own
+# ----- engines of their own
 
 
 @pytest.mark.slow
@@ -353,7 +357,7 @@ def test_self_test_names_the_missing_plugin(tiny_qwen3):
 
 @pytest.mark.slow
 def test_two_ranks_sample_update_and_verify_like_one(stats, tmp_path):
-    """The vocabulary of 262 is padded and cut unevenly."""
+    """The vocabulary of 262 is padded and sharded unevenly."""
     old = load_reference(write_tiny_qwen3(tmp_path / "old"))
     new = load_reference(write_tiny_qwen3(tmp_path / "new", seed=1))
     with running_engine(tmp_path / "old", tp=2) as engine:
@@ -393,7 +397,7 @@ def test_configs_that_cannot_work_are_refused_before_anything_starts(tmp_path):
         context_tokens=200,
         seed=0,
     )
-    with pytest.raises(RolloutError, match=r"kv_cache_tokens=100 .*; on a CPU tp=2 must divide the model's 1 key"):
+    with pytest.raises(RolloutError, match=r"kv_cache_tokens=100 must .*; on a CPU tp=2 must divide the model's 1 key"):
         Engine(config)
     with pytest.raises(RolloutError, match=r"required on a CPU; no config\.json"):
         Engine(replace(config, kv_cache_tokens=None, model_path=tmp_path / "absent"))

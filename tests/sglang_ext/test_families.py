@@ -1,4 +1,4 @@
-"""The same weights give transformers' greedy tokens in the engine, for every family."""
+"""For every family the engine's greedy tokens are those of transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.sglang_ext.engine_process import running_engine
 from tests.sglang_ext.test_engine import make_prompts
 from tests.tiny_families import FAMILIES, STACKED, write_family
 
-SERVED = [case for case in FAMILIES if case != STACKED]  # which has a dense layer: preflight refuses to train it
+SERVED = [case for case in FAMILIES if case != STACKED]  # it has a dense layer: preflight refuses to train it
 
 
 @pytest.mark.slow

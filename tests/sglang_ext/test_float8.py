@@ -1,4 +1,4 @@
-"""An engine on the CPU serves a folder that `megatron-hapo quantize --format fp8` wrote, with its numbers."""
+"""An engine on the CPU serves a folder that `megatron-hapo quantize --format fp8` wrote, with its scales."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_quantized_folder_is_served_with_its_scales(tmp_path: Path) -> None:
     sequences = [np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).tolist() for rollout in rollouts]
 
     def log_probs(logits: list[torch.Tensor]) -> torch.Tensor:
-        """Of all response tokens."""
+        """[N] float32, log-probs of all response tokens under these logits."""
         picked = []
         for rollout, logits_TV in zip(rollouts, logits, strict=True):
             log_probs_RV = logits_TV[len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
@@ -41,7 +41,7 @@ def test_a_quantized_folder_is_served_with_its_scales(tmp_path: Path) -> None:
         original = log_probs([model(torch.tensor([tokens])).logits[0] for tokens in sequences])
     found = torch.from_numpy(np.concatenate([rollout.rollout_log_probs for rollout in rollouts])) - original
     expected = log_probs(quantized_logits(folder, source, sequences, exact_kv=True)) - original
-    # In bfloat16 some activations fall to the other side of a float8 rounding, each a difference of 6%: the errors are
-    # not the same, but they are those of the same quantization. Scales that were not taken would leave no correlation.
+    # In bfloat16 some activations round to the other neighbour in float8, each a difference of 6%: the errors are not
+    # equal, but those of the same quantization. If the scales were ignored, there would be no correlation.
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.5
     assert 0.5 < found.std() / expected.std() < 1.5

@@ -1,1 +1,1 @@
-"""Ray: actors around ranks and engines, and Ray's own nodes."""
+"""Ray: the actors of ranks and engines, the launcher that uses Ray alone, and Ray's own nodes."""

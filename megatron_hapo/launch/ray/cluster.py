@@ -1,4 +1,4 @@
-"""Ray under torchrun: each node's first rank keeps a Ray node, and rank 0's is the head, or all join RAY_ADDRESS."""
+"""Ray under torchrun: the first rank of each node keeps a Ray node; rank 0's is the head, or all join RAY_ADDRESS."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any
 
 from megatron_hapo.config import Config, LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
-from megatron_hapo.launch.places import Place
-from megatron_hapo.launch.ray.node import FaultError, reach
+from megatron_hapo.launch.places import GpuPlacement, spread
+from megatron_hapo.launch.ray.node import FaultError, check_reachable
 
-_END_SECONDS = 20.0
+_SHUTDOWN_SECONDS = 20.0
 _HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
 
 
 def cluster_token() -> str:
-    """Rank 0: Ray's token, of the environment or of the cluster to join, else a new one."""
+    """Rank 0: Ray's token, from the environment or the cluster to join; otherwise a new one."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     paths = [Path(os.environ["RAY_AUTH_TOKEN_PATH"])] if "RAY_AUTH_TOKEN_PATH" in os.environ else []
@@ -39,10 +39,10 @@ def cluster_token() -> str:
 
 
 def address_to_join() -> str | None:
-    """Of the cluster that the user runs; None where there is none.
+    """The address of the user's own cluster; None where there is none.
 
     Raises:
-        ConfigError: RAY_ADDRESS is no host and port.
+        ConfigError: RAY_ADDRESS is not a host and port.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address is not None and _HOST_AND_PORT.fullmatch(address) is None:
@@ -51,12 +51,12 @@ def address_to_join() -> str | None:
 
 
 def prepare_environment(token: str, *, host: str, loopback: bool) -> None:
-    """What this process and every Ray process that it starts need; Ray reads it when it is imported.
+    """Sets what this process and every Ray process that it starts need; Ray reads it when it is imported.
 
     Args:
-        loopback: nothing of Ray is to be reached from another host.
+        loopback: whether nothing of Ray may be reachable from another host.
     Raises:
-        ConfigError: the environment has another.
+        ConfigError: the environment has another token.
     """
     own = os.environ.get("RAY_AUTH_TOKEN")
     if own is not None and own != token:
@@ -78,7 +78,8 @@ class RayNode:
         """Starts it.
 
         Args:
-            head_address: None makes this node the head.
+            ip: of this host.
+            head_address: HOST:PORT of the head; None makes this node the head.
             gpus: for engines; none on a CPU.
         Raises:
             RolloutError: it did not start.
@@ -111,13 +112,13 @@ class RayNode:
         self.address, self.node_id = answer["address"], answer["node_id"]
 
     def close(self) -> None:
-        """End what was started; by force what does not end in time."""
+        """Ends the node; kills it if it does not end in time."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()  # the kernel ends Ray's own processes with it
             self._process.wait()
@@ -129,7 +130,7 @@ def _start_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        start_new_session=True,  # a signal to the rank's process group must not take Ray away under the driver
+        start_new_session=True,  # a signal to the rank's process group must not end Ray while the driver uses it
     )
 
 
@@ -146,12 +147,12 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any], timeout_seco
 
 @contextlib.contextmanager
 def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
-    """This process as a driver of the cluster.
+    """This process is a driver of the cluster while the context is open.
 
     Args:
         ip: of this node, where Ray would find another.
     Raises:
-        RolloutError: the cluster is not there, or refuses it.
+        RolloutError: the cluster cannot be reached, or refuses this process.
     """
     import ray
     from ray._private import ray_constants, services
@@ -162,14 +163,14 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
     if _HOST_AND_PORT.fullmatch(address) is not None:
         try:
             # Ray would try for minutes, and where the address is loopback, at this host's other address.
-            reach(services.canonicalize_bootstrap_address(address) or address)
+            check_reachable(services.canonicalize_bootstrap_address(address) or address)
         except FaultError as fault:
             raise RolloutError(str(fault)) from None
-        # The head is there: it would refuse another token 20 times, a second each.
+        # The head can be reached; with another token Ray would retry 20 times, a second each.
         ray_constants.NUM_REDIS_GET_RETRIES = 5
     try:
         ray.init(address=address, **options)
-    except Exception as error:  # Ray raises all sorts
+    except Exception as error:  # Ray raises many types
         reason = " ".join(str(error).split())
         raise RolloutError(
             f"cannot join Ray at {address}: {type(error).__name__}: {reason}; this process must have the cluster's "
@@ -181,48 +182,42 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) -> list[Place]:
-    """Of engines with GPUs of their own, spread as `launch.engines` says; waits for nodes that have yet to come.
+def place_engines(config: Config, *, trainer_nodes: Sequence[str], device: str) -> list[GpuPlacement]:
+    """The node of each engine with GPUs of its own, as `launch.engines` says; waits for nodes that have yet to join.
 
     Args:
         trainer_nodes: Ray's ids of the nodes with trainer ranks.
     Raises:
         ConfigError: the nodes cannot hold the engines.
     """
-    import ray
-
     rollout, settings = config.rollout, config.launch
     deadline = time.monotonic() + settings.start_timeout_seconds
+    own = settings.engines == "own_nodes"
     while True:
-        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        own = settings.engines == "own_nodes"
-        chosen = [name for name in nodes if name not in trainer_nodes] if own else list(trainer_nodes)
-        gpus = {name: int(nodes[name]["Resources"].get("GPU", 0)) for name in chosen if name in nodes}
-        places = spread(gpus, engines=rollout.engines, tp=rollout.tp, on_gpus=device == "cuda")
-        if places is not None:
-            return [Place(name) for name in places]
+        gpus, addresses = _free_gpus(trainer_nodes, own_nodes=own)
+        nodes = spread(gpus, engines=rollout.engines, tp=rollout.tp, on_gpus=device == "cuda")
+        if nodes is not None:
+            return [GpuPlacement(node) for node in nodes]
         if not own or time.monotonic() > deadline:
             break
         time.sleep(1)
-    where = ", ".join(f"{nodes[name]['NodeManagerAddress']} ({count} GPUs free)" for name, count in gpus.items())
+    where = ", ".join(f"{addresses[node]} ({count} GPUs free)" for node, count in gpus.items())
     wanted = f"{rollout.engines} engines of tp={rollout.tp}"
     if own:
-        hint = f"no room came within {settings.start_timeout_seconds:g} s; join nodes with `ray start --address`"
+        hint = f"no such node joined within {settings.start_timeout_seconds:g} s; use `ray start --address`"
     else:
         hint = "start fewer ranks a node, or set launch.engines=own_nodes"
     raise ConfigError([f"launch.engines: {settings.engines} cannot hold {wanted}: {where or 'no such node'}; {hint}"])
 
 
-def spread(gpus: dict[str, int], *, engines: int, tp: int, on_gpus: bool) -> list[str] | None:
-    """Node of each engine, as even as the GPUs allow; None where they do not fit. An engine's ranks share a node."""
-    free, count = dict(gpus), dict.fromkeys(gpus, 0)
-    places = []
-    for _ in range(engines):
-        fitting = [name for name in free if not on_gpus or free[name] >= tp]
-        if not fitting:
-            return None
-        name = min(fitting, key=lambda name: (count[name], -free[name] if on_gpus else 0))
-        free[name] -= tp
-        count[name] += 1
-        places.append(name)
-    return places
+def _free_gpus(trainer_nodes: Sequence[str], *, own_nodes: bool) -> tuple[dict[str, int], dict[str, str]]:
+    """GPUs of each node that may hold engines, and its address."""
+    import ray
+
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    if own_nodes:
+        chosen = [name for name in nodes if name not in trainer_nodes]
+    else:
+        chosen = [name for name in trainer_nodes if name in nodes]
+    gpus = {name: int(nodes[name]["Resources"].get("GPU", 0)) for name in chosen}
+    return gpus, {name: nodes[name]["NodeManagerAddress"] for name in chosen}

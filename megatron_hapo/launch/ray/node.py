@@ -1,8 +1,8 @@
-"""One Ray node as long as the trainer rank that started it lives: `python -m megatron_hapo.launch.ray.node`.
+"""One Ray node that lives as long as the trainer rank that started it: `python -m megatron_hapo.launch.ray.node`.
 
-It reads a line of JSON (`start`'s arguments) and answers with one: address and node id; or a fault, and whether Ray was
-only late. Then it waits for the end of its input, which comes when the rank closes it or dies of whatever cause, and
-ends what it started.
+It reads one line of JSON (`start`'s arguments) and answers with one line: address and node id; or a fault, and whether
+Ray merely timed out. Then it waits until its input is closed, which happens when the rank closes it or dies, and ends
+the processes that it started.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ import sys
 import time
 from typing import Any
 
-# What an earlier attempt left needs a moment to end.
+# Processes of an earlier attempt need a moment to end.
 _BUSY_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 
 
 class FaultError(Exception):
-    """Why the node cannot start, in a line for the user."""
+    """The reason why the node cannot start, in one line for the user."""
 
 
 def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | None, num_gpus: int) -> Any:
     """The started node.
 
     Args:
-        address: of the head, unless this is the head.
+        head: whether this node is the head.
+        address: HOST:PORT of the head, unless this is the head.
         ip: of this node.
-        port: of the head; 0: any that is free.
-        ports: first and last of those for everything else; None: any that are free.
-        num_gpus: for engines.
+        port: of the head; 0: any free one.
+        ports: first and last of the ports for everything else; None: any free ones.
+        num_gpus: GPUs that Ray may give to engines.
     Raises:
         FaultError: a port is in use, or the head cannot be reached.
     """
     if head and port:
         _wait_until_free(ip, port)
     if not head:
-        reach(address)
+        check_reachable(address)
     import ray._private.node
     import ray._private.parameter
 
@@ -47,10 +48,10 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         gcs_address=None if head else address,
         gcs_server_port=port if head else None,
         node_ip_address=ip,
-        # Nothing here asks Ray for CPUs, and it would start a worker for each. What else is left out (autoscaler, log
-        # collector) would only slow a start down, in which Ray's processes wait 15 s for each other and no longer.
+        # No actor asks for CPUs, and Ray would start a worker for each. Autoscaler and log monitor would only slow down
+        # the start, in which Ray's processes wait no longer than 15 s for each other.
         num_cpus=0,
-        include_log_monitor=False,  # type: ignore[arg-type]  # Ray calls it a string
+        include_log_monitor=False,  # type: ignore[arg-type]  # Ray annotates it as a string
         no_monitor=True,
         num_gpus=num_gpus,
         node_manager_port=first or 0,
@@ -79,8 +80,8 @@ def _wait_until_free(ip: str, port: int) -> None:
         time.sleep(0.5)
 
 
-def reach(address: str) -> None:
-    """Raises FaultError if nobody answers at HOST:PORT."""
+def check_reachable(address: str) -> None:
+    """Raises FaultError if no connection to HOST:PORT can be made."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
@@ -92,6 +93,7 @@ def reach(address: str) -> None:
 
 
 def main() -> int:
+    """Runs the node; returns the exit status."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray writes to stdout too
     request = json.loads(sys.stdin.readline())
@@ -100,7 +102,7 @@ def main() -> int:
     except FaultError as fault:
         print(json.dumps({"fault": str(fault)}), file=answer, flush=True)
         return 1
-    except Exception as error:  # whatever it is, the rank is told
+    except Exception as error:  # any error is reported to the rank
         reason = " ".join(str(error).split())
         fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": "timed out" in reason}
         print(json.dumps(fault), file=answer, flush=True)

@@ -13,37 +13,39 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
-from megatron_hapo.launch.places import Place
-from megatron_hapo.launch.ray.remote import gather
+from megatron_hapo.launch.places import GpuPlacement
+from megatron_hapo.launch.ray.remote import gather, shared
 from megatron_hapo.model import rank_environment
 from megatron_hapo.trainer import rank_process
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
-from megatron_hapo.types import TrainBatch, WeightBucket
 
 
 class TrainerActor:
-    """Holds a trainer rank and forwards."""
+    """Holds a trainer rank and passes verbs on by name."""
 
-    def place(self) -> Place:
-        """With the one GPU that Ray has given to this process."""
+    def placement(self) -> GpuPlacement:
+        """This node, and the one GPU that Ray has given to this process."""
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return Place(ray.get_runtime_context().get_node_id(), (gpus,) if gpus else ())
+        return GpuPlacement(ray.get_runtime_context().get_node_id(), (gpus,) if gpus else ())
 
     def start(self, config: Config, device: str, rank: int, world_size: int, init_method: str) -> None:
+        """Builds the rank; all ranks are started together."""
         self._rank = RankObject(
             rank_process.start_rank(config, device=device, rank=rank, world_size=world_size, init_method=init_method),
             rank,
         )
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return next(self._rank.results(method, args, kwargs))
+    def call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        """What this verb of protocols.TrainerWorker returns."""
+        return next(self._rank.results(verb, args, kwargs))
 
-    def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
-        yield from self._rank.results("weight_buckets", (), {"verify": verify})
+    def stream(self, verb: str, **kwargs: Any) -> Iterator[Any]:
+        """What this verb yields, one after another."""
+        yield from self._rank.results(verb, (), kwargs)
 
 
 class RankProcesses:
-    """A Ray actor a rank, with its GPU, before it builds anything; all on this node, where they meet through a file."""
+    """A Ray actor a rank, with its GPU, before it builds anything; all on this node, with a file as rendezvous."""
 
     def __init__(self, config: Config, *, device: str):
         actor: Any = ray.remote(TrainerActor).options(
@@ -57,13 +59,13 @@ class RankProcesses:
         self._timeout_seconds = config.trainer.timeout_seconds
 
     def gather(self, references: list[ray.ObjectRef], what: str) -> list[Any]:
-        """A result of each rank."""
+        """The result of each rank's call; TrainingError if a rank died or is late."""
         calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
         return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError)
 
-    def places(self) -> list[Place]:
-        """Of each rank."""
-        return self.gather([actor.place.remote() for actor in self.actors], "starting the trainer's processes")
+    def placements(self) -> list[GpuPlacement]:
+        """The placement of each rank."""
+        return self.gather([actor.placement.remote() for actor in self.actors], "starting the trainer's processes")
 
 
 class RayTrainer(TrainerOverRanks):
@@ -83,22 +85,22 @@ class RayTrainer(TrainerOverRanks):
         )
 
     def weight_buckets(self, *, verify: bool) -> Iterator[ray.ObjectRef]:
-        # Generators start together and stop after two buckets each until those are taken.
+        # Generators start together, and each waits after two buckets until those have been taken.
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
-        streams = [actor.weight_buckets.options(**streaming).remote(verify=verify) for actor in self._actors]
+        streams = [actor.stream.options(**streaming).remote("weight_buckets", verify=verify) for actor in self._actors]
         for stream in streams:
             yield from stream
 
     def close(self) -> None:
+        """Ends the ranks' processes."""
         for actor in self._actors:
             ray.kill(actor)
         self._scratch.cleanup()
 
-    def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        # one copy of a batch for all ranks of a node
-        arguments = tuple(ray.put(value) if isinstance(value, TrainBatch) else value for value in arguments)
-        return self._gather([actor.call.remote(method, *arguments, **options) for actor in self._actors], method)
+    def _all(self, verb: str, *arguments: Any, **options: Any) -> list[Any]:
+        arguments = tuple(shared(value) for value in arguments)
+        return self._gather([actor.call.remote(verb, *arguments, **options) for actor in self._actors], verb)
 
-    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        calls = [actor.call.remote(method, *own) for actor, own in zip(self._actors, arguments, strict=True)]
-        return self._gather(calls, method)
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        calls = [actor.call.remote(verb, *own) for actor, own in zip(self._actors, arguments, strict=True)]
+        return self._gather(calls, verb)

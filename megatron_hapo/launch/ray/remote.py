@@ -1,9 +1,10 @@
-"""Waiting for remote calls: the first error wins, and whoever is late is named."""
+"""Remote calls: large arguments are shared, the first error wins, and a late process is named."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,29 +13,36 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_hapo.errors import HapoError
 
 
+def shared(value: Any) -> Any:
+    """An argument for several remote calls: a reference to one copy for all of a node, unless it is small."""
+    if value is None or isinstance(value, bool | int | float | str | Path | ray.ObjectRef):
+        return value
+    return ray.put(value)
+
+
 def gather(
     calls: Mapping[str, ray.ObjectRef], *, timeout_seconds: float, what: str, error: type[HapoError]
 ) -> list[Any]:
-    """Results of these calls, in their order; `calls` maps who was asked to the reference.
+    """Results of these calls, in their order; `calls` maps the name of each process to the reference.
 
     A failed rank makes the others hang in their collectives, so errors are raised as they come, not in order.
 
     Raises:
-        error: a process died, or some did not answer in time. An exception of the call itself comes as it was.
+        error: a process died, or some did not answer in time. An exception of the call itself is raised unchanged.
     """
-    who = {reference: name for name, reference in calls.items()}
-    waiting = list(who)
+    names = {reference: name for name, reference in calls.items()}
+    waiting = list(names)
     deadline = time.monotonic() + timeout_seconds
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
-            late = ", ".join(who[reference] for reference in waiting)
+            late = ", ".join(names[reference] for reference in waiting)
             raise error(f"{what}: no answer within {timeout_seconds:g} s from {late}")
         for reference in done:
             try:
                 result(reference)
             except RayActorError as failure:
-                raise error(death(f"{what}: {who[reference]}", failure)) from None
+                raise error(death(f"{what}: {names[reference]}", failure)) from None
     return [ray.get(reference) for reference in calls.values()]
 
 
@@ -42,7 +50,8 @@ def result(reference: ray.ObjectRef) -> Any:
     """Result of a call.
 
     Raises:
-        RayActorError: the process died. The project's own errors come as they were, others with the remote traceback.
+        RayActorError: the process died. The project's own errors are raised unchanged, others with the remote
+            traceback.
     """
     try:
         return ray.get(reference)
@@ -53,5 +62,5 @@ def result(reference: ray.ObjectRef) -> Any:
 
 
 def death(who: str, failure: RayActorError) -> str:
-    """What to tell of a process that died."""
+    """The message for a process that died, with Ray's reason in one line."""
     return f"{who}: the process died: {' '.join(str(failure).split())}"

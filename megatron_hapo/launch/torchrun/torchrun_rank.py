@@ -28,8 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megatron_hapo.checks.preflight import load_checked_config
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, HapoError, RolloutError
-from megatron_hapo.launch.places import Place as EnginePlace
-from megatron_hapo.launch.places import beside_ranks
+from megatron_hapo.launch.places import GpuPlacement, beside_ranks
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.cluster import RayNode
 from megatron_hapo.launch.torchrun import rank_rendezvous
@@ -276,11 +275,11 @@ class TorchrunLauncher:
         finally:
             node.close()
 
-    def engine_places(self) -> list[EnginePlace]:
-        config = self._run.config
+    def engine_placements(self) -> list[GpuPlacement]:
+        config, rollout = self._run.config, self._run.config.rollout
         if config.placement == "colocated":
-            ranks = [rank for node in self._nodes for rank in node.rank_places()]
-            return beside_ranks(ranks, engines=config.rollout.engines, tp=config.rollout.tp)
+            ranks = [rank for node in self._nodes for rank in node.rank_placements()]
+            return beside_ranks(ranks, engines=rollout.engines, tp=rollout.tp)
         names = [node.name for node in self._nodes]
         return cluster.place_engines(config, trainer_nodes=names, device=self.device)
 
@@ -315,11 +314,11 @@ class TorchrunTrainer(TrainerOverRanks):
     def close(self) -> None:
         """Nothing to do: the ranks end with their processes."""
 
-    def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        return self._commander.call(method, *arguments, timeout_seconds=self._timeout_seconds, **options)
+    def _all(self, verb: str, *arguments: Any, **options: Any) -> list[Any]:
+        return self._commander.call(verb, *arguments, timeout_seconds=self._timeout_seconds, **options)
 
-    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._commander.call_each(method, arguments, timeout_seconds=self._timeout_seconds)
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._commander.call_each(verb, arguments, timeout_seconds=self._timeout_seconds)
 
 
 class _RankThread(threading.Thread):
@@ -378,9 +377,9 @@ class _Node:
     gpus: list[str]
     """GPUs of its trainer ranks, in the order of ranks; empty on a CPU."""
 
-    def rank_places(self) -> list[EnginePlace]:
+    def rank_placements(self) -> list[GpuPlacement]:
         """Where each of its trainer ranks runs."""
-        return [EnginePlace(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
+        return [GpuPlacement(self.name, tuple(self.gpus[rank : rank + 1])) for rank in range(self.ranks)]
 
 
 def _announce_node(run: _JoinedRun, node: RayNode) -> None:

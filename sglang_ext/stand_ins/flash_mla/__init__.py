@@ -1,3 +1,3 @@
-"""Says at import that flash_mla is absent, in the way that Megatron-Core and SGLang expect."""
+"""Fails to import, which is how Megatron-Core and SGLang detect that flash_mla is absent."""
 
 raise ImportError("flash_mla needs a GPU")

@@ -1,7 +1,7 @@
 """The CPU operators of sgl_kernel that SGLang calls; its wheels hold CUDA code only.
 
-Any other name imports, and raises when it is called. `torch.ops.sgl_kernel.convert_weight_packed` must not exist here:
-its presence is SGLang's test for a build with AMX kernels.
+Any other name can be imported, and raises when it is called. `torch.ops.sgl_kernel.convert_weight_packed` must not
+exist here: its presence is how SGLang recognizes a build with AMX kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _operators.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor cols)
 def murmur_hash32(seed: Tensor, positions: Tensor, cols: Tensor) -> Tensor:
     """MurmurHash3 of (seed, position, column), the same bits as SGLang's Triton kernel.
 
-    In numpy, because torch has no arithmetic on uint32 on a CPU; one row at a time, so that it stays in the cache.
+    In numpy, because torch has no uint32 arithmetic on a CPU; one row at a time, so that the work space stays in cache.
 
     Args:
         seed: [R] uint64 or int64. positions: [R]. cols: [V].
@@ -51,7 +51,7 @@ def _mix(h: np.ndarray, k: np.ndarray) -> np.ndarray:
 
 
 def _finish(h: np.ndarray, scratch: np.ndarray) -> None:
-    """The last block's rotation and the final mix, in place; 16 is the length of the key in bytes."""
+    """Applies the last block's rotation and the final mix in place; 16 is the length of the key in bytes."""
     np.right_shift(h, np.uint32(19), out=scratch)
     np.left_shift(h, np.uint32(13), out=h)
     np.bitwise_or(h, scratch, out=h)
@@ -71,7 +71,7 @@ _operators.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
 def assign_req_to_token_pool_cpu(
     req_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, locations: Tensor, _pool_len: int
 ) -> None:
-    """Writes each request's new cache locations, laid end to end, into its row of the table."""
+    """Writes each request's new cache locations, which come concatenated, into its row of the table."""
     at = 0
     for row, first, last in zip(req_indices.tolist(), start.tolist(), end.tolist(), strict=True):
         req_to_token[row, first:last] = locations[at : at + last - first].to(req_to_token.dtype)
