@@ -1,9 +1,9 @@
 """All settings of a run: typed, frozen, checked together before anything starts. Imports no torch."""
 
+from megatron_hapo.config.algorithm_settings import AlgorithmConfig
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.loading import Draft, dump_config, load_config, read_config
 from megatron_hapo.config.settings import (
-    AlgorithmConfig,
     ArithmeticData,
     BatchConfig,
     Config,
