@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_hapo.checkpoint.folder import is_megatron_folder
-from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
-from megatron_hapo.config.faults import Fault
+from megatron_hapo.config import Config, DataSource, Fault, FileData, TaskData, read_config
 from megatron_hapo.data.prompts import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError

@@ -11,8 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_hapo.config import Config, ParallelConfig, RolloutConfig, TrainerConfig, load_config, parse_bytes
-from megatron_hapo.config.sources import read_sources
+from megatron_hapo.config import (
+    Config,
+    ParallelConfig,
+    RolloutConfig,
+    TrainerConfig,
+    load_config,
+    parse_bytes,
+    read_sources,
+)
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import Spec
@@ -107,7 +114,8 @@ def plan_settings(plan: Plan) -> dict[str, dict[str, Any]]:
         "parallel": {
             **{name: getattr(layout, name) for name in sizes},
             **{name: getattr(layout, name) for name in UNEVEN_STAGES},
-            "sequence_parallel": layout.sequence_parallel,
+            # Has no effect at tp=1.
+            **({"sequence_parallel": layout.sequence_parallel} if layout.tp > 1 else {}),
         },
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
         "optimizer": {"cpu_offload": layout.cpu_offload},
@@ -126,7 +134,6 @@ def placement_settings(placement: Placement) -> dict[str, Any]:
     return {
         "placement": placement,
         "async": {"max_staleness": 0},
-        "weight_sync": {"in_flight": "finish"},
         "launch": {"engines": "trainer_nodes"},
     }
 
@@ -205,6 +212,4 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
         f"{section}.{key}={json.dumps(value)}"
         for section, values in plan_settings(plan).items()
         for key, value in values.items()
-        # A setting of the command line must have an effect.
-        if not (key == "sequence_parallel" and plan.layout.tp == 1)
     ]

@@ -144,7 +144,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["algorithm.dual_constraint.kl=0.1"],
             "algorithm.dual_constraint.kl: has no effect: algorithm.dual_constraint.enabled is false",
         ),
-        (["weight_sync.in_flight=pause"], "weight_sync.in_flight: pause needs async.max_staleness of 1, got 0"),
+        (["weight_sync.in_flight=pause"], "weight_sync.in_flight: has no effect: async.max_staleness is 0"),
         (["parallel.vpp=2"], "parallel.vpp: needs parallel.pp of at least 2, got 2"),
         (["parallel.last_stage_layers=1"], "parallel.last_stage_layers: needs parallel.pp of at least 2, got 1"),
         (
@@ -192,7 +192,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "11264, got 99",
         ),
         (["eval.samples=4", "eval.temperature=0", "data.eval={type: file, path: x}"], "eval.samples: must be 1 with"),
-        (["eval.samples=4"], "eval: has no effect: data.eval names no data"),
+        (["eval.samples=4"], "eval.samples: has no effect: data.eval is not set"),
         (
             ["algorithm.redistribution.enabled=false", "algorithm.redistribution.beta=0.5"],
             "algorithm.redistribution.beta: has no effect: algorithm.redistribution.enabled is false",
