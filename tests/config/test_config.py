@@ -23,7 +23,7 @@ def write(folder: Path, text: str = MINIMAL, name: str = "run.yaml") -> Path:
 
 
 def faults_of(path: Path, *overrides: str) -> list[str]:
-    """What load_config complains about, without the path before each line's file name."""
+    """The faults that load_config reports, with file names instead of paths."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return [fault.replace(f"{path.parent}/", "") for fault in caught.value.faults]
@@ -69,7 +69,7 @@ def test_overrides_beside_a_type_count_in_any_order(tmp_path):
     assert load_config(path, ["data.train.path=x.jsonl", "data.train.type=file"]).data.train.limit is None
 
 
-def test_a_setting_of_another_type_and_a_single_value_are_told_as_such(tmp_path):
+def test_a_setting_of_another_type_and_a_value_that_must_be_a_list_are_explained(tmp_path):
     assert faults_of(write(tmp_path), "data.train.limit=3", "profile.steps=2") == [
         "command line: data.train.limit: unknown key; it belongs to another data.train.type",
         "command line: profile.steps: must be a list, e.g. [2]",
@@ -211,7 +211,7 @@ def test_a_cpu_run_needs_the_size_of_the_kv_cache(tmp_path):
 
 
 def test_a_rejected_setting_causes_no_second_fault(tmp_path):
-    """Its default stands in for it while the others are checked: 512 would not divide by 7 either."""
+    """Its default replaces it while the others are checked: 512 is not a multiple of 7 either."""
     path = write(tmp_path, MINIMAL + "batch: {prompts_per_step: -7, prompts_per_minibatch: 7}\n")
     assert faults_of(path) == ["run.yaml: batch.prompts_per_step: must be greater than 0, got -7"]
 
@@ -245,7 +245,7 @@ def test_a_missing_file_and_bad_overrides_are_one_line_each(tmp_path):
     ]
 
 
-def test_what_a_file_lacks_is_named_with_the_file(tmp_path):
+def test_missing_settings_are_reported_with_the_file(tmp_path):
     assert faults_of(write(tmp_path, "name: x\n")) == [
         "run.yaml: steps: is required",
         "run.yaml: model: is required",
