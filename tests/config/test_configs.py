@@ -1,4 +1,4 @@
-"""The shipped jobs: the set is complete, and each loads, fits its GPUs at its model's real sizes, and matches its name."""
+"""The shipped jobs: complete; each loads, fits its GPUs at its model's real sizes, and matches its name."""
 
 from __future__ import annotations
 
