@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import FAMILIES, Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Channel, Parameter, make_plan

@@ -70,7 +70,10 @@ class Job:
         if (self.folder / self.name / "curves.png").exists():  # the last file that a run writes
             return
         config, log = self.folder / f"{self.name}.yaml", self.folder / f"{self.name}.log"
-        bases = [JOB, ROOT / f"configs/methods/{METHODS[self.method]}.yaml"]
+        method = METHODS[self.method]
+        bases = [JOB, ROOT / f"configs/methods/{method}.yaml"]
+        if (own := JOB.with_name(f"{method}.yaml")).exists():  # settings that have an effect for this method only
+            bases.append(own)
         config.write_text(json.dumps({"base": [os.path.relpath(base, self.folder) for base in bases]}))
         settings = [f"name={self.name}", f"seed={self.seed}", f"output_dir={self.folder}", *self.overrides]
         command = [sys.executable, "-m", "megatron_hapo", "train", str(config), *settings]

@@ -1,4 +1,4 @@
-"""`python -m megatron_hapo` is `megatron-hapo`."""
+"""Runs the command line: `python -m megatron_hapo` is the same as `megatron-hapo`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported by the command that needs it, after its config has been checked."""
+"""The command line. A command imports heavy packages itself, after its config has been checked."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
 from megatron_hapo.sizing.command import run as plan_command
 
+type _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 EXIT_FAULT = 2
-"""The run cannot work as it was asked for: a fault of the config, the data or a part of the run, told in one line."""
+"""The run cannot work as requested: a fault in the config, the data or a part of the run, reported in one line."""
 EXIT_INTERRUPTED = 130
-"""As a shell reports a process that Ctrl-C ended."""
+"""The exit code that a shell reports for a process interrupted by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code. Errors that nobody foresaw keep their traceback."""
+    """Run one command and return its exit code. Unexpected errors keep their traceback."""
     arguments = _parse(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_hapo").setLevel(logging.INFO)
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one command; key=value may stand behind options too, which argparse does not do."""
+    """The arguments of one command. key=value arguments may also follow options, which argparse does not support."""
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
     if others and ("overrides" not in arguments or any(argument.startswith("-") for argument in others)):
@@ -59,64 +61,89 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="rehearse a run",
-        description="Check a config, start every part of its run and let each work once; nothing is trained.",
+        description="Check a config, start every part of its run and use each part once. Nothing is trained.",
     )
     _add_config(check)
-    check.add_argument("--prompts", type=_positive, default=8, help="prompts to try (default: %(default)s)")
+    check.add_argument("--prompts", type=_positive, default=8, help="number of prompts to try (default: %(default)s)")
     check.set_defaults(run=_check)
 
     evaluation = commands.add_parser(
         "eval",
-        help="accuracy of a model",
-        description="Evaluate the model folder of a config on its data.eval, by its section eval.",
+        help="measure the accuracy of a model",
+        description="Evaluate the model folder of a config (model.path) on its data.eval, with the settings in eval.",
     )
     _add_config(evaluation)
     evaluation.set_defaults(run=_eval)
 
-    convert = commands.add_parser(
-        "convert", help="Hugging Face folder to Megatron checkpoint, and back", description="Convert a model's weights."
-    )
-    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION", dest="direction")
-    for direction, source, target in (
-        ("hf-to-megatron", "a Hugging Face model folder", "Megatron checkpoint (torch_dist, loads at any layout)"),
-        ("megatron-to-hf", "a converted model, or a checkpoint of a run (runs/NAME/checkpoints/step_*)", "HF folder"),
-    ):
-        parser_of = directions.add_parser(direction, help=f"writes a {target}")
-        parser_of.add_argument("source", type=Path, metavar="SRC", help=source)
-        parser_of.add_argument("target", type=Path, metavar="DST", help=f"folder to write: {target}")
-        for axis in ("tp", "pp", "ep"):
-            parser_of.add_argument(f"--{axis}", type=_positive, default=1, help=f"{axis} size of the processes used")
-        parser_of.add_argument(
-            "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights; default: the source's"
-        )
-        parser_of.add_argument("--verify", action="store_true", help="compare the logits of both sides")
-        parser_of.set_defaults(run=_convert)
-
-    quantize = commands.add_parser(
-        "quantize",
-        help="quantized copy of a model for serving",
-        description="Quantize a model with nvidia-modelopt into a folder that SGLang serves, and compare the two.",
-    )
-    quantize.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder or Megatron checkpoint")
-    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    quantize.add_argument("--format", choices=["fp8", "int8", "nvfp4"], required=True, help="nvfp4 needs a GPU")
-    quantize.add_argument(
-        "--calibration", type=Path, required=True, metavar="DATA", help="parquet or JSONL with prompts, as for training"
-    )
-    quantize.set_defaults(run=_quantize)
+    _add_convert(commands)
+    _add_quantize(commands)
 
     plan = commands.add_parser(
-        "plan", help="choose a layout", description="Which layouts fit, how fast they would be, and why others do not."
+        "plan",
+        help="choose a layout",
+        description="Show which layouts fit, how fast they would be, and why the others do not fit.",
     )
     add_plan_arguments(plan)
     plan.set_defaults(run=plan_command)
 
     report = commands.add_parser(
-        "report", help="curves of one run or several", description="Draw the curves of runs, several over each other."
+        "report",
+        help="draw the curves of one or more runs",
+        description="Draw the curves of one or more runs into one picture.",
     )
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_convert(commands: _Commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert a Hugging Face folder to a Megatron checkpoint, or back",
+        description="Convert the weights of a model.",
+    )
+    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION", dest="direction")
+    for direction, source, target in (
+        ("hf-to-megatron", "Hugging Face model folder", "Megatron checkpoint (torch_dist, loads at any layout)"),
+        (
+            "megatron-to-hf",
+            "converted model, or checkpoint of a run (runs/NAME/checkpoints/step_*)",
+            "Hugging Face folder",
+        ),
+    ):
+        parser = directions.add_parser(direction, help=f"write a {target}")
+        parser.add_argument("source", type=Path, metavar="SRC", help=source)
+        parser.add_argument("target", type=Path, metavar="DST", help=f"folder to write: {target}")
+        for axis in ("tp", "pp", "ep"):
+            parser.add_argument(
+                f"--{axis}", type=_positive, default=1, help=f"{axis} size of the processes that convert"
+            )
+        parser.add_argument(
+            "--dtype",
+            choices=["float32", "bfloat16", "float16"],
+            help="dtype of the written weights (default: as in SRC)",
+        )
+        parser.add_argument("--verify", action="store_true", help="compare the logits of SRC and DST")
+        parser.set_defaults(run=_convert)
+
+
+def _add_quantize(commands: _Commands) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a quantized copy of a model for serving",
+        description="Quantize a model with nvidia-modelopt into a folder that SGLang can serve, and compare the two.",
+    )
+    quantize.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder or Megatron checkpoint")
+    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    quantize.add_argument("--format", choices=["fp8", "int8", "nvfp4"], required=True, help="nvfp4 needs a GPU")
+    quantize.add_argument(
+        "--calibration",
+        type=Path,
+        required=True,
+        metavar="DATA",
+        help="Parquet or JSONL file with prompts, as for training",
+    )
+    quantize.set_defaults(run=_quantize)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +153,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="key=value",
-        help="settings that replace the file's, e.g. optimizer.lr=1e-6",
+        help="settings that override the file, e.g. optimizer.lr=1e-6",
     )
 
 
@@ -156,7 +183,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for finding in findings:
         print(f"{finding.verdict + ':':<9} {finding.message}")
     if any(finding.verdict == "fault" for finding in findings):
-        raise HapoError(f"{arguments.config}: this run would go wrong")
+        raise HapoError(f"{arguments.config}: this run would fail")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -164,10 +191,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     config = load_checked_config(arguments.config, arguments.overrides)
     if config.data.eval is None:
-        raise ConfigError([f"{arguments.config}: data.eval: names no data to evaluate on"])
+        raise ConfigError([f"{arguments.config}: data.eval: must be set to evaluate"])
     if is_megatron_folder(config.model.path):
         raise ConfigError(
-            [f"{arguments.config}: model.path: engines read Hugging Face folders; `megatron-hapo convert` makes one"]
+            [
+                f"{arguments.config}: model.path: must be a Hugging Face folder, which engines can read; "
+                "`megatron-hapo convert megatron-to-hf` writes one"
+            ]
         )
 
     from megatron_hapo.launch.run import run_evaluation
@@ -177,6 +207,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
+    """The number in an argument that must be a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
@@ -196,7 +227,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     agreement = quantize(Quantization(**settings))
     print(
-        f"KL {agreement.kl:.3g} nats a token, greedy agreement {agreement.greedy:.1%} "
+        f"KL {agreement.kl:.3g} nats per token, greedy agreement {agreement.greedy:.1%} "
         f"({agreement.num_prompts} held-out prompts, {agreement.num_tokens} tokens)"
     )
     print(arguments.target)

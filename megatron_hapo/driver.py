@@ -58,7 +58,7 @@ class Driver:
         self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
             self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
-        rollouts = RolloutSource(self._generation, ahead=config.overlap.max_staleness, last_step=config.steps)
+        rollouts = RolloutSource(self._generation, ahead=config.async_.max_staleness, last_step=config.steps)
         while step < config.steps and not self.stop_requested:
             step += 1
             with self.profiler.clock(step) as clock:

@@ -1,12 +1,12 @@
-"""The errors that this project raises on purpose; all of them survive pickling between Ray processes."""
+"""The errors that this project raises on purpose. All can be pickled, since Ray sends them between processes."""
 
 
 class HapoError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base class of all errors that a user can act on."""
 
 
 class ConfigError(HapoError, ValueError):
-    """A config that cannot work; carries one line per fault, so that all are shown at once."""
+    """A config that cannot work. `faults` has one line per fault, so that all are shown at once."""
 
     def __init__(self, faults: list[str]):
         super().__init__("\n".join(faults))
@@ -21,16 +21,16 @@ class DataError(HapoError, ValueError):
 
 
 class RolloutError(HapoError, RuntimeError):
-    """The rollout engine failed, or does not sample as the formula says."""
+    """A rollout engine failed, or does not sample from the distribution that the method defines."""
 
 
 class RewardError(HapoError, RuntimeError):
-    """The reward workers cannot work at all; one response that fails is no error, it scores as wrong."""
+    """The reward workers cannot work at all. A response that cannot be scored is not an error: it counts as wrong."""
 
 
 class TrainingError(HapoError, RuntimeError):
-    """The update cannot go on: a non-finite loss or gradient, a rank that failed."""
+    """Training cannot continue: a loss or gradient is not finite, or a rank failed."""
 
 
 class WeightSyncError(HapoError, RuntimeError):
-    """An engine does not hold the trainer's weights."""
+    """An engine does not hold the trainer's weights after a sync."""

@@ -1,4 +1,4 @@
-"""The command line, and what it says about runs that cannot work: nothing is started, exit code 2, one line a fault."""
+"""The command line: for a run that cannot work it starts nothing, prints one line per fault, and exits with code 2."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def run_folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def started(monkeypatch) -> list[Config]:
-    """The configs of the runs that were started; none is really started."""
+    """The configs of the runs that were started; a stand-in starts them."""
     configs: list[Config] = []
     stand_in = types.SimpleNamespace(run_training=configs.append)
     monkeypatch.setitem(sys.modules, "megatron_hapo.launch", types.SimpleNamespace(run=stand_in))
@@ -70,7 +70,7 @@ def test_a_sound_config_starts_the_run(run_folder, started, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_settings_may_stand_behind_options(run_folder, monkeypatch, capsys):
+def test_settings_may_follow_options(run_folder, monkeypatch, capsys):
     seeds: list[int] = []
 
     def run_check(config: Config, prompts: int) -> list[object]:
@@ -172,14 +172,14 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_told_in_one_line_and_nothing_starts(run_folder, started, capsys, case):
+def test_bad_input_is_reported_in_one_line_and_nothing_starts(run_folder, started, capsys, case):
     overrides, message = BAD_INPUT[case]
     assert cli.main(["train", "run.yaml", *overrides]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == message + "\n"
     assert started == []
 
 
-def test_a_package_that_is_asked_for_and_not_installed_is_one_line(run_folder, started, capsys, monkeypatch):
+def test_a_requested_package_that_is_not_installed_is_one_line(run_folder, started, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "is_installed", lambda package: package != "wandb")  # it may be, on this machine
     assert cli.main(["train", "run.yaml", "metrics.wandb_project=mine"]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == (
@@ -188,7 +188,7 @@ def test_a_package_that_is_asked_for_and_not_installed_is_one_line(run_folder, s
     assert started == []
 
 
-def test_a_folder_is_not_taken_for_a_package_of_its_name(tmp_path, monkeypatch):
+def test_a_folder_is_not_mistaken_for_a_package_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "left_by_earlier_runs").mkdir()  # as runs of wandb leave a folder of that name
     monkeypatch.syspath_prepend(tmp_path)
     assert not preflight.is_installed("left_by_earlier_runs")
@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_trained_is_one_line(run_folder, capsys, command,
     assert error.count("\n") == 1
 
 
-def test_an_incomplete_model_folder_names_what_it_lacks(run_folder, started, capsys):
+def test_an_incomplete_model_folder_reports_what_is_missing(run_folder, started, capsys):
     for name in ("model.safetensors", "tokenizer_config.json", "config.json"):
         (run_folder / "model" / name).unlink()
     assert cli.main(["train", "run.yaml"]) == cli.EXIT_FAULT
@@ -247,7 +247,7 @@ def test_a_fault_found_during_the_run_is_one_line_too(run_folder, monkeypatch, c
     assert capsys.readouterr().err.startswith("train.jsonl: 1 of 1 prompts are longer")
 
 
-def test_an_unforeseen_error_keeps_its_traceback_and_ctrl_c_its_exit_code(run_folder, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback_and_ctrl_c_its_exit_code(run_folder, monkeypatch):
     errors: list[BaseException] = [ZeroDivisionError(), KeyboardInterrupt()]
 
     def run_training(config: Config) -> None:
@@ -260,13 +260,13 @@ def test_an_unforeseen_error_keeps_its_traceback_and_ctrl_c_its_exit_code(run_fo
     assert cli.main(["train", "run.yaml"]) == 130
 
 
-def test_report_of_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
+def test_report_of_a_folder_that_is_not_a_run_is_one_line(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == cli.EXIT_FAULT
     assert capsys.readouterr().err == f"{tmp_path}: no metrics in metrics.jsonl; it must be the folder of a run\n"
 
 
 def test_bad_input_imports_nothing_heavy(run_folder):
-    """The checks come before torch, Ray and the engines: a fault shows in a second, on any machine."""
+    """Checks run before torch, Ray and the engines are imported: a fault shows within a second, on any machine."""
     code = (
         "import json, sys\n"
         "from megatron_hapo import cli\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -14,14 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_hapo.config import dump_config
 from megatron_hapo.launch.run import _graceful_stop
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from tests.test_loop import make_config
 
 
-def test_sigterm_during_start_up_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(make_config(tiny_qwen3, tmp_path, {"tp": 1}).model_dump(mode="json")))
+def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    dump_config(make_config(tiny_qwen3, tmp_path, {"tp": 1}), config)
     command = [sys.executable, "-m", "megatron_hapo", "train", str(config)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         started = _wait_for_an_actor(run.pid)

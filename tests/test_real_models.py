@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import (
     Shape,
     fused_expert,

@@ -24,7 +24,7 @@ from megatron_hapo.checkpoint.model_folder import (
     partial_folder,
 )
 from megatron_hapo.checkpoint.progress import folder_growth_bar, progress_bar
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 from megatron_hapo.model.rank_environment import environment, importing, quieten, rendezvous_file

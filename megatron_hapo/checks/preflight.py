@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import assert_never
 
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
-from megatron_hapo.config import Config, DataSource, FileData, TaskData, read_config
-from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import Config, DataSource, Fault, FileData, ParallelSizes, TaskData, read_config
 from megatron_hapo.data.prompts import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError

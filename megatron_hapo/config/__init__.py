@@ -1,26 +1,21 @@
 """All settings of a run: typed, frozen, checked together before anything starts. Imports no torch."""
 
+from megatron_hapo.config.algorithm_settings import AlgorithmConfig
+from megatron_hapo.config.data_settings import (
+    ArithmeticData,
+    DataSource,
+    FileData,
+    OverlongConfig,
+    RewardConfig,
+    TaskData,
+)
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.loading import Draft, dump_config, load_config, read_config
-from megatron_hapo.config.settings import (
-    AlgorithmConfig,
-    ArithmeticData,
-    BatchConfig,
-    Config,
-    DataSource,
-    DynamicSamplingConfig,
-    FileData,
-    LaunchConfig,
-    OverlongConfig,
-    ParallelConfig,
-    ProfileConfig,
-    RewardConfig,
-    RolloutConfig,
-    TaskData,
-    TrainerConfig,
-    WeightSyncConfig,
-    parse_bytes,
-)
+from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config.rollout_settings import DynamicSamplingConfig, RolloutConfig, WeightSyncConfig
+from megatron_hapo.config.settings import Config, LaunchConfig, ProfileConfig
+from megatron_hapo.config.sources import files_of, merge, read_sources, settings_of
+from megatron_hapo.config.trainer_settings import BatchConfig, ParallelConfig, TrainerConfig, parse_bytes
 
 __all__ = [
     "AlgorithmConfig",
@@ -35,6 +30,7 @@ __all__ = [
     "LaunchConfig",
     "OverlongConfig",
     "ParallelConfig",
+    "ParallelSizes",
     "ProfileConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -42,7 +38,11 @@ __all__ = [
     "TrainerConfig",
     "WeightSyncConfig",
     "dump_config",
+    "files_of",
     "load_config",
+    "merge",
     "parse_bytes",
     "read_config",
+    "read_sources",
+    "settings_of",
 ]

@@ -1,16 +1,16 @@
-"""What is wrong with a config, in the user's words: faults, and pydantic's errors as faults. Knows no setting."""
+"""Faults: what is wrong with a config, in the user's terms, and pydantic's errors as faults. Knows no setting."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from megatron_hapo.config.section import fields_by_key, section_types
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Fault:
     key: str
     """The setting to change, e.g. parallel.tp."""
     message: str
+    """What is wrong with it: what was given and what is allowed."""
     involves: tuple[str, ...] = ()
     """Other settings that the message is about."""
 
@@ -27,8 +28,26 @@ class Fault:
         return f"{self.key}: {self.message}"
 
 
+_MESSAGES = {
+    "missing": "is required",
+    "literal_error": "must be {expected}, got {given!r}",
+    "greater_than": "must be greater than {gt:g}, got {given}",
+    "greater_than_equal": "must be at least {ge:g}, got {given}",
+    "less_than": "must be less than {lt:g}, got {given}",
+    "less_than_equal": "must be at most {le:g}, got {given}",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number, got {given!r}"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number, got {given!r}"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false, got {given!r}"),
+    "tuple_type": "must be a list, e.g. [{given}]",
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type"), "must be a section of settings, got {given!r}"
+    ),
+}
+"""Templates of our messages by the type of pydantic's error, with the names of pydantic's context."""
+
+
 def schema_faults(invalid: ValidationError, schema: type[BaseModel]) -> list[Fault]:
-    """One fault for each faulty setting of a config that `schema` rejected."""
+    """One fault for each invalid setting of a config that `schema` rejected."""
     faults = (_fault(error, schema) for error in invalid.errors())
     return list({fault.key: fault for fault in faults}.values())
 
@@ -37,43 +56,22 @@ def _fault(error: ErrorDetails, schema: type[BaseModel]) -> Fault:
     key, owner = _locate(error["loc"], schema)
     given, context = error["input"], error.get("ctx", {})
     match error["type"]:
-        case "missing":
-            message = "is required"
         case "extra_forbidden":
-            message = f"unknown key; {_suggestion(key, owner, schema)}"
+            return Fault(key, f"unknown key; {_suggestion(key, owner, schema)}")
         case "union_tag_not_found":
             return Fault(f"{key}.type", "is required")
         case "union_tag_invalid":
             return Fault(f"{key}.type", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
-        case "literal_error":
-            message = f"must be {context['expected']}, got {given!r}"
-        case "greater_than":
-            message = f"must be greater than {context['gt']:g}, got {given}"
-        case "greater_than_equal":
-            message = f"must be at least {context['ge']:g}, got {given}"
-        case "less_than":
-            message = f"must be less than {context['lt']:g}, got {given}"
-        case "less_than_equal":
-            message = f"must be at most {context['le']:g}, got {given}"
-        case "int_parsing" | "int_type" | "int_from_float":
-            message = f"must be a whole number, got {given!r}"
-        case "float_parsing" | "float_type":
-            message = f"must be a number, got {given!r}"
-        case "bool_parsing" | "bool_type":
-            message = f"must be true or false, got {given!r}"
-        case "tuple_type":
-            message = f"must be a list, e.g. [{given}]"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            message = f"must be a section of settings, got {given!r}"
+        case known if known in _MESSAGES:
+            return Fault(key, _MESSAGES[known].format(given=given, **context))
         case _:
-            message = f"{error['msg'].removeprefix('Input ')}, got {given!r}"
-    return Fault(key, message)
+            return Fault(key, f"{error['msg'].removeprefix('Input ')}, got {given!r}")
 
 
 def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted key of pydantic's location, and the section that owns its last part.
+    """The dotted key of a location in a pydantic error, and the section that owns its last part.
 
-    Pydantic puts the variant's name into the location of a setting of a variant; a config file has no such level.
+    In a choice by `type`, pydantic's location contains the chosen type as a level of its own; a config file does not.
     """
     sections: list[type[BaseModel]] = [schema]
     owner: type[BaseModel] | None = None
@@ -85,27 +83,15 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[s
             continue
         keys.append(str(part))
         owner = sections[0] if sections else None
-        info = _settings(owner).get(str(part)) if owner else None
-        sections = list(_sections(info.annotation)) if info else []
+        info = fields_by_key(owner).get(str(part)) if owner else None
+        sections = list(section_types(info.annotation)) if info else []
     return ".".join(keys), owner
 
 
-def _settings(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The section's fields by the names that a config file has for them."""
-    return {info.alias or name: info for name, info in section.model_fields.items()}
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section types in a field's annotation: several for a choice by `type`."""
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
-
-
 def _suggestion(key: str, owner: type[BaseModel] | None, schema: type[BaseModel]) -> str:
+    """Where an unknown key may belong: a near miss in the same section, the same name elsewhere, or what is allowed."""
     name = key.rpartition(".")[2]
-    siblings = list(_settings(owner)) if owner else []
+    siblings = list(fields_by_key(owner)) if owner else []
     near = difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [known for known in _known_keys(schema) if known.rpartition(".")[2] == name]
     if key in elsewhere:
@@ -118,7 +104,8 @@ def _suggestion(key: str, owner: type[BaseModel] | None, schema: type[BaseModel]
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in _settings(section).items():
+    """The dotted keys of all settings and sections."""
+    for name, info in fields_by_key(section).items():
         yield prefix + name
-        for inner in _sections(info.annotation):
+        for inner in section_types(info.annotation):
             yield from _known_keys(inner, f"{prefix}{name}.")

@@ -1,51 +1,54 @@
-"""A config file and its `key=value` overrides to a checked Config, or to all of its faults at once.
+"""Loads a config file with `key=value` overrides: a checked Config, or all of its faults at once.
 
 A config is a YAML file; `base:` names the file (or files) that it builds on, and `key=value` arguments come last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from megatron_hapo.config.contradictions import contradictions, settings_without_effect
+from megatron_hapo.config.effects import Condition, settings_without_effect
 from megatron_hapo.config.faults import Fault, schema_faults
 from megatron_hapo.config.settings import Config
-from megatron_hapo.config.sources import COMMAND_LINE, read_sources
+from megatron_hapo.config.sources import Origin, read_sources
 from megatron_hapo.errors import ConfigError
+
+_DEFAULTS = -1
+"""The layer of settings that no file and no override sets."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a config file and its overrides say, before anyone relies on it."""
+    """A config that has been read but not yet accepted."""
 
     path: Path
     config: Config | None
-    """The settings, with defaults in the place of faulty ones; None where that is impossible."""
+    """The settings, with defaults in place of faulty ones; None if a required setting is faulty or missing."""
     faults: list[Fault]
-    origins: Mapping[str, str] = field(repr=False)
-    """Dotted key to the file that set it last, or COMMAND_LINE."""
+    origins: Mapping[str, Origin] = field(repr=False)
+    """Where each dotted key was set last."""
 
     def with_checks(self, found: Sequence[Fault]) -> Draft:
-        """The draft with these faults too, except those that may only echo a setting already rejected."""
+        """The draft with these faults added, except possible consequences of a setting that is already rejected."""
         rejected = [fault.key for fault in self.faults]
 
-        def is_echo(fault: Fault) -> bool:
+        def is_consequence(fault: Fault) -> bool:
             return any(_overlap(key, bad) for key in (fault.key, *fault.involves) for bad in rejected)
 
-        news = [fault for fault in found if not is_echo(fault)]
-        return Draft(self.path, self.config, self.faults + news, self.origins)
+        new = [fault for fault in found if not is_consequence(fault)]
+        return Draft(self.path, self.config, self.faults + new, self.origins)
 
     def accept(self) -> Config:
-        """The config, if it has no fault.
+        """The config, if it has no faults.
 
         Raises:
-            ConfigError: one line a fault, each opening with the file that set the value, or with COMMAND_LINE.
+            ConfigError: one line per fault, beginning with the file that set the value, or with COMMAND_LINE.
         """
         if self.faults or self.config is None:
             raise ConfigError([f"{self._origin(fault.key)}: {fault}" for fault in self.faults])
@@ -54,7 +57,7 @@ class Draft:
     def _origin(self, key: str) -> str:
         while key:
             if key in self.origins:
-                return self.origins[key]
+                return self.origins[key].name
             key = key.rpartition(".")[0]
         return str(self.path)
 
@@ -69,12 +72,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config, path: Path | str) -> None:
-    """Write every setting as YAML; load_config reads it back to an equal config."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    """Write the settings as YAML; load_config reads the file back to an equal config.
+
+    Settings without effect are left out: load_config would refuse them, and gives them their defaults anyway.
+    """
+    settings = config.model_dump(mode="json")
+    for key in settings_without_effect(config):
+        _remove(settings, key.split("."))
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
-    """The settings and their faults, so that a caller can add what it finds wrong before it reports.
+    """The settings and their faults, to which a caller can add before it reports them.
 
     Raises:
         ConfigError: a file or an override that cannot be read at all.
@@ -84,15 +93,36 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
     draft = _validate(path, raw, origins)
     if draft.config is None:
         return draft
-    from_command_line = [key for key, origin in origins.items() if origin == COMMAND_LINE]
-    return draft.with_checks([*contradictions(draft.config), *settings_without_effect(draft.config, from_command_line)])
+    failing = settings_without_effect(draft.config)
+    given = {key: conditions for key, conditions in failing.items() if _contains(raw, key.split("."))}
+    ignored = [fault for key, conditions in given.items() for fault in _ignored(draft.config, key, conditions, origins)]
+    for key in given:
+        _remove(raw, key.split("."))
+    config = Config.model_validate(raw)
+    return replace(draft, config=config).with_checks(ignored).with_checks([*config.contradictions()])
+
+
+def _ignored(
+    config: Config, key: str, conditions: Sequence[Condition], origins: Mapping[str, Origin]
+) -> Iterator[Fault]:
+    """The fault of a setting without effect, unless a later layer disabled it (see effects)."""
+
+    def layer(of: str) -> int:
+        return origins[of].layer if of in origins else _DEFAULTS
+
+    for condition in conditions:
+        if layer(key) >= max(map(layer, condition.keys)):
+            yield Fault(key, f"has no effect: {condition.why_not(config)}", condition.keys)
+            return
 
 
 def _overlap(key: str, other: str) -> bool:
+    """Whether one of the keys is the other, or contains it."""
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
-def _validate(path: Path, raw: dict[str, Any], origins: Mapping[str, str]) -> Draft:
+def _validate(path: Path, raw: dict[str, Any], origins: Mapping[str, Origin]) -> Draft:
+    """The draft with the faults of single settings, which are removed from `raw`."""
     try:
         return Draft(path, Config.model_validate(raw), [], origins)
     except ValidationError as invalid:
@@ -106,10 +136,22 @@ def _validate(path: Path, raw: dict[str, Any], origins: Mapping[str, str]) -> Dr
     return Draft(path, config, faults, origins)
 
 
-def _remove(raw: dict[str, Any], keys: list[str]) -> None:
-    for key in keys[:-1]:
-        if not isinstance(raw.get(key), dict):
-            raw.pop(key, None)  # an entry of a list: the whole list goes
+def _contains(settings: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Whether the nested settings set this key."""
+    value: Any = settings
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    return True
+
+
+def _remove(settings: dict[str, Any], keys: Sequence[str]) -> None:
+    """Remove a key from nested settings, and the sections that this leaves empty."""
+    key, *inner = keys
+    value = settings.get(key)
+    if inner and isinstance(value, dict):
+        _remove(value, inner)
+        if value:
             return
-        raw = raw[key]
-    raw.pop(keys[-1], None)
+    settings.pop(key, None)  # if the key is of a list's entry, the whole list

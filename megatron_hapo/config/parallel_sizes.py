@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.section import Section
 
 
-class ParallelSizes(BaseModel):
+class ParallelSizes(Section):
     """Sizes of the trainer's process grid."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
     tp: PositiveInt = 1
     """Tensor parallel size."""

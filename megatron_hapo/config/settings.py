@@ -1,406 +1,118 @@
-"""All settings of a run: typed, frozen, checked together before anything starts. Imports no torch.
-
-A config is a YAML file; `base:` names the file (or files) that it builds on, and `key=value` arguments come last.
-"""
+"""All settings of a run: typed, frozen, and checked together before anything starts. Imports no torch."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
-
-from megatron_hapo.config.parallel_sizes import ParallelSizes
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Port = Annotated[int, Field(ge=1024, le=65535)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size like 80GiB, 141GB or 1024.
-
-    Raises:
-        ValueError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text)
-    if match is None:
-        raise ValueError(f"must be a size like 80GiB or 141GB, got {text!r}")
-    number, prefix, binary = match.groups()
-    exponent = "KMGT".index(prefix) + 1 if prefix else 0
-    return round(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def _byte_size(text: str) -> str:
-    parse_bytes(text)
-    return text
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
-
-
-class ModelConfig(Section):
-    path: Path
-    """Hugging Face model folder: config.json, safetensors, tokenizer."""
-    spec: Literal["auto", "te", "local"] = "auto"
-    """Layer implementation: Transformer Engine, or torch SDPA (`local`). `auto` takes Transformer Engine where a
-    GPU and the package are present."""
-
-
-class ParallelConfig(ParallelSizes):
-    """Sizes of the trainer's process grid; the number of trainer ranks is tp * pp * cp * dp. With `parallel: auto` in
-    place of the section, `train` chooses the sizes, and the engines, for the GPUs of its machine."""
-
-    sequence_parallel: bool = True
-    """Shard norms and residuals over the tp ranks; has an effect only with tp > 1."""
-    gpu_memory: Annotated[str, AfterValidator(_byte_size)] | None = None
-    """Memory of one GPU, e.g. 80GiB. A layout that cannot fit is rejected before anything is loaded. `None`: as
-    reported by the driver of this machine, if there is one."""
-
-
-class TrainerConfig(Section):
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter and activation dtype; with bfloat16 the optimizer keeps float32 master weights."""
-    max_tokens_per_microbatch: PositiveInt = 16384
-    """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it."""
-    distributed_optimizer: bool = True
-    """Shard the optimizer state over the dp ranks (ZeRO-1)."""
-    overlap_communication: bool = False
-    """Reduce gradients while the last micro-batch's backward pass runs; with distributed_optimizer, gather the updated
-    weights while the next forward pass runs."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it. `selective`: feed-forward blocks, and the inner part
-    of the attention where it is not fused. `full`: whole layers, of which only the inputs are kept."""
-    output_head: Literal["logits", "fused"] = "logits"
-    """`logits`: the logits of a micro-batch's response tokens exist once, and their gradient overwrites them. `fused`:
-    those of one chunk of tokens at a time, at the cost of a second product in the backward pass: for long responses
-    and large micro-batches."""
-    quantization: Literal["none", "fp8"] = "none"
-    """`fp8`: quantization-aware training. Trainer and engines work with linear weights rounded to float8 (e4m3, one
-    scale a matrix), the optimizer with the exact ones. Activations and the KV cache are not rounded."""
-    timeout_seconds: PositiveFloat = 1800
-    """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
-
-
-class OptimizerConfig(Section):
-    lr: PositiveFloat = 1e-6
-    """Peak learning rate of Adam."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps (not mini-batches) over which the rate rises linearly; the first step already has lr/warmup_steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: PositiveFloat = 1e-8
-    clip_grad: PositiveFloat = 1.0
-    """Largest global L2 norm of the gradient."""
-    cpu_offload: bool = False
-    """Masters and moments stay in host memory, and Adam runs there (Megatron's HybridDeviceOptimizer): 12 bytes a
-    parameter less on the GPUs, about 16 on the hosts, and a slower update. Needs GPUs."""
-
-
-class BatchConfig(Section):
-    prompts_per_step: PositiveInt = 512
-    """Prompts sampled in one step."""
-    samples_per_prompt: PositiveInt = 16
-    """Responses to one prompt (the group size n of the paper)."""
-    prompts_per_minibatch: PositiveInt = 32
-    """Prompts in one optimizer update; prompts_per_step / prompts_per_minibatch updates a step."""
-
-
-class RolloutConfig(Section):
-    engines: PositiveInt = 1
-    """Number of SGLang engines."""
-    tp: PositiveInt = 1
-    """Tensor parallel size of one engine."""
-    ep: PositiveInt = 1
-    """Expert parallel size of one engine: 1 cuts every expert over its tp ranks, tp gives each rank whole experts."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    max_prompt_tokens: PositiveInt = 1024
-    """Longer prompts are left out, counted and reported."""
-    max_response_tokens: PositiveInt = 10240
-    temperature: PositiveFloat = 1.0
-    """Base temperature T of training rollouts; also the temperature at which the trainer takes log-probs."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Beside the end-of-sequence tokens of the model's generation config."""
-    max_running_requests: PositiveInt = 256
-    """Requests that one engine decodes together. It is given about an eighth more, which wait in it; what is left goes
-    to whichever engine has room first."""
-    memory_fraction: Fraction = 0.8
-    """Share of a GPU's memory for weights and KV cache."""
-    kv_cache_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens; required on a CPU, on a GPU `None` lets the memory fraction decide."""
-    timeout_seconds: PositiveFloat = 3600
-    """A generation call that takes longer fails the run with the name of the engine."""
-
-
-class AdaptiveTemperatureConfig(Section):
-    """Adaptive temperature sampling: T_t = T (1 + tau h_t)."""
-
-    enabled: bool = True
-    tau: Annotated[float, Field(ge=0, lt=1)] = 0.05
-
-
-class AdaptiveClipConfig(Section):
-    """Asymmetric adaptive clipping: wider to the left at low entropy, to the right at high entropy."""
-
-    enabled: bool = True
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-
-
-class RedistributionConfig(Section):
-    """Differential advantage redistribution."""
-
-    enabled: bool = True
-    beta: Annotated[float, Field(ge=0)] = 1.0
-
-
-class EntropyConfig(Section):
-    pivot: Fraction = 0.8
-    """Quantile of log entropy that separates high from low (rho)."""
-    sign: Literal["signed", "reference"] = "signed"
-    """`signed`: h in [-1, 1], as the method is described. `reference`: low entropy comes out positive, as in the
-    authors' released code."""
-    floor: Annotated[float, Field(ge=1e-30)] = 1e-6
-    """Entropies are raised to this many nats before the logarithm, in trainer and sampler alike."""
-    source: Literal["old", "current", "micro_batch"] = "old"
-    """Entropies behind h in the loss. `old`: of the policy before the step's first update. `current`: of the policy
-    being updated, against the step's statistics. `micro_batch`: as the authors' released code, statistics per
-    micro-batch of current entropies; the result then depends on the layout."""
-    scale_quantile: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the tokens beyond which log entropies no longer stretch the scale of h, at either end, e.g. 0.001;
-    0 takes the largest and the smallest."""
-
-
-class ForkingTokensConfig(Section):
-    """Gradient of the most uncertain tokens of the step only (arXiv:2506.01939)."""
-
-    enabled: bool = False
-    share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the response tokens that is kept (rho)."""
-
-
-class DualConstraintConfig(Section):
-    """Archer's constraints (arXiv:2507.15778): tokens above an entropy quantile of their response are reasoning tokens,
-    the others knowledge tokens, which keep algorithm.clip_low and clip_high."""
-
-    enabled: bool = False
-    quantile: Fraction = 0.8
-    clip_low: Fraction = 0.5
-    """Of reasoning tokens."""
-    clip_high: PositiveFloat = 0.5
-    """Of reasoning tokens."""
-    kl: Annotated[float, Field(ge=0)] = 0.001
-    """Coefficient of the KL of knowledge tokens, to the policy before the step's first update."""
-
-
-class ImportanceCorrectionConfig(Section):
-    """Truncated importance sampling: weights pi_old / pi_engine on the loss."""
-
-    level: Literal["none", "token", "sequence"] = "none"
-    mode: Literal["clip", "mask"] = "clip"
-    """`clip`: at most max_weight. `mask`: weights outside [1 / max_weight, max_weight] become 0."""
-    max_weight: Annotated[float, Field(ge=1)] = 2.0
-
-
-class AlgorithmConfig(Section):
-    advantage: Literal["token_level_group_average", "group_mean", "entropy_driven"] = "token_level_group_average"
-    """`token_level_group_average` (HAPO), `group_mean` (GRPO), or `entropy_driven` (EDGE-GRPO)."""
-    norm_by_std: bool = True
-    """Divide advantages by the group's standard deviation."""
-    advantage_fallback: PositiveFloat = 5.0
-    """A group with a normalised |advantage| of at least this much takes the GRPO advantage."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or of its whole response (GSPO)."""
-    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = "token_mean"
-    """Over a mini-batch: mean over tokens (DAPO, HAPO); mean over responses of their token means (GRPO, GSPO); mean
-    over responses of token sums / rollout.max_response_tokens (Dr.GRPO)."""
-    clip_low: Fraction = 0.2
-    clip_high: PositiveFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] = 10.0
-    """Bound c on the loss of tokens with negative advantage."""
-    entropy: EntropyConfig = EntropyConfig()
-    adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()
-    adaptive_clip: AdaptiveClipConfig = AdaptiveClipConfig()
-    redistribution: RedistributionConfig = RedistributionConfig()
-    forking_tokens: ForkingTokensConfig = ForkingTokensConfig()
-    dual_constraint: DualConstraintConfig = DualConstraintConfig()
-    importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
-
-
-class DynamicSamplingConfig(Section):
-    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by further generation."""
-
-    enabled: bool = False
-    max_generation_batches: PositiveInt = 10
-    """The run stops with an error when this many batches do not give enough groups."""
-
-
-class FileData(Section):
-    type: Literal["file"]
-    path: Path
-    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth, data_source."""
-    limit: PositiveInt | None = None
-    """Only the first rows."""
-
-
-class TaskData(Section):
-    type: Literal["reasoning_gym"]
-    name: str
-    """A dataset of reasoning-gym, e.g. chain_sum."""
-    size: PositiveInt
-    seed: int = 0
-    options: dict[str, Any] = {}
-    """Passed on to the dataset, e.g. {min_terms: 2, max_terms: 4}."""
-
-
-class ArithmeticData(Section):
-    type: Literal["arithmetic"]
-    size: PositiveInt
-    seed: int = 0
-    min_terms: Annotated[int, Field(ge=2)] = 3
-    max_terms: Annotated[int, Field(ge=2)] = 5
-    max_number: PositiveInt = 9
-
-
-DataSource = Annotated[FileData | TaskData | ArithmeticData, Field(discriminator="type")]
-
-
-class DataConfig(Section):
-    train: DataSource
-    eval: DataSource | None = None
-    chat_template: bool = True
-    """Render prompts with the tokenizer's chat template; without it the messages' contents are joined as they are."""
-    shuffle: bool = True
-
-
-class OverlongConfig(Section):
-    """DAPO's soft overlong penalty (arXiv:2503.14476, equation 13)."""
-
-    buffer_tokens: NonNegativeInt = 0
-    """Length of the zone before max_response_tokens in which the penalty rises linearly to `factor`; 0 is off."""
-    factor: PositiveFloat = 1.0
-
-
-class RewardConfig(Section):
-    scorer: Literal["auto", "math", "exact", "reasoning_gym"] = "auto"
-    """`math`: math-verify; `exact`: the text after the last 'answer'; `auto`: by the data source."""
-    correct: float = 1.0
-    wrong: float = -1.0
-    workers: PositiveInt = 2
-    """Reward processes."""
-    timeout_seconds: PositiveFloat = 10.0
-    """A reward call that takes longer scores as wrong; its process is replaced."""
-    memory_bytes: PositiveInt = 2 << 30
-    """Address space limit of a reward process."""
-    overlong: OverlongConfig = OverlongConfig()
-
-
-class AsyncConfig(Section):
-    """Generation beside training."""
-
-    max_staleness: Literal[0, 1] = 0
-    """Steps by which the weights of rollouts may lag behind. 0: strictly on-policy. 1: the next step's rollouts are
-    generated while this step trains; needs algorithm.importance_correction, and weight_sync.in_flight says what becomes
-    of those that training overtakes."""
-
-
-class EvalConfig(Section):
-    every: NonNegativeInt = 5
-    """Evaluate every so many steps, and before the first and after the last; 0: never."""
-    samples: PositiveInt = 1
-    """Responses for each evaluation prompt; the accuracy is their mean."""
-    temperature: Annotated[float, Field(ge=0)] = 0.5
-    """0 is greedy. Evaluation never uses the adaptive temperature."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from megatron_hapo.config.algorithm_settings import AlgorithmConfig
+from megatron_hapo.config.data_settings import DataConfig, RewardConfig
+from megatron_hapo.config.effects import not_with, only_with
+from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.rollout_settings import (
+    AsyncConfig,
+    DynamicSamplingConfig,
+    EvalConfig,
+    MemoryTurnsConfig,
+    RolloutConfig,
+    WeightSyncConfig,
+)
+from megatron_hapo.config.section import NonNegativeInt, Port, Section
+from megatron_hapo.config.trainer_settings import (
+    BatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainerConfig,
+)
 
 
 class CheckpointConfig(Section):
+    """What is written while the run trains, and at its end."""
+
     every: NonNegativeInt = 50
-    """Steps between resumable checkpoints; 0: only at the end and when interrupted."""
+    """Steps between resumable checkpoints; 0: only at the end and on interruption."""
     keep: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     resume: bool = True
-    """Continue from the newest checkpoint in the run folder, if there is one. false: start over; the first checkpoint
-    then replaces those of the run before."""
+    """Continue from the newest checkpoint in the run folder, if there is one. If false, start over; the first
+    checkpoint then replaces those of the previous run."""
     hf_every: NonNegativeInt = 0
     """Steps between exports of the model as a Hugging Face folder (`hf_steps/step_*` in the run folder); 0: none."""
     hf_at_end: bool = True
     """Write the final model as a Hugging Face folder."""
 
 
-class WeightSyncConfig(Section):
-    method: Literal["direct", "gather"] = "direct"
-    """`direct`: from the trainer's shards straight into the engines' own parameters, where the engine's layout of the
-    model is known; else, with a logged reason, `gather`: whole tensors under their Hugging Face names."""
-    bucket_bytes: PositiveInt = 512 << 20
-    """`gather`: weights travel in buckets of at most this size (one larger parameter is a bucket of its own).
-    `direct`: the buckets in flight together are of at most twice this size."""
-    verify_every: PositiveInt = 10
-    """Compare a checksum of the engine's weights with the trainer's on the first and every so many syncs."""
-    in_flight: Literal["finish", "pause", "abort"] = "finish"
-    """Responses of the next step that are unfinished when the weights change, with async.max_staleness=1. `finish`: the
-    sync waits for them. `pause`: they wait, and go on from the new weights, with their prefix computed anew (partial
-    rollouts: each token carries the version of its weights). `abort`: they are generated anew."""
-    timeout_seconds: PositiveFloat = 600
-    """`direct`: a phase of a sync that takes longer fails the run, with the ranks and the parameter it waits for."""
-
-
-class MemoryTurnsConfig(Section):
-    """What trainer ranks and engines on the same GPUs give back while the others work; each keeps the rest."""
-
-    trainer: Literal["all", "gradients"] = "all"
-    """While engines generate. `all`: gradient buffers, and the optimizer's state, which waits in host memory."""
-    engines: Literal["all", "kv_cache"] = "all"
-    """While the trainer works. `all`: the KV cache, and the weights, which the next sync brings again."""
-
-
 class LaunchConfig(Section):
-    """Ray under torchrun; without effect where Ray starts the trainer."""
+    """Ray under torchrun. Not read when Ray starts the trainer."""
 
     engines: Literal["trainer_nodes", "own_nodes"] = "trainer_nodes"
-    """`trainer_nodes`: engines stand on the nodes of the trainer ranks, on GPUs that these leave free (`placement:
-    colocated`: on theirs). `own_nodes`: on Ray nodes without trainer ranks, which join with `ray start --address
+    """`trainer_nodes`: engines run on the nodes of the trainer ranks, on GPUs that these leave free (`placement:
+    colocated`: on the same GPUs). `own_nodes`: on Ray nodes without trainer ranks, which join with `ray start --address
     HEAD:ray_port` and the same RAY_AUTH_TOKEN."""
     ray_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the Ray head on the first node; 0: any that is free. The others learn it from torchrun's rendezvous."""
+    """Port of the Ray head on the first node; 0: any free port. The other nodes learn it from torchrun's rendezvous."""
     ray_worker_ports: tuple[Port, Port] | None = None
-    """First and last port for everything else of Ray, on every node, where a firewall asks for it; at least 10 and one
-    for each engine. `None`: any that are free."""
+    """First and last port for all other connections of Ray, on every node, for use behind a firewall; at least 10 ports
+    plus one per engine. `None`: any free ports."""
     start_timeout_seconds: PositiveFloat = 300
-    """The run fails if ranks, Ray nodes or room for the engines take longer to come."""
+    """The run fails if ranks, Ray nodes or room for the engines take longer to appear."""
+
+    def contradictions(self, *, placement: str, num_engines: int) -> Iterator[Fault]:
+        """Why Ray cannot place the engines, or lacks ports for them."""
+        if placement == "colocated" and self.engines == "own_nodes":
+            yield Fault(
+                "launch.engines", "must be trainer_nodes with placement=colocated, got own_nodes", ("placement",)
+            )
+        ports = self.ray_worker_ports
+        if ports is not None and ports[1] - ports[0] + 1 < 10 + num_engines:
+            yield Fault(
+                "launch.ray_worker_ports",
+                f"must span at least {10 + num_engines} ports, from the first to the last, got {list(ports)}",
+                ("rollout.engines",),
+            )
 
 
 class MetricsConfig(Section):
-    """Where metrics go beside the console, metrics.jsonl and TensorBoard; docs/metrics.md says what they are."""
+    """Where metrics go besides the console, metrics.jsonl and TensorBoard; docs/metrics.md describes them."""
 
     wandb_project: str | None = None
-    """Project of Weights & Biases that gets them too; needs `pip install wandb`. Its own variables apply, such as
-    WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE=offline."""
+    """Weights & Biases project that also gets the metrics; needs `pip install wandb`. Its environment variables apply,
+    such as WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE=offline. `None`: not used."""
 
 
 class ProfileConfig(Section):
     """Where the time of a step goes; see docs/profiling.md."""
 
     steps: tuple[PositiveInt, ...] = ()
-    """Steps that are traced into `profile/step_*` of the run folder: the operators of every trainer rank, and the whole
-    step over all processes. They take longer than others."""
+    """Steps to trace into `profile/step_*` of the run folder: the operators of every trainer rank, and the whole step
+    over all processes. Traced steps take longer."""
+
+    def contradictions(self, *, last_step: int) -> Iterator[Fault]:
+        """Steps that the run does not have."""
+        if beyond := [step for step in self.steps if step > last_step]:
+            yield Fault("profile.steps", f"must be steps of the run, 1 to steps={last_step}, got {beyond}", ("steps",))
 
 
 class Config(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    """Run folder is `output_dir/name`."""
+    """Name of the run; its folder is `output_dir/name`."""
     output_dir: Path = Path("runs")
+    """Where the folders of runs are."""
     seed: int = 0
+    """Seed of everything random in the run."""
     steps: PositiveInt
+    """Number of steps to train."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: cuda where a GPU is visible, else cpu."""
+    """`cpu`: everything runs on CPUs. `cuda`: on GPUs. `auto`: cuda if a GPU is visible, else cpu."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """`disaggregated`: trainer ranks and engines have GPUs of their own. `colocated`: engine i stands on the GPUs of
-    trainer ranks i * rollout.tp and following, and they hold the memory in turn (memory_turns)."""
+    """`disaggregated`: trainer ranks and engines have their own GPUs. `colocated`: engine i runs on the GPUs of trainer
+    ranks i * rollout.tp and following, and they take turns holding the memory (memory_turns)."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -409,17 +121,46 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
-    overlap: AsyncConfig = Field(AsyncConfig(), alias="async")  # a word that Python keeps for itself
+    async_: AsyncConfig = Field(AsyncConfig(), alias="async")  # Python reserves the word
     data: DataConfig
     reward: RewardConfig = RewardConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: Annotated[EvalConfig, not_with("data.eval", None)] = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
-    memory_turns: MemoryTurnsConfig = MemoryTurnsConfig()
+    memory_turns: Annotated[MemoryTurnsConfig, only_with("placement", "colocated")] = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
     metrics: MetricsConfig = MetricsConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @property
     def run_dir(self) -> Path:
+        """The folder of the run."""
         return self.output_dir / self.name
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Settings that are valid on their own and cannot work together."""
+        yield from self.batch.contradictions(advantage=self.algorithm.advantage)
+        yield from self.parallel.contradictions()
+        yield from self.trainer.contradictions()
+        yield from self.optimizer.contradictions(device=self.device, trainer=self.trainer)
+        yield from self.rollout.contradictions(device=self.device)
+        yield from self.async_.contradictions(
+            placement=self.placement, correction_level=self.algorithm.importance_correction.level
+        )
+        yield from self.algorithm.contradictions(cp=self.parallel.cp)
+        yield from self.reward.contradictions(max_response_tokens=self.rollout.max_response_tokens, data=self.data)
+        yield from self.data.contradictions()
+        yield from self.eval.contradictions()
+        yield from self.launch.contradictions(placement=self.placement, num_engines=self.rollout.engines)
+        yield from self.profile.contradictions(last_step=self.steps)
+        yield from self._colocation_faults()
+
+    def _colocation_faults(self) -> Iterator[Fault]:
+        rollout, world_size = self.rollout, self.parallel.world_size
+        if self.placement == "colocated" and rollout.engines * rollout.tp > world_size:
+            yield Fault(
+                "rollout.engines",
+                f"rollout.engines * rollout.tp must be at most the {world_size} trainer ranks (parallel.tp * pp * cp * "
+                f"dp) with placement=colocated, got {rollout.engines} * {rollout.tp}",
+                ("placement", "rollout.tp", "parallel"),
+            )

@@ -1,10 +1,10 @@
-"""YAML files with their bases, and `key=value` arguments, merged into one mapping that remembers who said what."""
+"""YAML files with their bases, and `key=value` arguments, merged into one mapping, with the origin of each value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,13 +13,22 @@ from yaml import YAMLError
 from megatron_hapo.errors import ConfigError
 
 COMMAND_LINE = "command line"
-"""The origin of a value that came from a `key=value` argument."""
+"""Name of the origin of `key=value` arguments."""
 
 
-def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The merged settings, unchecked, and for each dotted key the file that set it last, or COMMAND_LINE.
+class Origin(NamedTuple):
+    """Where a value was set."""
 
-    The bases come first, then the file, then the overrides; interpolations such as `${seed}` are resolved.
+    name: str
+    """The file, or COMMAND_LINE."""
+    layer: int
+    """Its position in the order of merging; later layers replace the values of earlier ones."""
+
+
+def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """The merged settings, not yet checked, and where each dotted key was set last.
+
+    Bases come first, then the file, then the overrides; interpolations such as `${seed}` are resolved.
 
     Raises:
         ConfigError: files or overrides that cannot be read, all of them at once.
@@ -29,20 +38,20 @@ def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], 
     if faults:
         raise ConfigError(faults)
     merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, layer in layers:
+    origins: dict[str, Origin] = {}
+    for number, (name, layer) in enumerate(layers):
         merged = merge(merged, layer)
-        origins |= dict.fromkeys(_dotted_keys(layer), origin)
+        origins |= dict.fromkeys(_dotted_keys(layer), Origin(name, number))
     return _resolve(merged, path), origins
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, resolved, and all that it builds on, as far as they can be read."""
+    """The resolved paths of the file and of all its bases; those that cannot be read are left out."""
     return [Path(name).resolve() for name, _ in _file_layers(path, [], including=())]
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """`key=value` arguments as the sections of a config file.
+    """`key=value` arguments as nested sections, as in a config file.
 
     Raises:
         ConfigError: arguments that cannot be read, all of them at once.
@@ -55,7 +64,7 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The contents of the file's bases, then of the file itself, each with its name."""
+    """The name and the contents of each of the file's bases, then of the file itself."""
     if path.resolve() in including:
         faults.append(f"{path}: base: the file builds on itself")
         return []
@@ -83,6 +92,7 @@ def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) 
 
 
 def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """The merged `key=value` arguments; those that cannot be read become faults."""
     merged: dict[str, Any] = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -97,6 +107,7 @@ def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, A
 
 
 def _resolve(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings with interpolations replaced by their values."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -116,7 +127,7 @@ def _one_line(error: Exception) -> str:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`. A section that changes its `type` starts afresh: the old variant's keys mean nothing."""
+    """`base` updated by `over`. A section whose `type` changes is replaced: the keys of the old type do not apply."""
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
@@ -132,7 +143,7 @@ def _other_type(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def _dotted_keys(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of sections and of values."""
+    """The dotted keys of all sections and values of a layer."""
     for key, value in layer.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):

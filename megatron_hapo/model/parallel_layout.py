@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core import tensor_parallel as megatron_tp
 from torch.distributed.distributed_c10d import Store
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 
 
 @dataclass(frozen=True)

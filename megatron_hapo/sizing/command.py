@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, parse_bytes
-from megatron_hapo.config.sources import merge, settings_of
+from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, merge, parse_bytes, settings_of
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import Shape, read_shape
 from megatron_hapo.sizing.from_config import (

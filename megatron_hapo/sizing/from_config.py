@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_hapo.config import Config, RolloutConfig, load_config, parse_bytes
-from megatron_hapo.config.sources import read_sources
+from megatron_hapo.config import Config, RolloutConfig, load_config, parse_bytes, read_sources
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import Spec
@@ -93,7 +92,11 @@ def plan_settings(plan: LayoutPlan) -> dict[str, dict[str, Any]]:
     """
     layout = plan.layout
     return {
-        "parallel": {**layout.sizes.model_dump(), "sequence_parallel": layout.sequence_parallel},
+        "parallel": {
+            **layout.sizes.model_dump(),
+            # Has no effect at tp=1.
+            **({"sequence_parallel": layout.sequence_parallel} if layout.sizes.tp > 1 else {}),
+        },
         "trainer": {"max_tokens_per_microbatch": layout.tokens_per_microbatch, "recompute": layout.recompute},
         "optimizer": {"cpu_offload": layout.cpu_offload},
         "rollout": {
@@ -111,7 +114,6 @@ def placement_settings(placement: Placement) -> dict[str, Any]:
     return {
         "placement": placement,
         "async": {"max_staleness": 0},
-        "weight_sync": {"in_flight": "finish"},
         "launch": {"engines": "trainer_nodes"},
     }
 
@@ -182,6 +184,4 @@ def automatic_layout(path: Path | str, overrides: Sequence[str]) -> list[str]:
         f"{section}.{key}={json.dumps(value)}"
         for section, values in plan_settings(plans[0]).items()
         for key, value in values.items()
-        # Settings without effect are rejected on the command line.
-        if not (key == "sequence_parallel" and plans[0].layout.sizes.tp == 1)
     ]

@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_hapo.config import load_config
-from megatron_hapo.config.sources import files_of, merge
+from megatron_hapo.config import files_of, load_config, merge
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.sizing.from_config import placement_settings, plan_settings
 from megatron_hapo.sizing.memory import GIB

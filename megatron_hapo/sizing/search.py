@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.sizing.memory import (

@@ -23,7 +23,7 @@ from tests.tiny_families import expected_tensors, write_family
 
 CASES = [("qwen3", "fp8"), ("qwen3_moe", "fp8"), ("qwen2", "int8"), ("qwen3_moe", "int8")]
 DTYPES = {"qwen2": "float32"}  # int8 is so close to the original that bfloat16 would be the larger difference
-REPORT = re.compile(r"KL (\S+) nats a token, greedy agreement (\S+)% \((\d+) held-out prompts, (\d+) tokens\)")
+REPORT = re.compile(r"KL (\S+) nats per token, greedy agreement (\S+)% \((\d+) held-out prompts, (\d+) tokens\)")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hapo.config import ArithmeticData, FileData, dump_config, load_config, read_config
-from megatron_hapo.config.faults import Fault
+from megatron_hapo.config import ArithmeticData, Fault, FileData, dump_config, load_config, read_config
 from megatron_hapo.errors import ConfigError
 
 MINIMAL = """
@@ -23,7 +22,7 @@ def write(folder: Path, text: str = MINIMAL, name: str = "run.yaml") -> Path:
 
 
 def faults_of(path: Path, *overrides: str) -> list[str]:
-    """What load_config complains about, without the path before each line's file name."""
+    """The faults that load_config reports, with file names instead of paths."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return [fault.replace(f"{path.parent}/", "") for fault in caught.value.faults]
@@ -69,7 +68,7 @@ def test_overrides_beside_a_type_count_in_any_order(tmp_path):
     assert load_config(path, ["data.train.path=x.jsonl", "data.train.type=file"]).data.train.limit is None
 
 
-def test_a_setting_of_another_type_and_a_single_value_are_told_as_such(tmp_path):
+def test_a_setting_of_another_type_and_a_value_that_must_be_a_list_are_explained(tmp_path):
     assert faults_of(write(tmp_path), "data.train.limit=3", "profile.steps=2") == [
         "command line: data.train.limit: unknown key; it belongs to another data.train.type",
         "command line: profile.steps: must be a list, e.g. [2]",
@@ -144,7 +143,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["algorithm.dual_constraint.kl=0.1"],
             "algorithm.dual_constraint.kl: has no effect: algorithm.dual_constraint.enabled is false",
         ),
-        (["weight_sync.in_flight=pause"], "weight_sync.in_flight: pause needs async.max_staleness of 1, got 0"),
+        (["weight_sync.in_flight=pause"], "weight_sync.in_flight: has no effect: async.max_staleness is 0"),
         (["parallel.vpp=2"], "parallel.vpp: needs parallel.pp of at least 2, got 2"),
         (["parallel.last_stage_layers=1"], "parallel.last_stage_layers: needs parallel.pp of at least 2, got 1"),
         (
@@ -192,7 +191,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "11264, got 99",
         ),
         (["eval.samples=4", "eval.temperature=0", "data.eval={type: file, path: x}"], "eval.samples: must be 1 with"),
-        (["eval.samples=4"], "eval: has no effect: data.eval names no data"),
+        (["eval.samples=4"], "eval.samples: has no effect: data.eval is not set"),
         (
             ["algorithm.redistribution.enabled=false", "algorithm.redistribution.beta=0.5"],
             "algorithm.redistribution.beta: has no effect: algorithm.redistribution.enabled is false",
@@ -211,7 +210,7 @@ def test_a_cpu_run_needs_the_size_of_the_kv_cache(tmp_path):
 
 
 def test_a_rejected_setting_causes_no_second_fault(tmp_path):
-    """Its default stands in for it while the others are checked: 512 would not divide by 7 either."""
+    """Its default replaces it while the others are checked: 512 is not a multiple of 7 either."""
     path = write(tmp_path, MINIMAL + "batch: {prompts_per_step: -7, prompts_per_minibatch: 7}\n")
     assert faults_of(path) == ["run.yaml: batch.prompts_per_step: must be greater than 0, got -7"]
 
@@ -245,7 +244,7 @@ def test_a_missing_file_and_bad_overrides_are_one_line_each(tmp_path):
     ]
 
 
-def test_what_a_file_lacks_is_named_with_the_file(tmp_path):
+def test_missing_settings_are_reported_with_the_file(tmp_path):
     assert faults_of(write(tmp_path, "name: x\n")) == [
         "run.yaml: steps: is required",
         "run.yaml: model: is required",

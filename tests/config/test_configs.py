@@ -1,4 +1,4 @@
-"""The shipped jobs: complete, each loads, fits its GPUs with its model's true sizes, and is what it is called."""
+"""The shipped jobs: complete; each loads, fits its GPUs at its model's real sizes, and matches its name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESPONSES = {"qwen2.5": 10240, "qwen3": 12288, "llama": 4096}
 
 
 def hf_config(config: Config) -> Path:
-    """The true config.json of a job's model."""
+    """The real config.json of a job's model."""
     (path,) = HF_CONFIGS.glob(f"*--{config.model.path.name}.json")
     return path
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hapo.config import ParallelConfig
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelConfig, ParallelSizes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 import torch.multiprocessing as multiprocessing
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import Transfer

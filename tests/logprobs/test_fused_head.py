@@ -266,7 +266,7 @@ def check_overlapped_reduction(rank: int) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_hapo.config.parallel_sizes import ParallelSizes
+    from megatron_hapo.config import ParallelSizes
     from megatron_hapo.model import parallel_layout
 
     parallel_layout.initialize(ParallelSizes(dp=2), device=torch.device("cpu"), seed=0, timeout_seconds=60)

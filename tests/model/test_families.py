@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import (
     MoeShape,

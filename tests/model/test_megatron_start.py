@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from megatron_hapo import cli
 from megatron_hapo.checkpoint.model_folder import INDEX
+from megatron_hapo.config import dump_config
 from tests.test_loop import make_config
 
 
@@ -28,10 +28,8 @@ def test_a_run_starts_from_a_megatron_folder_and_exports_while_training(tiny_qwe
     """The engines have no weights to load, so their log-probs depend on the first sync."""
     megatron = tmp_path / "megatron"
     assert cli.main(["convert", "hf-to-megatron", str(tiny_qwen3), str(megatron)]) == 0
-    config = make_config(megatron, tmp_path / "runs", {"tp": 2}).model_dump(mode="json")
-    config["checkpoint"]["hf_every"] = 1
-    (tmp_path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    command = [sys.executable, "-m", "megatron_hapo", "train", str(tmp_path / "run.yaml")]
+    dump_config(make_config(megatron, tmp_path / "runs", {"tp": 2}), tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "megatron_hapo", "train", str(tmp_path / "run.yaml"), "checkpoint.hf_every=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "tp2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from tests.distributed import run_ranks
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, expected_tensors, write_family
 

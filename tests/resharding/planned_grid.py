@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import Shape, Spec, is_expert, padded_vocab_size, placement, table_parameters
 from megatron_hapo.resharding.layouts import matrix_sizes, trainer_parameter
 from megatron_hapo.resharding.plan import Parameter, ReshardingPlan, Shard

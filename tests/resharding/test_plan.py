@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import MoeShape, Shape
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Block, Parameter, ReshardingPlan, Shard, make_plan

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.model.families import Shape, hf_tensor_shapes
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
 from megatron_hapo.resharding.expected import partial_checksums

@@ -8,8 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_hapo.config import parse_bytes
-from megatron_hapo.config.parallel_sizes import ParallelSizes
+from megatron_hapo.config import ParallelSizes, parse_bytes
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import (
     GIB,

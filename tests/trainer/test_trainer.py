@@ -283,7 +283,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
 
 
 def assert_layers_are_as_planned(trainer: Any) -> None:
-    """`Pipeline` distributes the layers as Megatron does."""
+    """`ParallelSizes.chunks` distributes the layers as Megatron does."""
     layout = trainer.layout
     planned = [list(layers) for layers in layout.sizes.chunks(trainer.shape.num_layers, layout.pp_rank)]
     assert [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in trainer.model] == planned

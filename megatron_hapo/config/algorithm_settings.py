@@ -1,0 +1,145 @@
+"""Settings of the algorithm: everything that a method chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from megatron_hapo.config.effects import any_of, only_with
+from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.section import Fraction, Section
+
+_TEMPERATURE = only_with("algorithm.adaptive_temperature.enabled", True)
+_CLIP = only_with("algorithm.adaptive_clip.enabled", True)
+_REDISTRIBUTION = only_with("algorithm.redistribution.enabled", True)
+_FORKING_TOKENS = only_with("algorithm.forking_tokens.enabled", True)
+_DUAL_CONSTRAINT = only_with("algorithm.dual_constraint.enabled", True)
+_CORRECTION = only_with("algorithm.importance_correction.level", "token", "sequence")
+
+
+class AdaptiveTemperatureConfig(Section):
+    """Adaptive temperature sampling: T_t = T (1 + tau h_t)."""
+
+    enabled: bool = True
+    """Sample each token at its own temperature."""
+    tau: Annotated[float, Field(ge=0, lt=1), _TEMPERATURE] = 0.05
+    """Strength: T (1 + tau) is the temperature at h = 1."""
+
+
+class AdaptiveClipConfig(Section):
+    """Asymmetric adaptive clipping: wider downwards at low entropy, wider upwards at high entropy."""
+
+    enabled: bool = True
+    """Adapt the clip range of each token to its entropy."""
+    alpha: Annotated[float, Field(ge=0), _CLIP] = 1.0
+    """Strength: the range is 1 + alpha times as wide at |h| = 1."""
+
+
+class RedistributionConfig(Section):
+    """Differential advantage redistribution."""
+
+    enabled: bool = True
+    """Amplify advantages of uncertain tokens whose ratio moves, and damp those of certain tokens whose ratio stays."""
+    beta: Annotated[float, Field(ge=0), _REDISTRIBUTION] = 1.0
+    """Strength: such an advantage is scaled by 1 + beta h."""
+
+
+class EntropyConfig(Section):
+    """The entropy modulation h, which the adaptive temperature, adaptive clipping and redistribution share."""
+
+    pivot: Fraction = 0.8
+    """Quantile of log entropy that separates high from low (rho)."""
+    sign: Literal["signed", "reference"] = "signed"
+    """`signed`: h in [-1, 1], as the method is described. `reference`: h is positive at low entropy, as in the
+    authors' released code."""
+    floor: Annotated[float, Field(ge=1e-30)] = 1e-6
+    """Entropies are raised to at least this value (nats) before the logarithm, in trainer and sampler alike."""
+    source: Annotated[Literal["old", "current", "micro_batch"], any_of(_CLIP, _REDISTRIBUTION)] = "old"
+    """Entropies from which h in the loss is computed. `old`: the policy before the step's first update. `current`: the
+    policy being updated, against the step's statistics. `micro_batch`: current entropies with statistics of each
+    micro-batch, as in the authors' released code; the result then depends on the layout."""
+    scale_quantile: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of tokens at either end whose log entropies do not stretch the scale of h, e.g. 0.001. 0 scales by the
+    largest and the smallest."""
+
+
+class ForkingTokensConfig(Section):
+    """Train on the most uncertain tokens of the step only (arXiv:2506.01939)."""
+
+    enabled: bool = False
+    """Drop the gradient of all other tokens."""
+    share: Annotated[float, Field(gt=0, le=1), _FORKING_TOKENS] = 0.2
+    """Share of the response tokens to keep (rho)."""
+
+
+class DualConstraintConfig(Section):
+    """Archer's constraints (arXiv:2507.15778). Tokens above an entropy quantile of their response are reasoning tokens;
+    the others are knowledge tokens, which keep algorithm.clip_low and clip_high."""
+
+    enabled: bool = False
+    """Apply the constraints."""
+    quantile: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.8
+    """Entropy quantile that separates the two kinds of tokens."""
+    clip_low: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.5
+    """Lower clip range of reasoning tokens."""
+    clip_high: Annotated[PositiveFloat, _DUAL_CONSTRAINT] = 0.5
+    """Upper clip range of reasoning tokens."""
+    kl: Annotated[float, Field(ge=0), _DUAL_CONSTRAINT] = 0.001
+    """Coefficient of the KL divergence of knowledge tokens from the policy before the step's first update."""
+
+
+class ImportanceCorrectionConfig(Section):
+    """Truncated importance sampling: the loss is weighted by pi_old / pi_engine."""
+
+    level: Literal["none", "token", "sequence"] = "none"
+    """`none`: no correction. `token`: one weight for each token. `sequence`: one weight for each response."""
+    mode: Annotated[Literal["clip", "mask"], _CORRECTION] = "clip"
+    """`clip`: weights are at most max_weight. `mask`: weights outside [1 / max_weight, max_weight] become 0."""
+    max_weight: Annotated[float, Field(ge=1), _CORRECTION] = 2.0
+    """Bound on the weights."""
+
+
+class AlgorithmConfig(Section):
+    """Advantage and loss. The defaults are HAPO; `configs/methods` has the other methods."""
+
+    advantage: Literal["token_level_group_average", "group_mean", "entropy_driven"] = "token_level_group_average"
+    """`token_level_group_average`: HAPO. `group_mean`: GRPO. `entropy_driven`: EDGE-GRPO."""
+    norm_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    advantage_fallback: Annotated[
+        PositiveFloat,
+        only_with("algorithm.advantage", "token_level_group_average"),
+        only_with("algorithm.norm_by_std", True),
+    ] = 5.0
+    """A group with a normalised |advantage| of at least this value gets GRPO's advantage instead."""
+    ratio: Literal["token", "sequence"] = "token"
+    """`token`: each token has its own importance ratio. `sequence`: one ratio for each response (GSPO)."""
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = "token_mean"
+    """Reduction of the loss over a mini-batch. `token_mean`: mean over tokens (DAPO, HAPO). `sequence_mean_token_mean`:
+    mean over responses of their token means (GRPO, GSPO). `sequence_mean_token_sum_norm`: mean over responses of their
+    token sums / rollout.max_response_tokens (Dr.GRPO)."""
+    clip_low: Fraction = 0.2
+    """The importance ratio is clipped to at least 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The importance ratio is clipped to at most 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] = 10.0
+    """Bound c on the loss of tokens with a negative advantage."""
+    entropy: Annotated[EntropyConfig, any_of(_TEMPERATURE, _CLIP, _REDISTRIBUTION)] = EntropyConfig()
+    adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()
+    adaptive_clip: AdaptiveClipConfig = AdaptiveClipConfig()
+    redistribution: RedistributionConfig = RedistributionConfig()
+    forking_tokens: ForkingTokensConfig = ForkingTokensConfig()
+    dual_constraint: DualConstraintConfig = DualConstraintConfig()
+    importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
+
+    def contradictions(self, *, cp: int) -> Iterator[Fault]:
+        """Why the algorithm cannot run at this context parallel size."""
+        if self.entropy.source == "micro_batch" and cp > 1:
+            yield Fault(
+                "algorithm.entropy.source",
+                f"must be old or current with parallel.cp={cp}, got micro_batch: no rank holds all tokens of a "
+                "micro-batch",
+                ("parallel.cp",),
+            )

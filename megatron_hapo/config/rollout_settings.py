@@ -1,0 +1,152 @@
+"""Settings of generation: engines, how they are sampled, and how they share weights and memory with the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from megatron_hapo.config.effects import not_with, only_with
+from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.section import Fraction, NonNegativeInt, Section
+
+
+class RolloutConfig(Section):
+    """The SGLang engines and the responses that they generate for training."""
+
+    engines: PositiveInt = 1
+    """Number of SGLang engines."""
+    tp: PositiveInt = 1
+    """Tensor parallel size of one engine."""
+    ep: PositiveInt = 1
+    """Expert parallel size of one engine: 1 shards every expert over its tp ranks, tp gives each rank whole experts."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are dropped, counted and reported."""
+    max_response_tokens: PositiveInt = 10240
+    """Longer responses are truncated."""
+    temperature: PositiveFloat = 1.0
+    """Base temperature T of training rollouts; the trainer computes log-probs at this temperature too."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the end-of-sequence tokens of the model's generation config."""
+    max_running_requests: PositiveInt = 256
+    """Requests that one engine decodes at once. It is given about an eighth more, which wait in its queue; all others
+    go to whichever engine has room first."""
+    memory_fraction: Annotated[Fraction, not_with("device", "cpu")] = 0.8
+    """Share of a GPU's memory for weights and KV cache."""
+    kv_cache_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens. `None`: as large as memory_fraction allows; a CPU needs a number."""
+    timeout_seconds: PositiveFloat = 3600
+    """A generation call that takes longer fails the run with the name of the engine."""
+
+    def contradictions(self, *, device: str) -> Iterator[Fault]:
+        """Settings of the engines that do not fit each other or the device."""
+        if self.ep not in (1, self.tp):
+            yield Fault("rollout.ep", f"must be 1 or rollout.tp={self.tp}, got {self.ep}", ("rollout.tp",))
+        elif self.ep > 1 and device == "cpu":
+            yield Fault(
+                "rollout.ep", f"must be 1 with device=cpu, got {self.ep}: SGLang has no such CPU kernel", ("device",)
+            )
+        longest = self.max_prompt_tokens + self.max_response_tokens
+        if self.kv_cache_tokens is None and device == "cpu":
+            yield Fault("rollout.kv_cache_tokens", "is required with device=cpu", ("device",))
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < longest:
+            yield Fault(
+                "rollout.kv_cache_tokens",
+                f"must hold one prompt and response of max_prompt_tokens + max_response_tokens = {longest}, "
+                f"got {self.kv_cache_tokens}",
+                ("rollout.max_prompt_tokens", "rollout.max_response_tokens"),
+            )
+
+
+class DynamicSamplingConfig(Section):
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by further generation."""
+
+    enabled: bool = False
+    """Generate until there are enough groups with differing rewards."""
+    max_generation_batches: Annotated[PositiveInt, only_with("dynamic_sampling.enabled", True)] = 10
+    """The run fails if this many batches do not yield enough groups."""
+
+
+class AsyncConfig(Section):
+    """Generation while the trainer trains."""
+
+    max_staleness: Literal[0, 1] = 0
+    """Number of steps by which the weights of rollouts may lag behind. `0`: strictly on-policy. `1`: the next step's
+    rollouts are generated while this step trains; needs algorithm.importance_correction. weight_sync.in_flight chooses
+    what happens to responses that are unfinished when the weights change."""
+
+    def contradictions(self, *, placement: str, correction_level: str) -> Iterator[Fault]:
+        """Why rollouts cannot lag behind."""
+        if not self.max_staleness:
+            return
+        key = "async.max_staleness"
+        if correction_level == "none":
+            yield Fault(
+                key,
+                f"{self.max_staleness} needs algorithm.importance_correction.level token or sequence, got none: the "
+                "weights that generate rollouts are older than those that are trained",
+                ("algorithm.importance_correction",),
+            )
+        if placement == "colocated":
+            yield Fault(
+                key,
+                f"must be 0 with placement=colocated, got {self.max_staleness}: engines that share the trainer's GPUs "
+                "cannot generate while it trains",
+                ("placement",),
+            )
+
+
+class EvalConfig(Section):
+    """Evaluation on data.eval, during training and by `megatron-hapo eval`."""
+
+    every: NonNegativeInt = 5
+    """Steps between evaluations during training; there is also one before the first step and one after the last.
+    0: none."""
+    samples: PositiveInt = 1
+    """Responses to each evaluation prompt; the accuracy is their mean."""
+    temperature: Annotated[float, Field(ge=0)] = 0.5
+    """Sampling temperature; 0 is greedy. Evaluation never uses the adaptive temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1), not_with("eval.temperature", 0)] = 0.7
+    """Sample from the most likely tokens whose probabilities add up to this."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Settings of the evaluation that exclude each other."""
+        if self.samples > 1 and self.temperature == 0:
+            yield Fault(
+                "eval.samples",
+                f"must be 1 with eval.temperature=0, got {self.samples}: greedy responses are all the same",
+                ("eval.temperature",),
+            )
+
+
+class WeightSyncConfig(Section):
+    """How the engines get the trainer's weights."""
+
+    method: Literal["direct", "gather"] = "direct"
+    """`direct`: from the trainer's shards straight into the engines' own parameters. Falls back to gather, and logs the
+    reason, if the engine's layout of the model is not known. `gather`: whole tensors under their Hugging Face names."""
+    bucket_bytes: PositiveInt = 512 << 20
+    """With `gather`, weights are sent in buckets of at most this size (a larger parameter is a bucket of its own). With
+    `direct`, all buckets in flight take at most twice this size."""
+    verify_every: PositiveInt = 10
+    """Syncs between comparisons of the engines' checksums with the trainer's; the first sync is always compared."""
+    in_flight: Annotated[Literal["finish", "pause", "abort"], only_with("async.max_staleness", 1)] = "finish"
+    """What happens to responses of the next step that are unfinished when the weights change. `finish`: the sync waits
+    for them. `pause`: they wait and continue with the new weights, with their prefix recomputed (partial rollouts; each
+    token records the version of its weights). `abort`: they are generated again from the start."""
+    timeout_seconds: Annotated[PositiveFloat, only_with("weight_sync.method", "direct")] = 600
+    """A phase of a direct sync that takes longer fails the run, naming the ranks and the parameter it waits for."""
+
+
+class MemoryTurnsConfig(Section):
+    """What trainer ranks and engines on the same GPUs release while the others work; they keep the rest."""
+
+    trainer: Literal["all", "gradients"] = "all"
+    """Released while engines generate. `all`: gradient buffers and the optimizer state, which moves to host memory.
+    `gradients`: gradient buffers only."""
+    engines: Literal["all", "kv_cache"] = "all"
+    """Released while the trainer works. `all`: the KV cache and the weights, which the next sync sends again.
+    `kv_cache`: the KV cache only."""
