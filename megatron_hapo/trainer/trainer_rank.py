@@ -21,13 +21,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_hapo.algorithm.batching import MicroBatch, pack, plan_microbatches
+from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
 from megatron_hapo.algorithm.objective import policy_loss
 from megatron_hapo.checkpoint import distributed as checkpoint
 from megatron_hapo.checkpoint.hf import place_of, spoken_tensors, write_stage
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
-from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.model.build import build_model, named_parameters
@@ -42,7 +41,7 @@ from megatron_hapo.resharding.transfer import Transfer, as_matrix
 from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, engine_cut
 from megatron_hapo.trainer.offload import TrainerMemory
-from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket
 
 logger = logging.getLogger(__name__)
 
@@ -419,5 +418,5 @@ class TrainerRank:
         """At the base temperature first; where asked for, at those of the rollout too."""
         temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)
         if rollout_temperatures:
-            temperatures += (microbatch.temperatures,)
+            temperatures += (microbatch["temperatures"],)
         return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures)
