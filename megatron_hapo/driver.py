@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from megatron_hapo.algorithm.minibatches import minibatches
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
@@ -108,8 +109,13 @@ class Driver:
 
     def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
         """Brings the new weights into the engines."""
-        if self.config.weight_sync.in_flight == "finish":
-            rollouts.wait(clock)
+        match self.config.weight_sync.in_flight:
+            case "finish":
+                rollouts.wait(clock)
+            case "pause" | "abort":
+                pass  # the pool deals with what is being generated
+            case unknown:
+                assert_never(unknown)
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
 

@@ -40,7 +40,7 @@ class LossTokens:
     log_probs: Tensor
     """[N], current policy, differentiable."""
     entropies: Tensor
-    """[N], current policy, nats."""
+    """[N], current policy, nats; differentiable if an enabled part has `entropy_gradient`."""
     microbatch: MicroBatch
     """Its per-token data are those of the batch and of every `current_token_data`."""
     stats: EntropyStats | None
@@ -56,6 +56,8 @@ class Part:
     """Parts are applied in ascending order, those of equal order by name."""
     choice: ClassVar[tuple[str, str] | None] = None
     """Setting and value that the part implements, such as ("advantage", "group_mean")."""
+    entropy_gradient: ClassVar[bool] = False
+    """Whether `loss_term` differentiates the entropies, as an entropy bonus does; else they are constants."""
 
     def __init__(self, algorithm: AlgorithmConfig):
         self.algorithm = algorithm

@@ -40,6 +40,8 @@ class OutputHead(ABC):
     """Ranks that share the vocabulary; None if it is not sharded."""
     vocab_size: int
     """Real size, without padding."""
+    entropy_gradient: bool = False
+    """Whether entropies are differentiable, which costs a little more in the backward pass."""
 
     def __call__(
         self,
@@ -52,7 +54,7 @@ class OutputHead(ABC):
     ) -> Tensor:
         """Log-probs and entropies in nats at each temperature, equal on all ranks of tp_group. [temperatures, 2, N]
 
-        float32. Log-probs carry gradient; entropies do not, since no loss needs it.
+        float32. Log-probs carry gradient; entropies only with `entropy_gradient`.
         """
         if output_layer.sequence_parallel:
             # Gather all rows, then select. The gather's backward reduce-scatters the partial gradients of the
@@ -60,7 +62,9 @@ class OutputHead(ABC):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
         weight_VH = output_layer.weight if output_weight is None else output_weight
         scores = self._score(hidden_states[:, 0][context.positions], weight_VH, output_layer, context)
-        return torch.stack([torch.stack([log_probs_N, entropies_N.detach()]) for log_probs_N, entropies_N in scores])
+        if not self.entropy_gradient:
+            scores = [(log_probs_N, entropies_N.detach()) for log_probs_N, entropies_N in scores]
+        return torch.stack([torch.stack(pair) for pair in scores])
 
     @abstractmethod
     def _score(

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_hapo.algorithm.methods import enabled_parts
 from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
 from megatron_hapo.algorithm.objective import policy_loss
 from megatron_hapo.checkpoint import distributed as checkpoint
@@ -68,7 +69,9 @@ class TrainerRank:
         )
         load_weights(self.model, self.shape, layout, config.model.path)
         self._output_head = OUTPUT_HEADS[config.trainer.output_head](
-            tp_group=layout.tp_group if layout.tp_size > 1 else None, vocab_size=self.shape.vocab_size
+            tp_group=layout.tp_group if layout.tp_size > 1 else None,
+            vocab_size=self.shape.vocab_size,
+            entropy_gradient=any(part.entropy_gradient for part in enabled_parts(config.algorithm)),
         )
         checkpoint.keep_torch_adam_steps()
         self._wrap_for_training(dtype)

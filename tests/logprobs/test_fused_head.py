@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -310,3 +311,27 @@ def check_two_ranks(rank: int) -> None:
 
 def test_two_ranks_equal_one():
     run_ranks(2, check_two_ranks, timeout_seconds=120)
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_head_gives_entropies_a_gradient_only_if_the_method_needs_it(entropy_gradient: bool) -> None:
+    from megatron_hapo.logprobs.output_head import FusedHead, ScoredTokens
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 1, 4, generator=generator).requires_grad_()
+    weight = torch.randn(9, 4, generator=generator)
+    head = FusedHead(tp_group=None, vocab_size=9, entropy_gradient=entropy_gradient)
+    ((log_probs, entropies),) = head(
+        hidden_states=hidden,
+        output_layer=SimpleNamespace(sequence_parallel=False, weight=weight),
+        output_weight=None,
+        context=ScoredTokens(torch.tensor([0, 3]), torch.tensor([2, 8]), (1.0,)),
+    )
+    assert log_probs.requires_grad
+    (log_probs.sum() + entropies.sum()).backward()
+    log_p = torch.log_softmax(hidden[[0, 3], 0] @ weight.t(), -1)
+    want = log_p[[0, 1], [2, 8]].sum()
+    if entropy_gradient:
+        want = want - (log_p.exp() * log_p).sum()
+    (expected,) = torch.autograd.grad(want, hidden)
+    torch.testing.assert_close(hidden.grad, expected)
