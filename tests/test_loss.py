@@ -168,7 +168,7 @@ def test_only_the_case_without_modulation_has_no_signed_variant():
 
 
 def layout_losses(sign: str, rows: int, *, global_statistics: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient [B, T] of the `layout` mini-batch, cut into micro-batches of so many rows."""
+    """Loss and gradient [B, T] of the `layout` mini-batch, cut into micro-batches of this many rows."""
     config = golden.settings("pol/full")
     mask, entropy = golden.valid("layout"), golden.tensor("layout:entropy")
     log_probs = golden.tensor("layout:log_prob").clone().requires_grad_()

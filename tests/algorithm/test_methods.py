@@ -1,4 +1,4 @@
-"""What each method has of its own, against hand-worked numbers and slow references; and the composition of switches."""
+"""Each method's own formulas against hand-worked numbers and slow references, and their composition in the loss."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def scored_batch(*, groups: int = 2, size: int = 3, seed: int = 0) -> tuple[Trai
 
 
 def with_scores(batch: TrainBatch, scores: TokenScores, settings: AlgorithmConfig) -> tuple[TrainBatch, EntropyStats]:
-    """The batch, with the advantages that it has, as `training_batch` completes it."""
+    """The batch as `training_batch` completes it, with its advantages kept."""
     stats = step_statistics(scores, settings)
     return with_token_data(replace(batch, old_log_probs=scores.log_probs, stats=stats), scores, settings), stats
 
 
 def as_microbatch(batch: TrainBatch) -> MicroBatch:
-    """All of the batch's responses, only with what the objective reads."""
+    """All responses of the batch, with only the fields that the objective reads."""
     lengths = torch.from_numpy(batch.response_lengths)
     empty = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
@@ -189,7 +189,7 @@ def test_certain_responses_count_more_within_their_group():
     entropies = torch.tensor([1.0, 1.0, 3.0, 0.0, 0.0])
     lengths, groups = torch.tensor([2, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
     advantages = entropy_driven_advantage(torch.tensor([1.0, -1.0, 0.5, -0.5]), entropies, lengths, groups)
-    # group 0: mean entropies 1 and 3, their mean 2; group 1 has no entropy at all and stays as it is.
+    # group 0: mean entropies 1 and 3, their mean 2; group 1 has no entropy at all and stays unchanged.
     torch.testing.assert_close(advantages, torch.tensor([2.0, -2 / 3, 0.5, -0.5]))
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches: every row once, balanced, equal in number; and the tensors of one."""
+"""The plan of micro-batches (every row once, balanced, equally many per rank) and the tensors of one of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_pack_selects_the_positions_that_predict_response_tokens() -> None:
 
 
 def test_every_array_along_the_response_tokens_reaches_the_micro_batch() -> None:
-    """Whatever field or data a method adds: nothing lists them a second time."""
+    """A field or data that a method adds is listed nowhere else."""
     batch = replace(
         make_batch(),
         old_log_probs=np.arange(6, dtype=np.float32) + 10,
@@ -191,10 +191,10 @@ def test_a_large_step_is_balanced_full_and_planned_in_time(seed: int, budget: in
     tokens = np.array([[lengths[rows].sum() for rows in microbatches] for microbatches in plan])
     loads = tokens.sum(1)
     assert loads.max() / loads.mean() <= 1.02
-    # An empty micro-batch costs a pass of its own; each rank's tokens are padded to a multiple of tp = 8.
+    # An empty micro-batch costs a whole pass; each rank's tokens are padded to a multiple of tp = 8.
     filler = (tokens == 0).mean() + (-tokens % 8).sum() / tokens.sum()
     assert filler < 0.01
-    # No rank could do with fewer: the fullest one needs this many at least.
+    # No plan could have fewer: the fullest rank needs at least this many.
     assert tokens.shape[1] <= np.ceil(loads.max() / budget) + 1
     # Experts make the ranks wait for each other in every micro-batch: the n-th ones are alike in size.
     assert tokens.max(0).sum() / tokens.mean(0).sum() < 1.02

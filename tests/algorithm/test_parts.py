@@ -1,4 +1,4 @@
-"""The registry of methods: closed choices, explicit order, and a new method by a module alone."""
+"""The registry of methods: closed choices, an explicit order, and new methods without other edits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_hapos_parts_follow_their_switches():
 
 
 class Rival(Part):
-    """A method of a kind that may come: selected tokens by step-wide statistics, a surrogate of its own, a bonus."""
+    """What future methods may need: tokens selected by step-wide statistics, another surrogate, an entropy bonus."""
 
     @classmethod
     def enabled(cls, algorithm: AlgorithmConfig) -> bool:

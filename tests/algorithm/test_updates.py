@@ -1,4 +1,4 @@
-"""What updates do to one trainer rank's weights: the right direction, nothing after a fault, steps below bfloat16."""
+"""Updates of the weights on one rank: right direction, none after a fault, steps below bfloat16's resolution."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def diverge(model: Path) -> tuple[str, bool]:
 
 
 def take_small_steps(model: Path) -> list[dict[str, float]]:
-    """After each of some bfloat16 updates whose steps are far below its resolution: how far master and weight are."""
+    """Movement of masters and weights after each of several updates whose steps are far below bfloat16's resolution."""
     from megatron_hapo.trainer.trainer_rank import TrainerRank
 
     config = make_config(model, {"tp": 1}, lr=1e-6)

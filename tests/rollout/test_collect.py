@@ -1,4 +1,4 @@
-"""Dynamic sampling over a pool and a scorer that follow a script."""
+"""Dynamic sampling with a scripted pool and scorer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _rollout(prompt: Prompt) -> Rollout:
 
 
 class Pool:
-    """Answers every prompt with two rollouts and remembers what it was asked."""
+    """Answers every prompt with two rollouts and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[Sampling] = []

@@ -1,4 +1,4 @@
-"""When groups are generated."""
+"""The time at which groups are generated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Recorder:
         return generate
 
 
-def test_on_policy_nothing_is_generated_before_it_is_asked_for() -> None:
+def test_on_policy_nothing_is_generated_before_it_is_requested() -> None:
     recorder, clock = Recorder(), StepClock()
     source = RolloutSource(recorder.prepare, ahead=0, last_step=2)
     for step in (1, 2):
