@@ -1,6 +1,6 @@
-"""Advantages of responses from the rewards and lengths of their group: pure functions, no padding anywhere.
+"""Advantages of responses from the rewards and lengths of their group: pure functions, without padding.
 
-`B` responses. Groups are given by an integer for each response.
+`B` responses. An integer for each response tells its group.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def token_level_group_average(
 ) -> Tensor:
     """Advantage of every token of each response, normalised over the tokens of its group.
 
-    Each response counts with its length: mu = sum len R / sum len, sigma the biased deviation, and the advantage is
-    (R - mu) / (sigma + eps). If some |advantage| of the group reaches `fallback`, the whole group takes the GRPO
-    advantage instead. The fallback is of the released code, which looks at padding too; here only tokens count, and
-    groups of one, without tokens, or whose rewards are all equal give 0.
+    Each response is weighted by its length: mu = sum len R / sum len, sigma the biased standard deviation, and the
+    advantage is (R - mu) / (sigma + eps). If any |advantage| of the group reaches `fallback`, the whole group takes the
+    GRPO advantage instead. The fallback comes from the released code, which also looks at padding; here only tokens
+    count. Groups of one, without tokens, or whose rewards are all equal give 0.
 
     Args:
-        rewards_B: [B], one reward a response, finite.
+        rewards_B: [B], one reward per response, finite.
         lengths_B: [B], valid response tokens, at least 0.
         groups_B: [B] integers, equal for responses to one prompt.
-        norm_by_std: without it the advantage is R - mu, and there is no fallback.
+        norm_by_std: if False, the advantage is R - mu, and there is no fallback.
     Returns:
-        [B] float32, float64 for float64 rewards; all tokens of a response share its value.
+        [B] float32, or float64 for float64 rewards; all tokens of a response share its value.
     Raises:
-        ValueError: shapes differ, a reward that is not finite, a negative length.
+        ValueError: shapes differ, a reward is not finite, a length is negative.
     Source: HAPO, arXiv:2509.16591, "token-level group average".
     """
     return _per_group(
@@ -49,8 +49,8 @@ def group_mean_advantage(
 ) -> Tensor:
     """GRPO's advantage: (R - mean) / (unbiased std + eps) over the responses of the group. [B]
 
-    Arguments, result and errors as of `token_level_group_average`; lengths only tell which responses have tokens.
-    Groups of one or whose rewards are all equal give 0.
+    Arguments, result and errors are those of `token_level_group_average`; lengths only tell which responses have
+    tokens. Groups of one or whose rewards are all equal give 0.
 
     Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
     """
@@ -84,7 +84,7 @@ def _per_group(
 ) -> Tensor:
     if not rewards_B.shape == lengths_B.shape == groups_B.shape or rewards_B.dim() != 1:
         raise ValueError(
-            "rewards, lengths and groups must be 1-d and of one length, got "
+            "rewards, lengths and groups must be 1-d and of equal length, got "
             f"{tuple(rewards_B.shape)}, {tuple(lengths_B.shape)}, {tuple(groups_B.shape)}"
         )
     if not bool(rewards_B.isfinite().all()):
@@ -94,13 +94,13 @@ def _per_group(
         row = int((lengths_B < 0).nonzero()[0])
         raise ValueError(f"length of response {row} is {int(lengths_B[row])}; it must be at least 0")
     dtype = torch.float64 if rewards_B.dtype == torch.float64 else torch.float32
-    # In float64, so that the order of a group's responses does not show in a float32 result.
+    # In float64, so that the order of a group's responses does not affect a float32 result.
     rewards_B, lengths_B = rewards_B.double(), lengths_B.double()
     advantages_B = torch.zeros_like(rewards_B)
     for group in groups_B.unique():
         rows = groups_B == group
         rewards, lengths = rewards_B[rows], lengths_B[rows]
-        # Rounding in the mean must not turn equal rewards into advantages; a response without tokens has no say.
+        # Rounding in the mean must not turn equal rewards into advantages; responses without tokens are ignored.
         with_tokens = rewards[lengths > 0]
         if len(with_tokens) > 1 and bool((with_tokens != with_tokens[0]).any()):
             advantages_B[rows] = advantage(rewards, lengths)

@@ -1,37 +1,31 @@
-"""The loop: generate, score, advantages, update, sync weights, log."""
+"""The loop: generate, score, advantages, train step, sync weights, log."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import assert_never
 
-import numpy as np
-
-from megatron_hapo.algorithm.prepare import (
-    entropy_metrics,
-    minibatches,
-    mismatch_metrics,
-    weight_metrics,
-    with_advantages,
-    with_scores,
-)
+from megatron_hapo.algorithm.minibatches import minibatches
+from megatron_hapo.algorithm.step_statistics import steering, step_statistics
+from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import PromptSampler
-from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.step_metrics import step_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
-from megatron_hapo.rollout.collect import collect_groups, staleness, steering
+from megatron_hapo.rollout.collect import Collected, collect_groups
 from megatron_hapo.rollout.evaluation import evaluate
-from megatron_hapo.rollout.source import Collected, Generation, RolloutSource
+from megatron_hapo.rollout.source import Generation, RolloutSource
 from megatron_hapo.sizing.utilization import Utilization
-from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.types import EntropyStats, Prompt, Sampling, TokenScores, TrainBatch, pack_groups
 
 
 @dataclass(kw_only=True)
 class Driver:
-    """Runs a training job over its parts; holds what a resumed run must know again."""
+    """Runs a training job over its parts; holds the state that a resumed run needs."""
 
     config: Config
     trainer: Trainer
@@ -45,12 +39,12 @@ class Driver:
     utilization: Utilization
     profiler: StepProfiler
     stats: EntropyStats | None = None
-    """Of the previous step, for the sampler; None before the first, which samples at the base temperature."""
+    """Of the previous step, for the sampler; None before the first step, which samples at the base temperature."""
     stop_requested: bool = False
-    """Set from a signal handler: the loop ends after the step under way."""
+    """Set by a signal handler: the loop ends after the current step."""
     _saved_step: int = field(default=0, init=False)
     _prompts_after: dict[int, int] = field(default_factory=dict, init=False)
-    """State of the prompt sampler after each step's generation."""
+    """Step -> state of the prompt sampler after that step's generation."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
@@ -74,34 +68,59 @@ class Driver:
             self._save(step)
 
     def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
-        """One step of the paper's loop; step counts from 1."""
-        config, (groups, metrics) = self.config, rollouts.take(step, clock)
+        """One step of the paper's loop and its metrics; step counts from 1."""
+        collected = self._generate(step, rollouts, clock)
+        batch, scores = self._score(collected, clock)
+        self.stats = step_statistics(scores, self.config.algorithm)
+        batch = training_batch(batch, collected.groups, scores, self.stats, self.config.algorithm)
+        parts, updates = self._update(batch, step, clock)
+        self._write_checkpoint(step, clock)
+        self._sync_weights(step, rollouts, clock)
+        metrics = step_metrics(
+            groups=collected.groups, kept_share=collected.kept_share, batch=batch, scores=scores, stats=self.stats,
+            updates=updates, step=step,
+        )  # fmt: skip
+        return {**metrics, **collected.seconds, **self.utilization.of_batches(parts)}
+
+    def _generate(self, step: int, rollouts: RolloutSource, clock: StepClock) -> Collected:
+        """The step's groups with their rewards; afterwards the memory is the trainer's."""
+        collected = rollouts.take(step, clock)
         with clock("memory_turn"):
             self.turns.to_trainer()
-        batch = with_advantages(groups, config.algorithm)
+        return collected
+
+    def _score(self, collected: Collected, clock: StepClock) -> tuple[TrainBatch, TokenScores]:
+        """The groups' responses as one batch, and the old policy's scores of their tokens."""
+        batch = pack_groups(collected.groups)
         with clock("log_probs"):
-            scores = self.trainer.log_probs(batch)
-        batch, self.stats = with_scores(batch, scores, config.algorithm, group_size=config.batch.samples_per_prompt)
+            return batch, self.trainer.log_probs(batch)
+
+    def _update(
+        self, batch: TrainBatch, step: int, clock: StepClock
+    ) -> tuple[list[TrainBatch], list[dict[str, float]]]:
+        """One optimizer step on each mini-batch; the mini-batches and their metrics."""
+        config = self.config
         with clock("update"):
             parts = minibatches(
                 batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
                 seed=config.seed, step=step,
             )  # fmt: skip
-            updates = [self.trainer.update(part, step=step) for part in parts]
-        self._write(step, clock)
-        if config.weight_sync.in_flight == "finish":
-            rollouts.wait(clock)
+            return parts, [self.trainer.update(part, step=step) for part in parts]
+
+    def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
+        """Brings the new weights into the engines."""
+        match self.config.weight_sync.in_flight:
+            case "finish":
+                rollouts.wait(clock)
+            case "pause" | "abort":
+                pass  # the pool deals with what is being generated
+            case unknown:
+                assert_never(unknown)
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
-        means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-        return {
-            **metrics, **entropy_metrics(scores, self.stats), **weight_metrics(batch),
-            **mismatch_metrics(batch, scores), **means, "rollout/staleness": staleness(groups, step),
-            **self.utilization.of_batches(parts),
-        }  # fmt: skip
 
     def _generation(self, step: int) -> Generation:
-        """How to collect a step's groups, with the sampling that the present statistics ask for."""
+        """The function that collects a step's groups, sampled as the current statistics require."""
         sampling, config = self._sampling(step), self.config
 
         def collect(clock: StepClock) -> Collected:
@@ -126,7 +145,7 @@ class Driver:
         every = self.config.eval.every
         return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
 
-    def _write(self, step: int, clock: StepClock) -> None:
+    def _write_checkpoint(self, step: int, clock: StepClock) -> None:
         with clock("checkpoint"):
             if (every := self.config.checkpoint.every) and step % every == 0:
                 self._save(step)
@@ -134,7 +153,7 @@ class Driver:
                 self.trainer.export_hf(self.config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
 
     def _save(self, step: int) -> None:
-        # Prompts of rollouts made ahead are not used up: a resumed run generates them anew.
+        # Prompts of rollouts generated ahead do not count as used: a resumed run generates them again.
         prompts = self._prompts_after.get(step, self.prompts.state())
         self.checkpoints.save(RunState(step=step, prompts=prompts, stats=self.stats), self.trainer)
         self._saved_step = step

@@ -1,41 +1,24 @@
 """Entropy statistics, the modulation h and the adaptive temperature: pure functions of tensors.
 
-Source: HAPO, arXiv:2509.16591, "adaptive temperature sampling" and its entropy normalisation; where the released code
-and the text disagree, `sign` chooses. Entropies are in nats. `N` tokens, `R` rows of a sampling batch.
+Source: HAPO, arXiv:2509.16591, "adaptive temperature sampling" and its entropy normalisation. Where the released code
+and the text disagree, `sign` selects one of them. Entropies are in nats. `N` tokens, `R` rows of a sampling batch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Sign = Literal["signed", "reference"]
-
+from megatron_hapo.types import EntropyStats, Sign
 
 _SQUARES_PER_UNIT = 1 << 24
-"""Squares are summed as integers of this resolution, whose sum does not depend on the order."""
+"""Squares are summed as integers of this resolution, so that the sum does not depend on the order."""
 _TOKENS_AT_ONCE = 1 << 18
-"""Whose squares stay in the processor's cache."""
-
-
-@dataclass(frozen=True)
-class EntropyStats:
-    """Order statistics of log entropy over all response tokens of a step."""
-
-    pivot: float
-    """Pivot quantile of log entropy."""
-    log_max: float
-    """Largest log entropy, or its high quantile."""
-    log_min: float
-    """Smallest log entropy, or its low quantile."""
-    rms: float
-    """Root mean square of log entropy about the pivot; not used by the modulation, exported for the z-score of the
-    paper's temperature formula."""
-    num_tokens: int
+"""Tokens per chunk of the sum of squares; a chunk fits into the processor's cache."""
+_SMALLEST_SPREAD = 1e-12
+"""As in the released code: a side of the pivot without any spread gives 0, never 0 / 0."""
 
 
 def entropy_stats(
@@ -47,17 +30,17 @@ def entropy_stats(
     code computes the same, and calls the pivot `median` and the rms `std`.
 
     Args:
-        entropy_N: nats, all valid response tokens of the step (global, not one rank's). float64 stays float64.
+        entropy_N: nats, all valid response tokens of the step (global, not of one rank). float64 stays float64.
         pivot: in (0, 1).
         floor: entropies are raised to this many nats before the logarithm.
-        scale_quantile: in [0, 0.5); with q > 0 log_max and log_min are the quantiles 1 - q and q (never on the other
+        scale_quantile: in [0, 0.5). With q > 0, log_max and log_min are the quantiles 1 - q and q (clamped to their
             side of the pivot), so that single tokens do not stretch the scale of h; tokens beyond get h = 1 or -1.
     Raises:
-        ValueError: no tokens, an entropy that is not finite, a pivot outside (0, 1), a scale_quantile outside [0, 0.5).
+        ValueError: no tokens, a non-finite entropy, a pivot outside (0, 1), a scale_quantile outside [0, 0.5).
     """
     if not 0 < pivot < 1:
         raise ValueError(f"pivot must lie in (0, 1), got {pivot}")
-    log_N = _log_entropy(entropy_N, floor).flatten()
+    log_N = _checked(entropy_N, floor).clamp(min=floor).log().flatten()
     num_tokens = log_N.numel()
     if num_tokens == 0:
         raise ValueError("entropy statistics need at least one token, got none")
@@ -65,7 +48,7 @@ def entropy_stats(
         raise ValueError(f"scale_quantile must lie in [0, 0.5), got {scale_quantile}")
 
     def order_statistic(share: float) -> Tensor:
-        # Python rounds half to even, as the reference does
+        # Python rounds half to even, as the released code does.
         return log_N.kthvalue(round(share * (num_tokens - 1)) + 1).values
 
     quantile = order_statistic(pivot)
@@ -83,27 +66,70 @@ def entropy_stats(
 
 
 def entropy_modulation(entropy_N: Tensor, stats: EntropyStats, *, sign: Sign = "signed", floor: float = 1e-6) -> Tensor:
-    """Where each token's log entropy lies between the pivot (0) and the extremes, in [-1, 1].
-
-    Above the pivot h = (log H - q) / (max - q); below, `signed` gives -(q - log H) / (q - min), `reference` (the
-    authors' released code) the same without the minus. Tokens outside the statistics' range are clamped, which the
-    released code does in the sampler only.
+    """h of each token under one step's statistics: see `modulation`.
 
     Args:
         entropy_N: nats. float64 stays float64.
     Returns:
-        h in the shape of the entropies, float32 unless they are float64; no gradient.
+        h in the shape of the entropies, float32 unless they are float64; without gradient.
     Raises:
-        ValueError: an entropy that is not finite, an unknown sign.
+        ValueError: a non-finite entropy, an unknown sign.
     """
-    if sign not in ("signed", "reference"):
-        raise ValueError(f"sign must be 'signed' or 'reference', got {sign!r}")
-    distance_N = _log_entropy(entropy_N, floor) - stats.pivot
-    # Guards as in the reference: a side without any spread gives 0, never 0 / 0.
-    above_N = distance_N / max(stats.log_max - stats.pivot, 1e-12)
-    below_N = distance_N / max(stats.pivot - stats.log_min, 1e-12)
-    h_N = torch.where(distance_N > 0, above_N, below_N).clamp(-1, 1)
-    return h_N.abs() if sign == "reference" else h_N
+    unsigned, (above, below) = is_unsigned(sign), spreads(stats)
+    return modulation(
+        _checked(entropy_N, floor), floor=floor, pivot=stats.pivot, above=above, below=below, unsigned=unsigned
+    )
+
+
+def modulation(
+    entropy: Tensor,
+    *,
+    floor: float | Tensor,
+    pivot: float | Tensor,
+    above: float | Tensor,
+    below: float | Tensor,
+    unsigned: bool | Tensor,
+) -> Tensor:
+    """h: where log entropy lies between the pivot (0) and the extremes (1 and -1), in [-1, 1].
+
+    Above the pivot q, h = (log H - q) / above. Below it, the signed h is -(q - log H) / below; the unsigned one, of the
+    authors' released code, is the same without the minus. Entropies beyond the extremes are clamped, which the released
+    code does only in the sampler.
+
+    Every argument is a number or a tensor with one value per entropy, so that the rows of one batch can follow
+    different statistics. Tensor values decide nothing on the host: a GPU is never synchronised.
+
+    Args:
+        entropy: nats, float32 or float64.
+        floor: entropies are raised to this many nats before the logarithm.
+        above, below: spreads of log entropy on either side of the pivot, positive.
+        unsigned: whether to drop the sign below the pivot (`sign: reference`).
+    """
+    distance = entropy.clamp(min=floor).log() - pivot  # type: ignore[call-overload]  # a number or a tensor
+    h = torch.where(distance > 0, distance / above, distance / below).clamp(-1, 1)
+    if isinstance(unsigned, bool):
+        return h.abs() if unsigned else h
+    return torch.where(unsigned, h.abs(), h)
+
+
+def is_unsigned(sign: Sign) -> bool:
+    """Whether h loses its sign below the pivot.
+
+    Raises:
+        ValueError: an unknown sign.
+    """
+    match sign:
+        case "signed":
+            return False
+        case "reference":
+            return True
+        case _:
+            raise ValueError(f"sign must be 'signed' or 'reference', got {sign!r}")
+
+
+def spreads(stats: EntropyStats) -> tuple[float, float]:
+    """Distance from the pivot to the largest and to the smallest log entropy, at least `_SMALLEST_SPREAD`."""
+    return max(stats.log_max - stats.pivot, _SMALLEST_SPREAD), max(stats.pivot - stats.log_min, _SMALLEST_SPREAD)
 
 
 def adaptive_temperature(
@@ -122,7 +148,7 @@ def adaptive_temperature(
         base_R: [R] or a number, base temperature.
         tau: in [0, 1); 0 gives the base temperature.
     Raises:
-        ValueError: tau outside [0, 1), a base temperature for another number of rows, an entropy that is not finite.
+        ValueError: tau outside [0, 1), base temperatures of another shape, a non-finite entropy.
     """
     if not 0 <= tau < 1:
         raise ValueError(f"tau must lie in [0, 1), got {tau}")
@@ -142,8 +168,8 @@ def entropy_from_logits(logits_RV: Tensor) -> Tensor:
     return (-terms_RV.sum(-1)).clamp_min(0)
 
 
-def _log_entropy(entropy_N: Tensor, floor: float) -> Tensor:
-    """log(max(H, floor)) in float32, or float64 of float64; refuses NaN and infinity."""
+def _checked(entropy_N: Tensor, floor: float) -> Tensor:
+    """The entropies without gradient, float32 or float64; refuses NaN, infinity and a floor that is not positive."""
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}")
     entropy_N = entropy_N.detach()
@@ -151,5 +177,4 @@ def _log_entropy(entropy_N: Tensor, floor: float) -> Tensor:
     if not bool(finite_N.all()):
         token = int((~finite_N).nonzero()[0])
         raise ValueError(f"entropy of token {token} is {float(entropy_N.flatten()[token])}; it must be finite")
-    dtype = torch.float64 if entropy_N.dtype == torch.float64 else torch.float32
-    return entropy_N.to(dtype).clamp_min(floor).log()
+    return entropy_N if entropy_N.dtype == torch.float64 else entropy_N.float()

@@ -1,7 +1,7 @@
-"""The HAPO objective on one rank's tokens: pure, no collectives; sums over tokens divided by a global count.
+"""The formulas of the loss on one rank's tokens: pure functions without collectives.
 
-`N` response tokens of one micro-batch. Source: HAPO, arXiv:2509.16591, "differential advantage redistribution" and
-"asymmetric adaptive clipping"; dual clip from arXiv:1912.09729.
+`algorithm.objective` puts them together. `N` response tokens of one micro-batch. Source: HAPO, arXiv:2509.16591,
+"differential advantage redistribution" and "asymmetric adaptive clipping"; dual clip from arXiv:1912.09729.
 """
 
 from __future__ import annotations
@@ -30,87 +30,63 @@ def redistribute_advantage(
 ) -> Tensor:
     """Advantages amplified where an uncertain token moves, damped where a certain one stands still. [N]
 
-    The neutral zone is the open interval (1 - low/2, 1 + high/2) of the adapted ranges. h > 0: A (1 + beta h) outside
-    the zone; h <= 0: A (1 + beta h) inside it; else A.
+    The neutral zone is the open interval (1 - low/2, 1 + high/2) of the clip ranges. h > 0: A (1 + beta h) outside the
+    zone; h <= 0: A (1 + beta h) inside it; else A.
 
     Args:
-        low_N, high_N: from `adaptive_clip_range`; one number each where the clipping does not adapt.
+        low_N, high_N: [N], the clip ranges in effect.
     Raises:
         ValueError: shapes differ.
     """
-    ranges = {"low": low_N, "high": high_N}
-    _check_shapes(advantages=advantages_N, h=h_N, ratio=ratio_N, **{k: v for k, v in ranges.items() if v.dim()})
+    check_shapes(advantages=advantages_N, h=h_N, ratio=ratio_N, low=low_N, high=high_N)
     neutral_N = (ratio_N > 1 - low_N / 2) & (ratio_N < 1 + high_N / 2)
     acts_N = torch.where(h_N > 0, ~neutral_N, neutral_N)
     return torch.where(acts_N, advantages_N * (1 + beta * h_N), advantages_N)
 
 
-def hapo_loss(
-    log_probs_N: Tensor,
-    old_log_probs_N: Tensor,
-    advantages_N: Tensor,
-    h_N: Tensor,
-    *,
-    clip_low: float | Tensor,
-    clip_high: float | Tensor,
-    clip_alpha: float = 1.0,
-    adv_beta: float = 1.0,
-    dual_clip: float = 10.0,
-    num_tokens: int,
+def importance_ratio(log_ratio_N: Tensor) -> Tensor:
+    """exp of the log-ratio, clamped to +-MAX_LOG_RATIO: the released code does not clamp it, and has NaN gradients
+    beyond 88. [N]"""
+    return log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    ratio_N: Tensor, advantages_N: Tensor, low_N: Tensor, high_N: Tensor, *, dual_clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy loss of these tokens, sum / num_tokens, and sums for the metrics.
+    """PPO's clipped loss of each token with a dual clip [N], and sums for the metrics.
 
-    Only the ratio carries gradient: h, the ranges, the redistributed advantages are constants. clip_alpha 0 switches
-    the adaptive clipping off, adv_beta 0 the redistribution; both give plain dual-clip PPO.
-
-    The log-ratio is clamped to +-MAX_LOG_RATIO (the released code does not, and has NaN gradients beyond 88). The loss
-    is homogeneous in the advantages, so any other aggregation than the token mean is a non-negative weight of each
-    token on its advantage.
+    Only the ratio carries gradient. The loss is homogeneous in the advantages, so any aggregation other than the token
+    mean is a non-negative weight of each token on its advantage.
 
     Args:
-        log_probs_N: [N], current policy, differentiable.
-        old_log_probs_N: [N], policy before the step's first update.
-        advantages_N: [N].
-        h_N: [N], entropy modulation in [-1, 1].
-        clip_low, clip_high: of all tokens, or [N] of each.
+        ratio_N: [N], differentiable in the current policy.
+        low_N, high_N: [N], the ratio is kept in [1 - low, 1 + high].
         dual_clip: c > 1; a token with negative advantage loses at most c |A|.
-        num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
     Returns:
-        The loss, and sums over N (not means): `clipped_low`, `clipped_high`, `dual_clipped`, `log_ratio`, `ratio`.
+        Losses [N], and sums over N (not means): `clipped_low`, `clipped_high`, `dual_clipped`.
     Raises:
-        ValueError: shapes differ, num_tokens is not positive, dual_clip is not above 1.
+        ValueError: shapes differ, dual_clip is not greater than 1.
     """
-    _check_shapes(log_probs=log_probs_N, old_log_probs=old_log_probs_N, advantages=advantages_N, h=h_N)
-    if num_tokens <= 0:
-        raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
+    check_shapes(ratio=ratio_N, advantages=advantages_N, low=low_N, high=high_N)
     if not dual_clip > 1:
         raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
-
-    log_ratio_N = log_probs_N - old_log_probs_N
-    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    with torch.no_grad():
-        low_N, high_N = adaptive_clip_range(h_N, clip_low=clip_low, clip_high=clip_high, alpha=clip_alpha)
-        advantages_N = redistribute_advantage(advantages_N, h_N, ratio_N, low_N, high_N, beta=adv_beta)
-
     unclipped_N = -advantages_N * ratio_N
     clipped_N = -advantages_N * torch.minimum(torch.maximum(ratio_N, 1 - low_N), 1 + high_N)
     pessimistic_N = torch.maximum(unclipped_N, clipped_N)
     bounded_N = torch.minimum(-advantages_N * dual_clip, pessimistic_N)
-    loss = torch.where(advantages_N < 0, bounded_N, pessimistic_N).sum() / num_tokens
-
+    losses_N = torch.where(advantages_N < 0, bounded_N, pessimistic_N)
     with torch.no_grad():
         clips_N = clipped_N > unclipped_N
         sums = {
             "clipped_low": (clips_N & (ratio_N < 1)).sum(),
             "clipped_high": (clips_N & (ratio_N > 1)).sum(),
             "dual_clipped": ((pessimistic_N > -advantages_N * dual_clip) & (advantages_N < 0)).sum(),
-            "log_ratio": log_ratio_N.sum(),
-            "ratio": ratio_N.sum(),
         }
-    return loss, sums
+    return losses_N, sums
 
 
-def _check_shapes(**tensors: Tensor) -> None:
+def check_shapes(**tensors: Tensor) -> None:
+    """Raises ValueError, with all names and shapes, if the tensors do not have one shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) != 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

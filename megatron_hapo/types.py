@@ -1,23 +1,23 @@
-"""What the stages hand to each other: frozen data on numpy arrays, no torch, no behaviour beyond slicing.
+"""What the stages hand to each other: frozen data on numpy arrays, without torch and without behaviour beyond slicing.
 
 Shape letters: `B` responses, `T` tokens of prompts and responses, `N` response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from megatron_hapo.entropy import EntropyStats
 
 FinishReason = Literal["stop", "length", "abort"]
 ScoringFailure = Literal["timeout", "crash"]
 InFlight = Literal["finish", "pause", "abort"]
 """What a weight sync does with unfinished responses; see config.WeightSyncConfig.in_flight."""
+Sign = Literal["signed", "reference"]
+"""Sign of h below the pivot; see config.EntropyConfig.sign."""
+Axis = Literal["tokens", "responses", "response_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +25,37 @@ class Prompt:
     """One problem, ready for an engine."""
 
     uid: str
-    """Unique in its data source; stable between runs."""
+    """Unique in its data source and stable between runs."""
     token_ids: np.ndarray
     """[P] int32, rendered with the chat template."""
     ground_truth: str
     data_source: str
-    """Name that chooses the scorer, as in the DAPO-Math layout."""
+    """Name that selects the scorer, as in the DAPO-Math layout."""
+
+
+@dataclass(frozen=True)
+class EntropyStats:
+    """Order statistics of log entropy (of nats) over all response tokens of a step."""
+
+    pivot: float
+    """Pivot quantile of log entropy."""
+    log_max: float
+    """Largest log entropy, or its high quantile."""
+    log_min: float
+    """Smallest log entropy, or its low quantile."""
+    rms: float
+    """Root mean square of log entropy about the pivot. The modulation does not use it; it is exported for the z-score
+    in the paper's temperature formula."""
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveTemperature:
-    """The sampler's T_t = T (1 + tau h_t), h_t from the token's entropy and the statistics of the previous step."""
+    """The sampler's T_t = T (1 + tau h_t), with h_t from the token's entropy and the previous step's statistics."""
 
     stats: EntropyStats
     tau: float
-    sign: Literal["signed", "reference"] = "signed"
+    sign: Sign = "signed"
     floor: float = 1e-6
 
 
@@ -53,7 +69,7 @@ class Sampling:
     """Base temperature; 0 is greedy."""
     max_response_tokens: int
     seed: int
-    """Every response gets a seed of its own from this one, the prompt's uid and the sample's index."""
+    """The seed of each response is derived from this one, the prompt's uid and the sample's index."""
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     adaptive: AdaptiveTemperature | None = None
@@ -66,18 +82,18 @@ class Rollout:
 
     prompt: Prompt
     response_ids: np.ndarray
-    """[R] int32, with the stop token if one was sampled."""
+    """[R] int32, including the stop token if one was sampled."""
     rollout_log_probs: np.ndarray
     """[R] float32, log-prob of each sampled token under the engine's distribution at `temperatures`."""
     temperatures: np.ndarray
     """[R] float32, T_t at which each token was sampled."""
     policy_versions: np.ndarray
-    """[R] int32, version of the weights that each token was sampled from; it never falls along a response."""
+    """[R] int32, version of the weights that each token was sampled from; it never decreases along a response."""
     finish_reason: FinishReason
 
     @property
     def policy_version(self) -> int:
-        """The oldest of its tokens' versions."""
+        """The oldest version among its tokens."""
         return int(self.policy_versions[0])
 
 
@@ -86,15 +102,15 @@ class Score:
     """What one response earned."""
 
     reward: float
-    """With the overlong penalty."""
+    """Includes the overlong penalty."""
     correctness: float
-    """In [0, 1]; says nothing about length."""
+    """In [0, 1]; independent of length."""
     failure: ScoringFailure | None = None
     """Why the response could not be scored; it then counts as wrong."""
 
     @property
     def correct(self) -> bool:
-        """Fully."""
+        """Whether the response earned full credit."""
         return self.correctness >= 1.0
 
 
@@ -107,25 +123,25 @@ class ScoredGroup:
 
     @property
     def informative(self) -> bool:
-        """Whether some responses are more right than others; that some are longer tells the policy nothing of that."""
+        """Whether correctness differs between responses; a difference in length alone teaches the policy nothing."""
         return len({score.correctness for score in self.scores}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """What the trainer's forward pass says about a batch, in batch order."""
+    """The trainer's forward pass over a batch, in batch order."""
 
     log_probs: np.ndarray
     """[N] float32, at the base temperature."""
     rollout_temperature_log_probs: np.ndarray
-    """[N] float32, at each token's own sampling temperature: comparable with rollout_log_probs."""
+    """[N] float32, at each token's own sampling temperature, so comparable with rollout_log_probs."""
     entropies: np.ndarray
     """[N] float32, nats, at the base temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBucket:
-    """Some of the policy's tensors under their Hugging Face names, whole, laid end to end."""
+    """Whole tensors of the policy under their Hugging Face names, laid end to end."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -134,80 +150,109 @@ class WeightBucket:
     data: np.ndarray
     """[bytes] uint8, the tensors in this order, each starting at a multiple of 16 bytes."""
     checksums: dict[str, list[int]] | None = None
-    """For each name, `tensor_checksum` of every engine rank's slice; None where this update is not verified."""
+    """For each name the `tensor_checksum` of every engine rank's slice; None if this update is not verified."""
+
+
+def _along(axis: Axis) -> dict[str, Axis]:
+    """Metadata of a TrainBatch field that holds one array, or a mapping of arrays, along this axis."""
+    return {"axis": axis}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Responses laid end to end; the arrays over N follow the responses' order."""
+    """Responses laid end to end; the arrays over N follow the order of the responses.
 
-    token_ids: np.ndarray
+    The axis of a field is declared once, in its metadata; `select`, `per_token` and the micro-batches follow from it.
+    Per-token data of a single method needs no field: it goes into `token_data`.
+    """
+
+    token_ids: np.ndarray = field(metadata=_along("tokens"))
     """[T] int32, prompt and response of each sequence in turn."""
-    sequence_lengths: np.ndarray
+    sequence_lengths: np.ndarray = field(metadata=_along("responses"))
     """[B] int64, prompt plus response tokens."""
-    response_lengths: np.ndarray
+    response_lengths: np.ndarray = field(metadata=_along("responses"))
     """[B] int64."""
-    temperatures: np.ndarray
+    temperatures: np.ndarray = field(metadata=_along("response_tokens"))
     """[N] float32, T_t of the rollout."""
-    rollout_log_probs: np.ndarray
-    """[N] float32."""
-    advantages: np.ndarray
-    """[B] float32."""
-    old_log_probs: np.ndarray | None = None
+    rollout_log_probs: np.ndarray = field(metadata=_along("response_tokens"))
+    """[N] float32, the engine's."""
+    advantages: np.ndarray | None = field(default=None, metadata=_along("responses"))
+    """[B] float32; None before the trainer has scored the batch."""
+    old_log_probs: np.ndarray | None = field(default=None, metadata=_along("response_tokens"))
     """[N] float32, the trainer's before the step's first update."""
-    modulation: np.ndarray | None = None
-    """[N] float32, h_t in [-1, 1], of the old policy's entropies."""
-    weights: np.ndarray | None = None
-    """[N] float32, weight of each token's loss beside 1 / (number of tokens); None: 1."""
-    reasoning: np.ndarray | None = None
-    """[N] bool, Archer's reasoning tokens; None where the method does not tell them apart."""
+    weights: np.ndarray | None = field(default=None, metadata=_along("response_tokens"))
+    """[N] float32, weight of each token's loss on top of 1 / (number of tokens); None means 1."""
+    token_data: Mapping[str, np.ndarray] = field(default_factory=dict, metadata=_along("response_tokens"))
+    """[N] float32 or bool each, by name: what the parts of the method add (`Part.token_data`)."""
     stats: EntropyStats | None = None
-    """Of the whole step, for a loss that recomputes h."""
+    """Statistics of the whole step, for a loss that recomputes h."""
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
 
     @property
     def num_response_tokens(self) -> int:
+        """Response tokens of all responses."""
         return int(self.response_lengths.sum())
 
     def select(self, rows: Sequence[int] | np.ndarray) -> TrainBatch:
         """The batch of these responses, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
-        tokens = _ragged_index(self.sequence_lengths, rows)
-        response_tokens = _ragged_index(self.response_lengths, rows)
-        axis = {"token_ids": tokens, "sequence_lengths": rows, "response_lengths": rows, "advantages": rows}
-        chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                value = value[axis.get(field.name, response_tokens)]
-            chosen[field.name] = value
-        return TrainBatch(**chosen)
+        index: dict[Axis, np.ndarray] = {
+            "tokens": _ragged_index(self.sequence_lengths, rows),
+            "responses": rows,
+            "response_tokens": _ragged_index(self.response_lengths, rows),
+        }
+        selected = {}
+        for declared in fields(self):
+            value = getattr(self, declared.name)
+            if "axis" in declared.metadata and value is not None:
+                chosen = index[declared.metadata["axis"]]
+                is_mapping = isinstance(value, Mapping)
+                value = {name: array[chosen] for name, array in value.items()} if is_mapping else value[chosen]
+            selected[declared.name] = value
+        return TrainBatch(**selected)
+
+    def per_token(self) -> dict[str, np.ndarray]:
+        """[N] arrays by name: every array along the response tokens, and each response's advantage repeated."""
+        arrays = dict(self._response_token_arrays())
+        if self.advantages is not None:
+            arrays["advantages"] = np.repeat(self.advantages, self.response_lengths)
+        return arrays
+
+    def _response_token_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        for declared in fields(self):
+            value = getattr(self, declared.name)
+            if declared.metadata.get("axis") == "response_tokens" and value is not None:
+                yield from value.items() if isinstance(value, Mapping) else [(declared.name, value)]
 
 
 def _ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Positions, in a concatenation of pieces with these lengths, of the pieces `rows`."""
+    """Positions of the pieces `rows` in a concatenation of pieces with these lengths."""
     sizes = lengths[rows]
     source_starts = (np.cumsum(lengths) - lengths)[rows]
     target_starts = np.cumsum(sizes) - sizes
     return np.arange(int(sizes.sum())) + np.repeat(source_starts - target_starts, sizes)
 
 
-def pack_rollouts(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainBatch:
-    """The training batch of these rollouts, before the trainer scored it."""
+def pack_rollouts(rollouts: Sequence[Rollout]) -> TrainBatch:
+    """The batch of these rollouts before the trainer has scored it."""
     return TrainBatch(
         token_ids=np.concatenate([part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]),
         sequence_lengths=np.array([len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts], dtype=np.int64),
         response_lengths=np.array([len(r.response_ids) for r in rollouts], dtype=np.int64),
         temperatures=np.concatenate([r.temperatures for r in rollouts]),
         rollout_log_probs=np.concatenate([r.rollout_log_probs for r in rollouts]),
-        advantages=advantages.astype(np.float32),
     )
 
 
+def pack_groups(groups: Sequence[ScoredGroup]) -> TrainBatch:
+    """The batch of the groups' rollouts, one group after another, before the trainer has scored it."""
+    return pack_rollouts([rollout for group in groups for rollout in group.rollouts])
+
+
 def merge_scores(parts: Sequence[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
-    """Scores in batch order, from the ranks' parts; every row must come exactly once."""
+    """Scores in batch order from the parts of the ranks; every row must occur exactly once."""
     present = [part for part in parts if part is not None]
     rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
     assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from megatron_hapo.entropy import EntropyStats, Sign, adaptive_temperature, entropy_from_logits
+from megatron_hapo.entropy import adaptive_temperature, entropy_from_logits
 from megatron_hapo.errors import RolloutError
-from megatron_hapo.types import AdaptiveTemperature
+from megatron_hapo.types import AdaptiveTemperature, EntropyStats, Sign
 from sglang_ext import temperature
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 

@@ -1,7 +1,7 @@
-"""The adaptive temperature of a batch whose rows each have statistics of their own; imports no SGLang.
+"""The adaptive temperature of a batch whose rows each follow their own statistics; imports no SGLang.
 
-The arithmetic of `megatron_hapo.entropy.adaptive_temperature`, with the statistics in a tensor instead of an object, so
-that one batch can mix requests of several steps, signs and taus. `R` rows of a sampling batch, `V` vocabulary.
+The formula is `megatron_hapo.entropy.modulation`; here its numbers travel with a request and become tensors, so that
+one batch can mix requests of several steps, signs and taus. `R` rows of a sampling batch, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -9,39 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_hapo.entropy import is_unsigned, modulation, spreads
 from megatron_hapo.types import AdaptiveTemperature
 
-NUM_PARAMETERS = 6
-"""Of one row: tau, whether `sign` is `reference`, floor, pivot, spread above and spread below the pivot."""
 NEUTRAL = (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
-"""Parameters of a row that keeps its base temperature."""
+"""Parameters of a row that keeps its base temperature: those of `row_parameters` with tau 0."""
 _CHUNK_ELEMENTS = 1 << 24  # of logits; bounds the work space at 128 MiB however large the batch
 
 
 def row_parameters(adaptive: AdaptiveTemperature) -> list[float]:
-    """Plain numbers that travel with a request and become one row of `parameters_R6`.
+    """The numbers that travel with a request and become one row of `parameters_R6`.
 
-    The spreads are taken in double precision here, as `entropy_modulation` does, so that the results agree bit by bit.
+    tau, whether `sign` is `reference`, floor, pivot, spread above and spread below the pivot. The spreads are computed
+    here in double precision, as `entropy_modulation` does, so that the results agree bit by bit.
     """
-    stats = adaptive.stats
-    above = max(stats.log_max - stats.pivot, 1e-12)
-    below = max(stats.pivot - stats.log_min, 1e-12)
-    return [adaptive.tau, float(adaptive.sign == "reference"), adaptive.floor, stats.pivot, above, below]
+    stats, unsigned = adaptive.stats, is_unsigned(adaptive.sign)
+    return [adaptive.tau, float(unsigned), adaptive.floor, stats.pivot, *spreads(stats)]
 
 
 def temperature_factor(entropy_R: Tensor, parameters_R6: Tensor) -> Tensor:
     """1 + tau h of each row, exactly 1 where tau is 0. [R] float32"""
-    tau_R, reference_R, floor_R, pivot_R, above_R, below_R = parameters_R6.unbind(1)
-    distance_R = entropy_R.maximum(floor_R).log() - pivot_R
-    h_R = torch.where(distance_R > 0, distance_R / above_R, distance_R / below_R).clamp(-1, 1)
-    h_R = torch.where(reference_R > 0, h_R.abs(), h_R)
+    tau_R, unsigned_R, floor_R, pivot_R, above_R, below_R = parameters_R6.unbind(1)
+    h_R = modulation(entropy_R, floor=floor_R, pivot=pivot_R, above=above_R, below=below_R, unsigned=unsigned_R > 0)
     return torch.where(tau_R > 0, 1 + tau_R * h_R, 1.0)
 
 
 def entropy_at_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
     """Entropy of softmax(logits / temperature) of each row: nats, clamped at 0. [R] float32
 
-    A few rows at a time and in place: two work arrays of a chunk's size, however many rows there are.
+    Works in place on a few rows at a time: two work arrays of a chunk's size, however many rows there are.
     """
     rows = max(1, _CHUNK_ELEMENTS // logits_RV.shape[-1])
     parts = zip(logits_RV.split(rows), temperature_R.split(rows), strict=True)

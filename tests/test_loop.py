@@ -224,7 +224,7 @@ def test_temperatures_follow_from_the_entropies_of_the_policy(trained: dict[str,
     assert sampling.adaptive is not None
     groups = trained["recorder"].generate(trained["prompts"], sampling)
     rollouts = [rollout for group in groups for rollout in group]
-    scores = trainer.log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
+    scores = trainer.log_probs(pack_rollouts(rollouts))
     expected = adaptive_temperature(torch.from_numpy(scores.entropies), 1.0, sampling.adaptive.stats, tau=TAU)
     recorded = np.concatenate([rollout.temperatures for rollout in rollouts])
     np.testing.assert_allclose(recorded, expected, atol=2e-4)
@@ -361,7 +361,7 @@ def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qw
                 version += 1
                 run["weight_sync"].sync(policy_version=version)
         rollouts = [rollout for group in generation.result() for rollout in group]
-        scores = run["trainer"].log_probs(pack_rollouts(rollouts, np.zeros(len(rollouts))))
+        scores = run["trainer"].log_probs(pack_rollouts(rollouts))
     assert [rollout.prompt.uid for rollout in rollouts[::64]] == [prompt.uid for prompt in run["prompts"]]
     assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # every response has its own seed
     assert any(len(set(rollout.policy_versions)) > 1 for rollout in rollouts)

@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hapo.entropy import Sign, entropy_modulation, entropy_stats
-from megatron_hapo.loss import MAX_LOG_RATIO, adaptive_clip_range, hapo_loss, redistribute_advantage
+from megatron_hapo.algorithm.microbatches import MicroBatch
+from megatron_hapo.algorithm.objective import policy_loss
+from megatron_hapo.config import AlgorithmConfig
+from megatron_hapo.entropy import entropy_modulation, entropy_stats
+from megatron_hapo.loss import MAX_LOG_RATIO, adaptive_clip_range, redistribute_advantage
+from megatron_hapo.types import Sign
 from tests import golden
 
 SIGNS: dict[str, Sign] = {"ref": "reference", "signed": "signed"}
@@ -15,6 +19,39 @@ POLICY_VARIANTS = [
     (case, sign) for case in golden.cases("pol") for sign in SIGNS if f"pol:{case}:{sign}:pg_loss" in golden.load()
 ]
 CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+
+
+def hapo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_alpha: float = 1.0,
+    adv_beta: float = 1.0,
+    dual_clip: float = 10.0,
+    num_tokens: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The product's loss of HAPO and its sums; an alpha or beta of 0 switches that part off."""
+    default, empty = AlgorithmConfig(), torch.zeros(0, dtype=torch.int64)
+    changes: dict[str, Any] = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "adaptive_clip": default.adaptive_clip.model_copy(update={"enabled": clip_alpha != 0, "alpha": clip_alpha}),
+        "redistribution": default.redistribution.model_copy(update={"enabled": adv_beta != 0, "beta": adv_beta}),
+    }
+    microbatch = MicroBatch(
+        rows=[], sequence_lengths=[], num_response_tokens=len(log_probs), input_ids=empty, position_ids=empty,
+        predicting_positions=empty, response_index=empty, response_rows=empty, targets=empty,
+        per_token={"old_log_probs": old_log_probs, "advantages": advantages, "modulation": h},
+    )  # fmt: skip
+    settings = default.model_copy(update=changes)
+    loss, sums = policy_loss(log_probs, empty, microbatch, settings, num_tokens=num_tokens)
+    assert torch.equal(sums.pop("loss"), loss)
+    return loss, sums
 
 
 def loss_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +168,7 @@ def test_only_the_case_without_modulation_has_no_signed_variant():
 
 
 def layout_losses(sign: str, rows: int, *, global_statistics: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient [B, T] of the `layout` mini-batch, cut into micro-batches of so many rows."""
+    """Loss and gradient [B, T] of the `layout` mini-batch, cut into micro-batches of this many rows."""
     config = golden.settings("pol/full")
     mask, entropy = golden.valid("layout"), golden.tensor("layout:entropy")
     log_probs = golden.tensor("layout:log_prob").clone().requires_grad_()

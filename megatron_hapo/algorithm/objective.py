@@ -1,18 +1,19 @@
-"""The loss of one micro-batch under the run's algorithm: the switches of the config around the clipped objective."""
+"""The loss of one micro-batch: a surrogate of ratio and advantages, into which the parts of the run's method hook."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hapo.algorithm.batching import MicroBatch
-from megatron_hapo.algorithm.methods.archer import kl_to_old_policy
-from megatron_hapo.algorithm.methods.gspo import sequence_log_ratio
-from megatron_hapo.algorithm.methods.hapo import current_modulation
+from megatron_hapo.algorithm.methods import enabled_parts, first_answer
+from megatron_hapo.algorithm.microbatches import MicroBatch
+from megatron_hapo.algorithm.part import LossTokens, Part
 from megatron_hapo.config import AlgorithmConfig
-from megatron_hapo.entropy import EntropyStats
-from megatron_hapo.loss import hapo_loss
+from megatron_hapo.loss import check_shapes, importance_ratio
+from megatron_hapo.types import EntropyStats
 
 
 def policy_loss(
@@ -25,69 +26,61 @@ def policy_loss(
     stats: EntropyStats | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's part of the mini-batch's loss, and sums over its tokens for the metrics.
+    """This rank's part of the mini-batch's loss, sum / num_tokens, and sums over its tokens for the metrics.
+
+    Only the log-ratio and what `loss_term` returns carry gradient: clip ranges and advantages are constants.
 
     Args:
         log_probs_N: [N] current policy, differentiable.
-        entropies_N: [N] current policy, nats; no gradient is taken through them.
-        num_tokens: response tokens of the whole mini-batch.
+        entropies_N: [N] current policy, nats.
+        microbatch: with advantages and old_log_probs.
+        num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
         stats: of the step, for `algorithm.entropy.source: current`.
         cp_group: ranks that hold the other tokens of this micro-batch; all of them call this.
+    Returns:
+        The loss, and sums over N (not means): `loss`, `log_ratio`, `ratio` and those of the surrogate.
+    Raises:
+        ValueError: shapes differ, or num_tokens is not positive.
     """
-    old_log_probs_N = microbatch.old_log_probs
-    assert old_log_probs_N is not None, "update needs a scored batch"
-    weighted_N = microbatch.advantages if microbatch.weights is None else microbatch.advantages * microbatch.weights
-    clip_low, clip_high = _clip_bounds(microbatch, algorithm)
-    if algorithm.ratio == "sequence":
-        ratio_log_probs_N = sequence_log_ratio(
-            log_probs_N, old_log_probs_N, microbatch.response_rows, num_rows=len(microbatch.rows), cp_group=cp_group
-        )
-        ratio_old_N = torch.zeros_like(old_log_probs_N)
-    else:
-        ratio_log_probs_N, ratio_old_N = log_probs_N, old_log_probs_N
-    loss, sums = hapo_loss(
-        ratio_log_probs_N,
-        ratio_old_N,
-        weighted_N,
-        _modulation(entropies_N, microbatch, algorithm, stats),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        clip_alpha=algorithm.adaptive_clip.alpha if algorithm.adaptive_clip.enabled else 0.0,
-        adv_beta=algorithm.redistribution.beta if algorithm.redistribution.enabled else 0.0,
-        dual_clip=algorithm.dual_clip,
-        num_tokens=num_tokens,
+    if num_tokens <= 0:
+        raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
+    check_shapes(log_probs=log_probs_N, **microbatch.per_token)
+    parts = enabled_parts(algorithm)
+    tokens = LossTokens(
+        log_probs=log_probs_N, entropies=entropies_N, microbatch=microbatch, stats=stats, cp_group=cp_group
     )
-    if algorithm.dual_constraint.enabled:
-        loss = loss + algorithm.dual_constraint.kl * _knowledge_kl(log_probs_N, microbatch) / num_tokens
-    return loss, {"loss": loss.detach(), **sums}
+    with torch.no_grad():
+        for part in parts:
+            tokens = replace(tokens, microbatch=tokens.microbatch.with_per_token(part.current_token_data(tokens)))
+    log_ratio_N = first_answer(part.log_ratio(tokens) for part in parts)
+    assert log_ratio_N is not None, "algorithm.ratio is a choice that a part must implement"
+    ratio_N = importance_ratio(log_ratio_N)
+    with torch.no_grad():
+        low_N, high_N = _clip_range(parts, tokens, algorithm)
+        advantages_N = _token_advantages(parts, tokens, ratio_N, low_N, high_N)
+    surrogate = first_answer(part.surrogate(tokens, ratio_N, advantages_N, low_N, high_N) for part in parts)
+    assert surrogate is not None, "ClippedSurrogate always answers"
+    losses_N, sums = surrogate
+    loss = losses_N.sum() / num_tokens
+    for part in parts:
+        if (term := part.loss_term(tokens)) is not None:
+            loss = loss + term / num_tokens
+    with torch.no_grad():
+        return loss, {"loss": loss.detach(), **sums, "log_ratio": log_ratio_N.sum(), "ratio": ratio_N.sum()}
 
 
-def _modulation(
-    entropies_N: Tensor, microbatch: MicroBatch, algorithm: AlgorithmConfig, stats: EntropyStats | None
-) -> Tensor:
-    settings = algorithm.entropy
-    if settings.source == "old" or not (algorithm.adaptive_clip.enabled or algorithm.redistribution.enabled):
-        assert microbatch.modulation is not None, "update needs the modulation"
-        return microbatch.modulation
-    return current_modulation(
-        entropies_N, stats, source=settings.source, pivot=settings.pivot, sign=settings.sign, floor=settings.floor,
-        scale_quantile=settings.scale_quantile,
-    )  # fmt: skip
-
-
-def _clip_bounds(microbatch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[float | Tensor, float | Tensor]:
-    wide = algorithm.dual_constraint
-    if not wide.enabled:
-        return algorithm.clip_low, algorithm.clip_high
-    assert microbatch.reasoning is not None, "dual_constraint needs the reasoning tokens"
-    low_N = torch.where(microbatch.reasoning, wide.clip_low, algorithm.clip_low)
-    high_N = torch.where(microbatch.reasoning, wide.clip_high, algorithm.clip_high)
+def _clip_range(parts: list[Part], tokens: LossTokens, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    low_N = torch.full_like(tokens.log_probs, algorithm.clip_low)
+    high_N = torch.full_like(tokens.log_probs, algorithm.clip_high)
+    for part in parts:
+        low_N, high_N = part.clip_range(tokens, low_N, high_N)
     return low_N, high_N
 
 
-def _knowledge_kl(log_probs_N: Tensor, microbatch: MicroBatch) -> Tensor:
-    """Weighted sum of the KL over the knowledge tokens."""
-    assert microbatch.old_log_probs is not None
-    assert microbatch.reasoning is not None
-    kl_N = kl_to_old_policy(log_probs_N, microbatch.old_log_probs).where(~microbatch.reasoning, 0)
-    return (kl_N if microbatch.weights is None else kl_N * microbatch.weights).sum()
+def _token_advantages(parts: list[Part], tokens: LossTokens, ratio_N: Tensor, low_N: Tensor, high_N: Tensor) -> Tensor:
+    advantages_N, weights_N = tokens.microbatch["advantages"], tokens.microbatch.get("weights")
+    if weights_N is not None:
+        advantages_N = advantages_N * weights_N
+    for part in parts:
+        advantages_N = part.token_advantages(tokens, advantages_N, ratio_N, low_N, high_N)
+    return advantages_N

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.protocols import Trainer
+from megatron_hapo.types import EntropyStats
 
 logger = logging.getLogger(__name__)
 

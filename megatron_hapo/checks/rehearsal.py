@@ -8,13 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_hapo.algorithm.prepare import entropy_metrics, mismatch_metrics, with_advantages, with_scores
+from megatron_hapo.algorithm.step_statistics import steering, step_statistics
+from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.config import Config
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.observe.step_metrics import entropy_metrics, mismatch_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
-from megatron_hapo.rollout.collect import generate_scored, steering
-from megatron_hapo.types import Prompt, Sampling, ScoredGroup
+from megatron_hapo.rollout.collect import generate_scored
+from megatron_hapo.types import Prompt, Sampling, ScoredGroup, pack_groups
 
 LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
 """Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by dtype; at bfloat16 the kernels
@@ -55,10 +57,11 @@ def rehearse(
         seed=config.seed,
     )
     groups = generate_scored(pool, rewards, prompts, sampling, clock)
-    batch = with_advantages(groups, config.algorithm)
+    batch = pack_groups(groups)
     turns.to_trainer()
     scores = trainer.log_probs(batch)
-    _, stats = with_scores(batch, scores, config.algorithm, group_size=sampling.samples)
+    stats = step_statistics(scores, config.algorithm)
+    training_batch(batch, groups, scores, stats, config.algorithm)  # the method's parts work on these scores
     findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
     entropy = entropy_metrics(scores, stats)
     findings.append(
@@ -69,7 +72,7 @@ def rehearse(
         turns.to_engines(policy_version=0)
         groups = generate_scored(pool, rewards, prompts, replace(sampling, adaptive=steered), clock)
         turns.to_trainer()
-        batch = with_advantages(groups, config.algorithm)
+        batch = pack_groups(groups)
         low, high = batch.temperatures.min(), batch.temperatures.max()
         findings.append(Finding("ok", f"adaptive temperature: tokens were sampled at {low:.3f} to {high:.3f}"))
         steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)

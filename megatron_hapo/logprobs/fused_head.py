@@ -1,8 +1,8 @@
 """Log-probs and entropies from hidden states and the output weight: logits exist for one chunk of tokens at a time.
 
-`N` tokens, `H` hidden size, `V` this rank's rows of the weight, `C` tokens of a chunk. The forward keeps a few numbers
-of each token; the backward makes a chunk's logits again, overwrites them with their gradient, and adds what follows to
-the gradients of hidden states and weight. Formulas are in `row_statistics`.
+`N` tokens, `H` hidden size, `V` this rank's rows of the weight, `C` tokens of a chunk. The forward pass keeps a few
+numbers per token; the backward pass recomputes the logits of a chunk, overwrites them with their gradient, and adds the
+result to the gradients of hidden states and weight. The formulas are in `row_statistics`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_hapo.logprobs.row_statistics import (
     RowStatistics,
-    Shard,
+    VocabShard,
     check_results,
     combine,
     local_statistics,
@@ -28,9 +28,9 @@ from megatron_hapo.logprobs.row_statistics import (
 )
 
 CHUNK_BYTES = 256 << 20
-"""Logits that exist at a time: at a vocabulary of 151,936 in bfloat16 883 tokens, enough for efficient products."""
+"""Size of the logits of a chunk: 883 tokens of a 151,936-token vocabulary in bfloat16, enough for efficient matmuls."""
 WEIGHT_BLOCKS = 16
-"""Parts in which a gradient is widened where a product cannot add to a wider matrix by itself."""
+"""Blocks in which a gradient is converted where a matmul cannot accumulate into a wider dtype by itself."""
 
 
 def fused_log_probs_and_entropy(
@@ -44,25 +44,26 @@ def fused_log_probs_and_entropy(
     chunk_bytes: int = CHUNK_BYTES,
     reduce_hidden_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What `vocab_parallel_log_probs_and_entropy` gives for the logits hidden @ weight^T, without those logits.
+    """`vocab_parallel_log_probs_and_entropy` of the logits hidden @ weight^T, without storing those logits.
 
-    Logits have the dtype of the hidden states, as a linear layer's would. Two all-reduces, first the maxima, then the
-    packed sums; with `reduce_hidden_gradient` one a chunk in the backward; every rank of the group must call both.
+    Logits have the dtype of the hidden states, as those of a linear layer would. Two all-reduces, first of the maxima,
+    then of the packed sums; with `reduce_hidden_gradient` one per chunk in the backward pass; every rank of the group
+    must run both passes.
 
-    A weight that Megatron's DistributedDataParallel manages gets its gradient added straight to `main_grad`, in the
-    dtype of that buffer, and is marked as done; any other gets an ordinary gradient.
+    If Megatron's DistributedDataParallel manages the weight, its gradient is added straight to `main_grad`, in the
+    dtype of that buffer, and marked as done; any other weight gets an ordinary gradient.
 
     Args:
         hidden_NH: [N, H] floating point, equal on all ranks of the group.
         weight_VH: [V, H] of the same dtype: rank r holds the token ids [r V, (r + 1) V).
-        targets_N, tp_group, vocab_size, temperature: as there.
-        chunk_bytes: the logits of a chunk take at most this, but a chunk has at least one token.
-        reduce_hidden_gradient: sum the ranks' gradients of the hidden states. False where the caller's own gather does
-            so (sequence parallelism).
+        targets_N, tp_group, vocab_size, temperature: see `vocab_parallel_log_probs_and_entropy`.
+        chunk_bytes: maximum size of the logits of a chunk; a chunk has at least one token.
+        reduce_hidden_gradient: sum the ranks' gradients of the hidden states. False if the caller's own gather does it
+            (sequence parallelism).
     Returns:
-        log_probs [N] and entropies [N], as there, both differentiable in hidden states and weight.
+        log_probs [N] and entropies [N] (nats), both differentiable in hidden states and weight.
     Raises:
-        ValueError: as there.
+        ValueError: as `vocab_parallel_log_probs_and_entropy`.
     """
     shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
     temperature_N = temperature_of_rows(temperature, hidden_NH)
@@ -86,7 +87,7 @@ def fused_scores(
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probs and entropies [N] at each of several temperatures from the same logits, without gradient.
 
-    Two all-reduces a temperature. Arguments and errors are those of `fused_log_probs_and_entropy`.
+    Two all-reduces per temperature. Arguments and errors are those of `fused_log_probs_and_entropy`.
     """
     shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
     of_rows = [temperature_of_rows(temperature, hidden_NH) for temperature in temperatures]
@@ -107,7 +108,7 @@ class _FusedHead(torch.autograd.Function):
         weight_VH: Tensor,
         targets_N: Tensor,
         temperature_N: Tensor | None,
-        shard: Shard,
+        shard: VocabShard,
         chunk_bytes: int,
         reduce_hidden_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ class _FusedHead(torch.autograd.Function):
         hidden_NH, weight_VH, targets_N, maximum_N, sum_exp_N, mean_x_N, target_x_N, *rest = ctx.saved_tensors
         statistics = RowStatistics(maximum_N, sum_exp_N, mean_x_N, target_x_N)
         gradient = row_gradient(statistics, rest[0] if rest else None, grad_log_probs_N, grad_entropies_N)
-        shard: Shard = ctx.shard
+        shard: VocabShard = ctx.shard
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         weight_gradient = _WeightGradient(weight_VH) if needs_weight else None
@@ -139,7 +140,7 @@ class _FusedHead(torch.autograd.Function):
             if hidden_gradient_NH is not None:
                 torch.mm(logits_CV, real_VH, out=hidden_gradient_NH[rows])
                 if ctx.reduce_hidden_gradient and shard.tp_group is not None:
-                    # Under way while the weight's gradient is computed.
+                    # Overlaps with the computation of the weight's gradient.
                     reductions.append(dist.all_reduce(hidden_gradient_NH[rows], group=shard.tp_group, async_op=True))
             if weight_gradient is not None:
                 weight_gradient.add(logits_CV, hidden_NH[rows])
@@ -154,10 +155,10 @@ def _statistics(
     weight_VH: Tensor,
     targets_N: Tensor,
     temperatures: Sequence[Tensor | None],
-    shard: Shard,
+    shard: VocabShard,
     chunk_bytes: int,
 ) -> list[RowStatistics]:
-    """At each temperature; a chunk's logits are made once for all of them."""
+    """Statistics at each temperature; the logits of a chunk are computed once for all of them."""
     local_targets_N = targets_N - shard.first_column
     found = [hidden_NH.new_empty(4, len(hidden_NH), dtype=statistics_dtype(hidden_NH.dtype)) for _ in temperatures]
     buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, chunk_bytes)
@@ -175,8 +176,8 @@ def _statistics(
 # ----- chunks
 
 
-def _chunks(hidden_NH: Tensor, weight_VH: Tensor, shard: Shard, chunk_bytes: int) -> tuple[Tensor, list[slice]]:
-    """Room for the logits of the largest chunk, and the chunks: the same on all ranks, and of nearly equal size."""
+def _chunks(hidden_NH: Tensor, weight_VH: Tensor, shard: VocabShard, chunk_bytes: int) -> tuple[Tensor, list[slice]]:
+    """A buffer for the logits of the largest chunk, and the chunks: equal on all ranks, and of nearly equal size."""
     most = max(1, chunk_bytes // (len(weight_VH) * weight_VH.element_size()))
     number = max(1, -(-len(hidden_NH) // most))
     size = -(-len(hidden_NH) // number)
@@ -188,7 +189,7 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, *, out: Tensor) -> Tensor:
 
 
 class _WeightGradient:
-    """The weight's gradient, summed over chunks in place: in Megatron's buffer where there is one, else in its own."""
+    """The weight's gradient, summed over chunks in place: in Megatron's buffer if there is one, else in its own."""
 
     def __init__(self, weight_VH: Tensor):
         self._weight_VH = weight_VH
@@ -200,26 +201,26 @@ class _WeightGradient:
             self._sum_VH = torch.zeros_like(weight_VH, dtype=statistics_dtype(weight_VH.dtype))
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        """Add gradient^T @ hidden to the rows that are no padding."""
+        """Adds gradient^T @ hidden to the rows that are not padding."""
         sum_VH = self._sum_VH[: gradient_CV.shape[1]]
         if sum_VH.dtype == gradient_CV.dtype:
             sum_VH.addmm_(gradient_CV.t(), hidden_CH)
         elif sum_VH.dtype == torch.float32 and sum_VH.device.type == "cuda":
             torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, out_dtype=torch.float32, out=sum_VH)
-        else:  # only CUDA has products of 16-bit matrices that add to a float32 one
+        else:  # only CUDA has matmuls of 16-bit matrices that accumulate into a float32 one
             wide_CH = hidden_CH.to(sum_VH.dtype)
             for columns in slices(len(sum_VH), max(1, -(-len(sum_VH) // WEIGHT_BLOCKS))):
                 sum_VH[columns].addmm_(gradient_CV[:, columns].t().to(sum_VH.dtype), wide_CH)
 
     def finish(self) -> Tensor | None:
-        """The gradient for autograd; None where Megatron has it."""
+        """The gradient for autograd; None if it is in Megatron's buffer."""
         weight: Any = self._weight_VH
         if not self._in_buffer:
             return self._sum_VH.to(weight.dtype)
         weight.grad_added_to_main_grad = True
-        # With overlapped reduction the hook of Megatron 0.19 insists on a gradient, though it then does not read it:
-        # one number that looks like a whole matrix. A weight with zero_out_wgrad is the embedding too, and gets a real
-        # gradient from there.
+        # With overlapped reduction the hook of Megatron 0.19 requires a gradient, though it does not read it: this one
+        # is a single number expanded to the whole shape. A weight with zero_out_wgrad is also the embedding, which
+        # gives it a real gradient.
         if weight.grad is None and not getattr(weight, "zero_out_wgrad", False):
             weight.grad = weight.new_zeros(()).expand_as(weight)
         return None
@@ -235,7 +236,7 @@ def _check_arguments(
     tp_group: dist.ProcessGroup | None,
     vocab_size: int | None,
     chunk_bytes: int,
-) -> Shard:
+) -> VocabShard:
     shapes = tuple(hidden_NH.shape), tuple(weight_VH.shape), tuple(targets_N.shape)
     if (
         hidden_NH.dim() != 2
@@ -253,7 +254,7 @@ def _check_arguments(
         )
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-    return Shard.of(len(weight_VH), tp_group=tp_group, vocab_size=vocab_size)
+    return VocabShard.of(len(weight_VH), tp_group=tp_group, vocab_size=vocab_size)
 
 
 def _check_results(
@@ -262,7 +263,7 @@ def _check_results(
     targets_N: Tensor,
     temperature_N: Tensor | None,
     entropies_N: Tensor,
-    shard: Shard,
+    shard: VocabShard,
 ) -> None:
     def logits_of(token: int) -> Tensor:
         return torch.mv(weight_VH.detach()[: shard.real_columns], hidden_NH.detach()[token])

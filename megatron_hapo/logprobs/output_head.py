@@ -1,7 +1,7 @@
-"""From the last layer's hidden states to log-probs and entropies of the response tokens: GPTModel's output processors.
+"""Output processors of GPTModel: from the last layer's hidden states to log-probs and entropies of response tokens.
 
-Only the positions that predict a response token reach a head. `N` such tokens of a micro-batch, `V` vocabulary columns
-of a rank, `H` hidden size.
+Only positions that predict a response token reach a head. `N` such tokens of a micro-batch, `V` vocabulary columns of a
+rank, `H` hidden size.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from megatron_hapo.logprobs.fused_head import CHUNK_BYTES, fused_log_probs_and_e
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """What is to be scored of a micro-batch: the context of an output head."""
+    """The tokens of a micro-batch to score: the context of an output head."""
 
     positions: Tensor
-    """[N] int64, in the packed sequence: those that predict the tokens."""
+    """[N] int64, positions in the packed sequence that predict the tokens."""
     targets: Tensor
     """[N] int64 token ids."""
     temperatures: tuple[float | Tensor, ...]
-    """Numbers or [N]. A backward pass through `FusedHead` needs exactly one."""
+    """Numbers or [N] each. A backward pass through `FusedHead` needs exactly one."""
 
 
 @dataclass(frozen=True)
 class OutputHead(ABC):
-    """An output processor of GPTModel; all ranks that share the vocabulary run it together."""
+    """An output processor of GPTModel; all ranks that share the vocabulary must call it."""
 
     tp_group: dist.ProcessGroup | None
-    """Ranks that share the vocabulary. None: not sharded."""
+    """Ranks that share the vocabulary; None if it is not sharded."""
     vocab_size: int
     """Real size, without padding."""
+    entropy_gradient: bool = False
+    """Whether entropies are differentiable, which costs a little more in the backward pass."""
 
     def __call__(
         self,
@@ -52,15 +54,17 @@ class OutputHead(ABC):
     ) -> Tensor:
         """Log-probs and entropies in nats at each temperature, equal on all ranks of tp_group. [temperatures, 2, N]
 
-        float32. Log-probs have a gradient; entropies have none, since no loss takes one through them.
+        float32. Log-probs carry gradient; entropies only with `entropy_gradient`.
         """
         if output_layer.sequence_parallel:
-            # All rows first, then the choice. The gather's backward reduce-scatters the partial gradients of the
+            # Gather all rows, then select. The gather's backward reduce-scatters the partial gradients of the
             # vocabulary shards, so no head has to sum them.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
         weight_VH = output_layer.weight if output_weight is None else output_weight
         scores = self._score(hidden_states[:, 0][context.positions], weight_VH, output_layer, context)
-        return torch.stack([torch.stack([log_probs_N, entropies_N.detach()]) for log_probs_N, entropies_N in scores])
+        if not self.entropy_gradient:
+            scores = [(log_probs_N, entropies_N.detach()) for log_probs_N, entropies_N in scores]
+        return torch.stack([torch.stack(pair) for pair in scores])
 
     @abstractmethod
     def _score(
@@ -70,7 +74,7 @@ class OutputHead(ABC):
 
 
 class LogitsHead(OutputHead):
-    """Makes the logits of all tokens; the backward overwrites them with their gradient."""
+    """Computes the logits of all tokens at once; the backward pass overwrites them with their gradient."""
 
     def _score(
         self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
@@ -98,7 +102,7 @@ class LogitsHead(OutputHead):
 
 @dataclass(frozen=True)
 class FusedHead(OutputHead):
-    """Makes the logits of a chunk of tokens at a time, in the forward and again in the backward pass."""
+    """Computes the logits of one chunk of tokens at a time, in the forward and again in the backward pass."""
 
     chunk_bytes: int = CHUNK_BYTES
 
@@ -130,4 +134,4 @@ class FusedHead(OutputHead):
 
 
 OUTPUT_HEADS: dict[str, type[OutputHead]] = {"logits": LogitsHead, "fused": FusedHead}
-"""By the values of `trainer.output_head`."""
+"""Head for each value of `trainer.output_head`."""

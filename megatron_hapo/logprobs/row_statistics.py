@@ -1,4 +1,4 @@
-"""Softmax statistics of rows of vocabulary-sharded logits, and the gradient that follows from them. Shared arithmetic.
+"""Softmax statistics of the rows of vocabulary-sharded logits, and the gradient that follows from them.
 
 `N` tokens, `V` this rank's vocabulary columns. Per row, with m the maximum, x = (logit - m) / T, S = sum exp(x) and
 M = sum x exp(x) / S:
@@ -6,8 +6,8 @@ M = sum x exp(x) / S:
     log p_t = x_t - log S          d log p_t / d logit_j = ([j = t] - p_j) / T
     H = log S - M                  d H / d logit_j = -p_j (x_j - M) / T
 
-Every rank reads its own columns once; what it finds is put together by two all-reduces of [N]. Nothing of size [N, V]
-exists beside the logits: torch works on one tile (some rows, or some columns of a row) in two float32 buffers.
+Every rank reads its own columns once; two all-reduces of [N] combine the ranks' results. Nothing of size [N, V] exists
+besides the logits: torch works on one tile (some rows, or some columns of a row) in two float32 buffers.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_TILE_SHARE = 16
-"""A tile is at most this part of the logits, so that both float32 buffers together add 2 x 4 / 16 bytes an element."""
-CPU_TILE_ELEMENTS = 1 << 17  # two buffers stay in a core's L2 cache
+"""A tile has at most 1/16 of the logits, so that both float32 buffers together add 2 x 4 / 16 bytes per element."""
+CPU_TILE_ELEMENTS = 1 << 17  # two buffers fit into a core's L2 cache
 GPU_TILE_ELEMENTS = 1 << 25  # enough to keep the device busy with each kernel
 FAR_BELOW = -1e4
-"""exp of it is 0. A forbidden token has x = -inf, and exp(x) x would be NaN."""
+"""Lower bound of x, whose exp is 0. A forbidden token has x = -inf, and exp(x) x would be NaN."""
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabShard:
     """This rank's part of the vocabulary."""
 
     tp_group: dist.ProcessGroup | None
     first_column: int
     """Global token id of this rank's column 0."""
     real_columns: int
-    """Columns that are no padding; may be 0."""
+    """Columns that are not padding; may be 0."""
     vocab_size: int
     """Real size over all ranks."""
 
     @staticmethod
-    def of(columns: int, *, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> Shard:
-        """The part of a rank with so many columns, rank r of the group holding [r columns, (r + 1) columns).
+    def of(columns: int, *, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
+        """This rank's part, where rank r of the group holds the token ids [r columns, (r + 1) columns).
 
         Raises:
-            ValueError: a vocab_size that is not in 1..all ranks' columns.
+            ValueError: vocab_size is not in 1..(columns of all ranks).
         """
         tp_rank, tp_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
         total_columns = columns * tp_size
@@ -53,15 +53,15 @@ class Shard:
         if not 0 < real_size <= total_columns:
             raise ValueError(f"vocab_size must lie in 1..{total_columns} (all ranks' columns), got {vocab_size}")
         first_column = tp_rank * columns
-        return Shard(tp_group, first_column, max(0, min(columns, real_size - first_column)), real_size)
+        return VocabShard(tp_group, first_column, max(0, min(columns, real_size - first_column)), real_size)
 
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Of each row over the whole vocabulary, equal on all ranks of the group. All [N], float32 or float64."""
+    """Each row's statistics over the whole vocabulary, equal on all ranks of the group. [N], float32 or float64."""
 
     maximum: Tensor
-    """m: of the logits, not divided by the temperature."""
+    """m, maximum of the logits, not divided by the temperature."""
     sum_exp: Tensor
     mean_x: Tensor
     target_x: Tensor
@@ -69,32 +69,34 @@ class RowStatistics:
 
     @property
     def log_probs(self) -> Tensor:
+        """Log-prob of each row's target. [N]"""
         return self.target_x - self.sum_exp.log()
 
     @property
     def entropies(self) -> Tensor:
-        """Nats; rounding can leave a certain token's slightly below zero, which is made zero."""
+        """Entropy of each row in nats, clamped at 0: rounding can leave that of a certain token slightly below. [N]"""
         return (self.sum_exp.log() - self.mean_x).clamp_min_(0)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order of the fields."""
+        """All tensors, in the order of the fields."""
         return self.maximum, self.sum_exp, self.mean_x, self.target_x
 
 
 @dataclass(frozen=True)
 class RowGradient:
-    """d loss / d logit_j = exp(x_j) (slope x_j + offset), and another value for the target. All [N]."""
+    """d loss / d logit_j = exp(x_j) (slope x_j + offset) for all columns but the target. [N] each."""
 
     maximum: Tensor
     temperature: Tensor | None
     offset: Tensor
     slope: Tensor | None
-    """None where the entropies carry no gradient."""
+    """None if the entropies carry no gradient."""
     target: Tensor
     """The target's gradient."""
 
     def of_rows(self, rows: slice) -> RowGradient:
+        """The part of these rows."""
         return RowGradient(
             self.maximum[rows],
             _part(self.temperature, rows),
@@ -108,14 +110,14 @@ class RowGradient:
 
 
 def local_statistics(logits_NV: Tensor, local_targets_N: Tensor, temperature_N: Tensor | None) -> Tensor:
-    """This rank's maximum, sum of exp(x), sum of x exp(x), and the target's logit, 0 where another rank has it. [4, N]
+    """This rank's maximum, sum of exp(x), sum of x exp(x), and the target's logit or, if another rank has it, 0. [4, N]
 
-    x is relative to this rank's maximum. On a GPU one kernel reads the logits once; tiles of torch elsewhere.
+    x is relative to this rank's maximum. On a GPU one kernel reads the logits once; elsewhere torch works tile by tile.
 
     Args:
-        logits_NV: [N, V] columns that are no padding; V may be 0.
-        local_targets_N: [N] int64, counted from this rank's column 0; outside [0, V) another rank has the target.
-        temperature_N: [N], None for 1.
+        logits_NV: [N, V], columns that are not padding; V may be 0.
+        local_targets_N: [N] int64, counted from this rank's column 0; outside [0, V) if another rank has the target.
+        temperature_N: [N]; None means 1.
     """
     if logits_NV.device.type == "cuda" and logits_NV.dtype != torch.float64 and logits_NV.numel():
         from megatron_hapo.logprobs import row_statistics_triton
@@ -125,11 +127,11 @@ def local_statistics(logits_NV: Tensor, local_targets_N: Tensor, temperature_N: 
 
 
 def local_statistics_in_tiles(logits_NV: Tensor, local_targets_N: Tensor, temperature_N: Tensor | None) -> Tensor:
-    """`local_statistics` in torch's own operators, on any device."""
+    """`local_statistics` in plain torch operators, on any device. [4, N]"""
     x_tile, exp_tile = _buffers(logits_NV)
     result_4N = x_tile.new_zeros(4, len(logits_NV))
     maximum_N, sum_exp_N, sum_x_exp_N, target_logit_N = result_4N
-    # Finite also where the rank holds forbidden tokens or padding only: -inf - -inf would be NaN.
+    # Finite even if the rank holds only forbidden tokens or padding: -inf - -inf would be NaN.
     lowest = torch.finfo(x_tile.dtype).min
     maximum_N.fill_(lowest)
     for rows, columns in _tiles(logits_NV):
@@ -150,15 +152,15 @@ def combine(
     local_4N: Tensor,
     local_targets_N: Tensor,
     temperature_N: Tensor | None,
-    shard: Shard,
+    shard: VocabShard,
     *,
     chunk_size: int | None = None,
 ) -> RowStatistics:
-    """The ranks' `local_statistics` as one: two all-reduces for every `chunk_size` rows, which all ranks call."""
+    """The ranks' `local_statistics` combined: two all-reduces per `chunk_size` rows, which all ranks must call."""
     local_maximum_N, local_sum_exp_N, local_sum_x_exp_N, target_logit_N = local_4N
     maximum_N = local_maximum_N.clone()
     _all_reduce(maximum_N, dist.ReduceOp.MAX, shard, chunk_size)
-    # From sums relative to this rank's maximum to sums relative to the maximum of all.
+    # From sums relative to this rank's maximum to sums relative to the maximum over all ranks.
     shift_N = _over(local_maximum_N - maximum_N, temperature_N).clamp_min_(FAR_BELOW)
     factor_N = shift_N.exp()
     here_N = (local_targets_N >= 0) & (local_targets_N < shard.real_columns)
@@ -175,7 +177,7 @@ def combine(
     return RowStatistics(maximum_N, sum_exp_N, sum_x_exp_N / sum_exp_N, target_x_N)
 
 
-def _all_reduce(values_N: Tensor, op: dist.ReduceOp.RedOpType, shard: Shard, chunk_size: int | None) -> None:
+def _all_reduce(values_N: Tensor, op: dist.ReduceOp.RedOpType, shard: VocabShard, chunk_size: int | None) -> None:
     if shard.tp_group is not None:
         for chunk in values_N.split(chunk_size or max(1, len(values_N))):
             dist.all_reduce(chunk, op=op, group=shard.tp_group)
@@ -190,7 +192,7 @@ def row_gradient(
     grad_log_probs_N: Tensor | None,
     grad_entropies_N: Tensor | None,
 ) -> RowGradient:
-    """What the gradient of the logits needs of each row, from the gradients of both outputs. No collective."""
+    """What the gradient of the logits needs of each row, from the gradients of both outputs. Without collectives."""
     log_probs_N, sum_exp_N, mean_x_N = statistics.log_probs, statistics.sum_exp, statistics.mean_x
     weight_N = torch.ones_like(sum_exp_N) if temperature_N is None else temperature_N.reciprocal()
     offset_N, slope_N, target_N = torch.zeros_like(weight_N), None, torch.zeros_like(weight_N)
@@ -208,7 +210,7 @@ def row_gradient(
 
 
 def overwrite_with_gradient(logits_NV: Tensor, local_targets_N: Tensor, gradient: RowGradient) -> None:
-    """Put the loss's gradient in the place of the logits. [N, V] columns that are no padding."""
+    """Overwrites the logits [N, V], columns that are not padding, with the gradient of the loss."""
     x_tile, exp_tile = _buffers(logits_NV)
     for rows, columns in _tiles(logits_NV):
         logits = logits_NV[rows, columns]
@@ -220,7 +222,7 @@ def overwrite_with_gradient(logits_NV: Tensor, local_targets_N: Tensor, gradient
             p.mul_(x.mul_(gradient.slope[rows, None]).add_(gradient.offset[rows, None]))
         logits.copy_(p)
     if logits_NV.shape[1]:
-        # Indices, not a mask, which would synchronise a GPU; and scatter_ would copy bfloat16 logits as a whole.
+        # Indices: a mask would synchronise a GPU, and scatter_ would copy all bfloat16 logits.
         here_N, targets = _positions(local_targets_N, logits_NV.shape[1])
         logits_NV[targets] = torch.where(here_N, gradient.target.to(logits_NV.dtype), logits_NV[targets])
 
@@ -229,15 +231,15 @@ def overwrite_with_gradient(logits_NV: Tensor, local_targets_N: Tensor, gradient
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and results for logits of this dtype."""
+    """dtype of sums and results for logits of this dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def temperature_of_rows(temperature: float | Tensor, like: Tensor) -> Tensor | None:
-    """[N], or None for 1; N and device as `like` [N, ...], in the precision of the sums over its dtype.
+    """The temperature of each row [N], or None for 1; on the device of `like` [N, ...], in `statistics_dtype`.
 
     Raises:
-        ValueError: a number that is not positive and finite, or a shape other than [N].
+        ValueError: a number that is not positive and finite, or a tensor whose shape is not [N].
     """
     dtype = statistics_dtype(like.dtype)
     if isinstance(temperature, int | float):
@@ -255,15 +257,15 @@ def check_results(
     targets_N: Tensor,
     temperature_N: Tensor | None,
     entropies_N: Tensor,
-    shard: Shard,
+    shard: VocabShard,
     logits_of: Callable[[int], Tensor],
 ) -> None:
-    """Look at the results, for which one synchronisation is enough; any fault shows in them on every rank.
+    """Checks inputs by their results, with one synchronisation: every fault shows in them, on every rank.
 
     Args:
-        logits_of: this rank's columns of one token, without padding.
+        logits_of: returns this rank's columns of one token, without padding.
     Raises:
-        ValueError: names the first token with a fault; for logits the rank and the token id too.
+        ValueError: names the first token with a fault; for logits also the rank and the token id.
     """
     wrong_target_N = (targets_N < 0) | (targets_N >= shard.vocab_size)
     wrong_N = wrong_target_N | ~entropies_N.detach().isfinite()
@@ -282,8 +284,8 @@ def check_results(
     raise ValueError(f"logits of token {token} {_fault(logits_of(token).detach(), shard)}")
 
 
-def _fault(logits_V: Tensor, shard: Shard) -> str:
-    """What is wrong with a row, and where; all ranks of the group call together."""
+def _fault(logits_V: Tensor, shard: VocabShard) -> str:
+    """What is wrong with a row, and where; all ranks of the group must call."""
     bad = (logits_V.isnan() | logits_V.isposinf()).nonzero()
     column = int(bad[0]) if len(bad) else -1
     finding = torch.tensor(
@@ -306,12 +308,12 @@ def _fault(logits_V: Tensor, shard: Shard) -> str:
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """[0, length) cut into parts of `step`, the last one shorter."""
+    """Slices of size `step` that cover [0, length); the last one may be shorter."""
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _buffers(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Two work arrays of a tile's size in the precision of the sums."""
+    """Two work arrays of a tile's size in `statistics_dtype`."""
     dtype = statistics_dtype(logits_NV.dtype)
     size = min(_tile_elements(logits_NV), logits_NV.numel())
     return logits_NV.new_empty(size, dtype=dtype), logits_NV.new_empty(size, dtype=dtype)
@@ -323,12 +325,12 @@ def _tile_elements(logits_NV: Tensor) -> int:
 
 
 def _tiles(logits_NV: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each tile: whole rows, or parts of one row when a row is too large."""
+    """Rows and columns of each tile: whole rows, or parts of one row if a row is too large."""
     num_rows, num_columns = logits_NV.shape
     if not num_columns:
         return
     size = _tile_elements(logits_NV)
-    # Parts of one size: a small remainder would cost as many kernels as a full tile.
+    # Parts of equal size: a small remainder would cost as many kernels as a full tile.
     width = -(-num_columns // -(-num_columns // size))
     for rows in slices(num_rows, max(1, size // num_columns)):
         for columns in slices(num_columns, width):
@@ -359,7 +361,7 @@ def _over(values_N: Tensor, temperature_N: Tensor | None) -> Tensor:
 
 
 def _positions(local_targets_N: Tensor, num_columns: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Whether this rank holds each target [N], and its row and column; some column of that row where it does not."""
+    """Whether this rank holds each target [N], and its row and column; if it does not, any column of that row."""
     here_N = (local_targets_N >= 0) & (local_targets_N < num_columns)
     rows_N = torch.arange(len(local_targets_N), device=local_targets_N.device)
     return here_N, (rows_N, local_targets_N.clamp(0, num_columns - 1))

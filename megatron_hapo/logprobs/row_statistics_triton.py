@@ -1,6 +1,6 @@
-"""`row_statistics.local_statistics` as one Triton kernel: the logits are read once, and nothing of their size is made.
+"""`row_statistics.local_statistics` as one Triton kernel that reads the logits once and stores nothing of their size.
 
-One program a row goes along the columns with a running maximum; when it rises, the sums so far are rescaled. Triton's
+One program per row goes along the columns with a running maximum; when it rises, the sums so far are rescaled. Triton's
 `maximum` drops NaN, so bounds are set by comparisons, which let a NaN reach the sums and be reported.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Columns of one step: 16 a thread."""
+"""Columns of one step: 16 per thread."""
 NUM_WARPS = 8
 
 
@@ -20,17 +20,17 @@ def local_statistics(logits_NV: Tensor, local_targets_N: Tensor, temperature_N: 
     """Maximum, sum of exp(x), sum of x exp(x), and the target's logit or 0, of each row. [4, N] float32
 
     Args:
-        logits_NV: [N, V] float32, bfloat16 or float16, neighbouring columns side by side in memory; N and V at least 1.
-        local_targets_N: [N] int64; outside [0, V) the target is not here.
-        temperature_N: [N] float32, None for 1.
+        logits_NV: [N, V] float32, bfloat16 or float16, with contiguous rows; N and V at least 1.
+        local_targets_N: [N] int64; outside [0, V) if another rank has the target.
+        temperature_N: [N] float32; None means 1.
     """
     num_rows, num_columns = logits_NV.shape
-    assert logits_NV.stride(1) == 1, "a row's columns must lie side by side"
+    assert logits_NV.stride(1) == 1, "rows must be contiguous"
     result_4N = torch.empty(4, num_rows, dtype=torch.float32, device=logits_NV.device)
     row_statistics_kernel[(num_rows,)](
         logits_NV,
         local_targets_N.contiguous(),
-        # Never read without a temperature, but a pointer must be given.
+        # Never read without a temperature, but the kernel needs a pointer.
         result_4N if temperature_N is None else temperature_N.contiguous(),
         result_4N,
         logits_NV.stride(0),
@@ -55,8 +55,8 @@ def row_statistics_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`result` is [4, num_rows]."""
-    # float32's lowest and `row_statistics.FAR_BELOW`; a kernel sees no globals.
+    """Writes the statistics of one row; `result` is [4, num_rows]."""
+    # float32's lowest value and `row_statistics.FAR_BELOW`; a kernel cannot read globals.
     lowest = -3.4028234663852886e38
     far_below = -1e4
     row = tl.program_id(0).to(tl.int64)  # logits can have more than 2**31 elements

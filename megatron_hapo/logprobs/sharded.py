@@ -1,7 +1,7 @@
-"""Log-probs of chosen tokens and entropies from vocabulary-sharded logits, exact, with gradient, in little memory.
+"""Log-probs of given tokens and entropies from vocabulary-sharded logits: exact, differentiable, in little memory.
 
-Nothing of size [N, V] exists beside the logits, and the backward overwrites the logits with their gradient. Formulas
-are in `row_statistics`.
+Nothing of size [N, V] exists besides the logits, and the backward pass overwrites the logits with their gradient. The
+formulas are in `row_statistics`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hapo.logprobs.row_statistics import (
     RowStatistics,
-    Shard,
+    VocabShard,
     check_results,
     combine,
     local_statistics,
@@ -35,26 +35,26 @@ def vocab_parallel_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row, of softmax(logits / temperature) over the whole vocabulary.
 
-    The backward writes the gradient into the storage of `logits_NV`: the caller must not use the logits afterwards, and
-    can go backward once. Without gradient the logits stay as they are.
+    The backward pass writes the gradient into the storage of `logits_NV`: the caller must not use the logits
+    afterwards, and only one backward pass is possible. Without gradient the logits stay unchanged.
 
-    Two all-reduces a chunk, first the maxima, then the packed sums; every rank of the group must call. The results are
-    looked at once (on a GPU one synchronisation).
+    Two all-reduces per chunk, first of the maxima, then of the packed sums; every rank of the group must call. The
+    results are checked once (on a GPU one synchronisation).
 
     Args:
         logits_NV: [N, V] float32, bfloat16, float16 or float64, this rank's columns: rank r holds [r V, (r + 1) V).
-            -inf is a token that cannot be chosen.
+            -inf marks a forbidden token.
         targets_N: [N] int64, global token ids in [0, vocab_size). A forbidden target has log-prob -inf.
         tp_group: ranks that share the vocabulary; all of them call this with the same N. None: not sharded.
-        vocab_size: real size; columns from there on are padding and are left out, whatever they hold.
+        vocab_size: real size; columns from there on are padding and are ignored, whatever they hold.
         temperature: a positive number or [N].
-        chunk_size: rows that share two all-reduces, at least 1; by default all. Does not change the memory needed.
+        chunk_size: rows that share two all-reduces, at least 1; all by default. Does not change the memory needed.
     Returns:
         log_probs [N] and entropies [N] (nats, at least 0), equal on all ranks of the group; both differentiable.
         float32; float64 for float64 logits.
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, a target outside the vocabulary, logits
-            that are NaN or +inf or all -inf; the message names the first such token, and the rank for logits.
+        ValueError: shapes do not match, a temperature is not positive, a target is outside the vocabulary, or logits
+            are NaN, +inf or all -inf; the message names the first such token, and for logits the rank.
     """
     if logits_NV.dim() != 2 or targets_N.shape != logits_NV.shape[:1]:
         raise ValueError(
@@ -64,7 +64,7 @@ def vocab_parallel_log_probs_and_entropy(
         raise ValueError(f"logits must be floating point, got {logits_NV.dtype}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    shard = Shard.of(logits_NV.shape[1], tp_group=tp_group, vocab_size=vocab_size)
+    shard = VocabShard.of(logits_NV.shape[1], tp_group=tp_group, vocab_size=vocab_size)
     temperature_N = temperature_of_rows(temperature, logits_NV)
     log_probs_N, entropies_N = _LogProbsAndEntropy.apply(logits_NV, targets_N, temperature_N, shard, chunk_size)  # type: ignore[misc]
     check_results(targets_N, temperature_N, entropies_N, shard, lambda token: logits_NV[token, : shard.real_columns])
@@ -78,7 +78,7 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         logits_NV: Tensor,
         targets_N: Tensor,
         temperature_N: Tensor | None,
-        shard: Shard,
+        shard: VocabShard,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         local_targets_N = targets_N - shard.first_column
@@ -87,7 +87,7 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             temperature = () if temperature_N is None else (temperature_N,)
             ctx.save_for_backward(local_targets_N, *statistics.tensors, *temperature)
-            # Not saved through autograd, whose version check would refuse the in-place backward; the check is ours.
+            # Not saved through autograd, whose version check would reject the in-place backward; we check ourselves.
             ctx.logits_NV, ctx.version, ctx.shard = logits_NV.detach(), logits_NV._version, shard
         ctx.set_materialize_grads(False)
         return statistics.log_probs, statistics.entropies
@@ -98,8 +98,8 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         logits_NV, ctx.logits_NV = ctx.logits_NV, None
         if logits_NV is None or logits_NV._version != ctx.version:
             raise RuntimeError(
-                "the logits were changed since the forward pass, probably overwritten by their gradient: "
-                "only one backward through them is possible"
+                "the logits were changed after the forward pass, probably overwritten by their gradient: "
+                "only one backward pass through them is possible"
             )
         local_targets_N, maximum_N, sum_exp_N, mean_x_N, target_x_N, *rest = ctx.saved_tensors
         statistics = RowStatistics(maximum_N, sum_exp_N, mean_x_N, target_x_N)

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_hapo.algorithm.batching import zigzag
+from megatron_hapo.algorithm.microbatches import zigzag
 
 
 class RMSNorm(torch.nn.Module):

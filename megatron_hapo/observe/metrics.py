@@ -1,4 +1,4 @@
-"""A run's numbers: seconds of each stage, metrics.jsonl, TensorBoard, W&B, one line a step on the console."""
+"""Where metrics go: metrics.jsonl, TensorBoard, W&B and one console line per step; and the clock of a step's stages."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id"
 BESIDE_TRAINING = ("eval", "checkpoint")
-"""Stages that happen after some steps only: timed, but no part of time/step."""
+"""Stages that happen only after some steps: timed, but not part of time/step."""
 LINES_PER_HEADER = 20
 
 
 class StepClock:
-    """Seconds of each stage of one step; the step begins when the clock is made."""
+    """Seconds of each stage of one step; the step begins when the clock is created."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -38,7 +38,7 @@ class StepClock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to the stage's."""
+        """Adds the time spent inside to the seconds of the stage."""
         begin = time.perf_counter()
         try:
             with self._spans(stage):
@@ -52,22 +52,22 @@ class StepClock:
         return time.perf_counter() - self._start - beside
 
     def timeline(self) -> Timeline:
-        """The stages so far; the last call of a clock."""
+        """The stages so far; ends the recording."""
         return self._spans.finish()
 
     def metrics(self) -> dict[str, float]:
-        """`time/<stage>` of every stage, and `time/step`, which is training_seconds."""
+        """`time/<stage>` for every stage, and `time/step`, which is `training_seconds`."""
         return {f"time/{stage}": seconds for stage, seconds in self._seconds.items()} | {
             "time/step": self.training_seconds()
         }
 
 
 class MetricsLogger:
-    """Writes every step's metrics to the run folder and shows them; a context manager.
+    """Writes the metrics of every step to the run folder and shows them; a context manager.
 
     Args:
-        start_step: the step that the run resumes after; rows of later steps are dropped, and with 0 all of them.
-        console: where the lines go; stdout if not given.
+        start_step: step after which the run resumes; rows of later steps are dropped, and with 0 all rows.
+        console: where lines are printed; stdout by default.
         wandb_project: see config.MetricsConfig.
     """
 
@@ -93,12 +93,12 @@ class MetricsLogger:
         self._accuracy: float | None = None
 
     def __enter__(self) -> MetricsLogger:
-        from torch.utils.tensorboard import SummaryWriter  # imports torch, which StepClock's users may not need
+        from torch.utils.tensorboard import SummaryWriter  # imports torch, which users of StepClock may not need
 
         rows = [row for row in read_metrics(self._path) if row["step"] <= self._start_step] if self._start_step else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._accuracy = next((row["eval/accuracy"] for row in reversed(rows) if "eval/accuracy" in row), None)
-        # Complete rows go to a new file that takes the old one's place: a kill here must not lose them.
+        # Complete rows go to a new file that then replaces the old one: a kill here must not lose them.
         rewritten = self._path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
         rewritten.replace(self._path)
@@ -121,7 +121,7 @@ class MetricsLogger:
         self._exit.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of metrics.jsonl, one line on the console. Numbers that JSON cannot hold (NaN) become null."""
+        """Writes one row and prints one console line. Numbers that JSON cannot represent (NaN) become null."""
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
@@ -144,7 +144,7 @@ class MetricsLogger:
             self._progress.update(self._task, completed=step)
 
     def _print(self, line: str, style: str = "") -> None:
-        # A terminal cuts what does not fit, a file keeps the whole line.
+        # Lines are cropped to the width of a terminal; a file gets the whole line.
         to_terminal = self._console.is_terminal
         self._console.print(
             line, style=style, markup=False, no_wrap=to_terminal, soft_wrap=not to_terminal, crop=to_terminal
@@ -152,7 +152,7 @@ class MetricsLogger:
 
 
 def _wandb_run(project: str, run_dir: Path, *, resumes: bool) -> Any:
-    """A context manager: a new run of Weights & Biases, or the run folder's own where training resumes."""
+    """A context manager: a new run of Weights & Biases, or the one that the run folder records if training resumes."""
     id_file = run_dir / WANDB_ID_FILE
     if not (resumes and id_file.is_file()):
         id_file.write_text(uuid.uuid4().hex)
@@ -161,7 +161,7 @@ def _wandb_run(project: str, run_dir: Path, *, resumes: bool) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; none if there is no file. A last row that a kill cut short is left out."""
+    """Rows of a metrics.jsonl, empty if there is no file. A last row that a kill cut short is dropped."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -178,10 +178,12 @@ class Column:
     title: str
     width: int
     names: tuple[str, ...]
-    """Metrics whose values the cell shows."""
+    """Metrics that the cell shows."""
     show: Callable[..., str]
+    """Formats their values."""
 
     def cell(self, metrics: dict[str, float]) -> str:
+        """The cell's text; "-" if a metric is missing."""
         values = [metrics.get(name) for name in self.names]
         return "-" if None in values else self.show(*values)
 

@@ -1,4 +1,4 @@
-"""Profiled steps: a torch trace of every trainer rank, and one trace of the step over all processes."""
+"""Profiled steps: a torch trace of every trainer rank, and one trace of the whole step over all processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DURING = {
     **dict.fromkeys(("send_weights", "weight_buckets"), "weight_sync"),
     **dict.fromkeys(("receive_weights", "load_bucket", "verify", "end_weight_update"), "weight_sync"),
 }
-"""Spans of other processes that the driver waits for inside a stage of this name."""
+"""Span name in other processes -> stage of the driver that waits for it."""
 
 
 class StepProfiler:
-    """Makes each step's clock; around a step of `steps` it has every process record what it does.
+    """Creates each step's clock; during the steps in `steps` every process records what it does.
 
     Args:
-        folder: takes a folder `step_XXXXXXXX` a profiled step; every rank's host must see it.
+        folder: gets a folder `step_XXXXXXXX` for each profiled step; the host of every rank must share it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class StepProfiler:
 
     @contextmanager
     def clock(self, step: int) -> Iterator[StepClock]:
-        """The clock of a step that runs inside."""
+        """The clock of the step that runs inside the context."""
         if step not in self._steps:
             yield StepClock()
             return
@@ -58,16 +58,16 @@ class StepProfiler:
 
 
 def write_step_trace(path: Path, driver: Timeline, others: Sequence[Timeline]) -> None:
-    """Write `step_trace` as gzipped JSON, which Perfetto and chrome://tracing open."""
+    """Writes `step_trace` as gzipped JSON, for Perfetto or chrome://tracing."""
     with gzip.open(path, "wt") as file:
         json.dump(step_trace(driver, others), file)
 
 
 def step_trace(driver: Timeline, others: Sequence[Timeline]) -> dict[str, Any]:
-    """The step in Chrome's trace format: a row a process, microseconds since the driver's first span.
+    """The step in Chrome's trace format: one row per process, in microseconds since the driver's first span.
 
-    Processes of the driver's host share its clock. What another host's clock says is taken as it is, unless it
-    contradicts the order of cause and effect: see `clock_correction_ns`. A correction is told in the row's name.
+    Processes on the driver's host share its clock. The clocks of other hosts are taken as they are, unless they
+    contradict the order of cause and effect: see `clock_correction_ns`. The name of a row mentions its correction.
     """
     begin_ns = min(span.begin_ns for span in driver.spans)
     corrections = {
@@ -77,8 +77,8 @@ def step_trace(driver: Timeline, others: Sequence[Timeline]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for row, timeline in enumerate([driver, *others]):
         correction_ns = corrections.get(timeline.host, 0)
-        told = f", clock corrected by {correction_ns / 1e6:+.1f} ms" if correction_ns else ""
-        name = f"{timeline.process} ({timeline.host}{told})"
+        note = f", clock corrected by {correction_ns / 1e6:+.1f} ms" if correction_ns else ""
+        name = f"{timeline.process} ({timeline.host}{note})"
         events.append({"ph": "M", "name": "process_name", "pid": row, "tid": 0, "args": {"name": name}})
         events.append({"ph": "M", "name": "process_sort_index", "pid": row, "tid": 0, "args": {"sort_index": row}})
         events += [
@@ -93,7 +93,7 @@ def step_trace(driver: Timeline, others: Sequence[Timeline]) -> dict[str, Any]:
 
 
 def _in_lanes(spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
-    """Each span and the first lane that is free for it: viewers cannot show spans that overlap in one."""
+    """Each span and the first free lane for it: viewers cannot show overlapping spans in one lane."""
     ends: list[int] = []
     for span in sorted(spans, key=lambda span: span.begin_ns):
         lane = next((lane for lane, end_ns in enumerate(ends) if end_ns <= span.begin_ns), len(ends))
@@ -102,10 +102,10 @@ def _in_lanes(spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
 
 
 def clock_correction_ns(stages: Sequence[Span], spans: Sequence[Span]) -> int:
-    """The smallest number of nanoseconds that, added to a host's spans, puts each inside the stage that waited for it.
+    """The smallest shift in nanoseconds that puts each of a host's spans inside the stage that waited for it.
 
-    The driver asks for an update after its stage `update` has begun, and goes on when all ranks have answered. A host
-    whose spans leave their stage has a clock that differs from the driver's by at least this much.
+    The driver requests an update after its stage `update` has begun, and continues when all ranks have answered. If
+    spans of a host lie outside their stage, its clock differs from the driver's by at least this much.
     """
     windows = {
         name: (min(s.begin_ns for s in stages if s.name == name), max(s.end_ns for s in stages if s.name == name))

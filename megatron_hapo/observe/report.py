@@ -1,4 +1,4 @@
-"""A run's curves as one picture, from its metrics.jsonl; several runs are drawn over each other."""
+"""The curves of a run as one picture, from its metrics.jsonl; several runs share the axes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Run:
+    """Metrics of one run, and its colour."""
+
     name: str
     rows: list[dict[str, float]]
     color: str
@@ -48,14 +50,13 @@ class Run:
 
 
 def write_report(*run_dirs: Path) -> Path:
-    """Draw the curves of these runs; the picture, `curves.png` or for several runs `comparison.png`, is in the first
-    run's folder.
+    """Path of the picture of these runs, in the folder of the first: `curves.png`, or `comparison.png` for several.
 
     Raises:
-        DataError: a folder has no metrics.
+        DataError: no folder is given, or one has no metrics.
     """
     if not run_dirs:
-        raise DataError("a report needs the folder of a run")
+        raise DataError("a report needs at least one run folder")
     runs = [_read(run_dir, COLORS[i % len(COLORS)]) for i, run_dir in enumerate(run_dirs)]
     with mpl.rc_context(STYLE):
         figure = _draw(runs)
@@ -108,7 +109,7 @@ def _lines(
     label_ends: bool = False,
     scale: float = 1,
 ) -> None:
-    """Each metric of each run: the colour tells the run, the line's style the metric; one run takes colours only."""
+    """Each metric of each run: colours are runs and line styles metrics; with a single run, colours are metrics."""
     for run in runs:
         for i, metric in enumerate(metrics.values()):
             steps, values = run.series(metric)
@@ -137,7 +138,7 @@ def _legend(run: Run) -> str:
 
 
 def _whole_decades(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis whose ends are powers of ten, so that noise within a decade looks like noise."""
+    """Makes the axis logarithmic with powers of ten as limits, so that noise within a decade looks like noise."""
     positive = [value for value in values if value > 0]
     if positive:
         ax.set_yscale("log")
@@ -145,7 +146,7 @@ def _whole_decades(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _temperature(ax: Axes, runs: Sequence[Run]) -> None:
-    """The mean as a line in the band from the lowest to the highest temperature of the step."""
+    """The mean as a line within the band from the lowest to the highest temperature of the step."""
     for run in runs:
         steps, mean = run.series("temperature/mean")
         low, high = run.series("temperature/min")[1], run.series("temperature/max")[1]
@@ -156,7 +157,7 @@ def _temperature(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def _seconds_over_steps(ax: Axes, run: Run) -> None:
-    """Stacked seconds of the stages; what time/step has beyond them is the driver's own."""
+    """Stacked seconds of the stages; the remainder of time/step is the driver's own time."""
     rows = [row for row in run.rows if row.get("time/step") is not None]
     steps = [row["step"] for row in rows]
     stacks = [[row.get(f"time/{stage}") or 0.0 for row in rows] for stage in STAGES]
@@ -167,11 +168,11 @@ def _seconds_over_steps(ax: Axes, run: Run) -> None:
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
         ax.set_ylim(bottom=0)
-    _finish(ax, "Seconds a step")
+    _finish(ax, "Seconds per step")
 
 
 def _mean_seconds(ax: Axes, runs: Sequence[Run]) -> None:
-    """One stacked bar a run: mean seconds of each stage."""
+    """One stacked bar per run: mean seconds of each stage."""
     left = [0.0] * len(runs)
     for stage, color in zip(STAGES, COLORS, strict=False):
         values = [run.series(f"time/{stage}")[1] for run in runs]
@@ -182,7 +183,7 @@ def _mean_seconds(ax: Axes, runs: Sequence[Run]) -> None:
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
-    ax.set_title("Seconds a step, mean")
+    ax.set_title("Seconds per step, mean")
 
 
 def _finish(ax: Axes, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What a process does when, by the wall clock, while a step is profiled; pure."""
+"""Spans of time: what a process does and when, by the wall clock, while a step is profiled. Pure."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Span(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """What one process did, in the order in which it ended."""
+    """The spans of one process, in the order of their ends."""
 
     process: str
-    """As a reader of the trace knows it: engine 0."""
+    """Name in the trace, e.g. engine 0."""
     host: str
     spans: list[Span]
 
 
 class SpanRecorder:
-    """Spans of this process, in all its threads, that end between `start` and `finish`; others are forgotten."""
+    """Records spans of all threads of this process that end between `start` and `finish`; others are dropped."""
 
     def __init__(self, process: str):
         self._process = process
@@ -36,21 +36,23 @@ class SpanRecorder:
         self._start_ns = 0
 
     def start(self) -> None:
+        """Starts recording."""
         self._start_ns, self._spans = time.time_ns(), []
 
     def finish(self) -> Timeline:
+        """Stops recording; the spans since `start`."""
         spans, self._spans = self._spans or [], None
         return Timeline(self._process, socket.gethostname(), spans)
 
     def add(self, name: str, begin_ns: int) -> None:
-        """A span that ends now; if it began before `start`, it counts from there."""
+        """Adds a span that ends now; if it began before `start`, it is cut to begin there."""
         spans = self._spans
         if spans is not None:
             spans.append(Span(name, max(begin_ns, self._start_ns), time.time_ns()))
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What happens inside is a span."""
+        """Records the time inside the context as a span."""
         begin_ns = time.time_ns()
         try:
             yield
@@ -59,11 +61,13 @@ class SpanRecorder:
 
 
 class Recorded(Protocol):
+    """An object with a recorder of its own."""
+
     spans: SpanRecorder
 
 
 def recorded[S: Recorded, **P, R](method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """The method, its calls recorded as spans of its object."""
+    """The method, with each call recorded as a span by its object's recorder."""
 
     @functools.wraps(method)
     def recording(self: S, *args: P.args, **kwargs: P.kwargs) -> Any:

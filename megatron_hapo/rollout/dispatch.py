@@ -1,4 +1,4 @@
-"""Which engine generates which prompt's responses: whoever has least to do, as engines get free; pure."""
+"""Which engine generates which group: the least loaded one, as engines become free. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Collection, Sequence
 
 
 class Dispatch:
-    """The groups of one generation call on their way through the engines.
+    """Assigns the groups of one generation call to engines.
 
-    An engine is never given everything at once: while it decodes as many requests as it can and some wait in it, the
-    groups that are left belong to nobody, and go to whichever engine has room first. So a few long responses on one
-    engine leave no other without work before the groups run out.
+    Groups are not assigned all at once: while an engine decodes as many requests as it can and queues a few more, the
+    remaining groups stay unassigned, and go to the engine that has room first. A few long responses on one engine thus
+    leave no other engine idle before the groups run out.
 
     Args:
-        response_tokens: for each group, tokens that one of its responses is expected to take.
+        response_tokens: for each group, the expected number of tokens of one of its responses.
         samples: responses of each group.
-        engines: their number.
-        room: an engine that has fewer unfinished responses is given another group.
+        engines: number of engines.
+        room: an engine with fewer unfinished responses than this can take another group.
     """
 
     def __init__(self, response_tokens: Sequence[int], *, samples: int, engines: int, room: int):
@@ -36,25 +36,25 @@ class Dispatch:
         return self._responses[engine] > 0
 
     def assign(self, engines: Collection[int]) -> dict[int, list[int]]:
-        """Groups for those of `engines` that have room, each to the one with the fewest tokens outstanding."""
-        given: dict[int, list[int]] = {engine: [] for engine in engines}
+        """New groups for each of `engines`; each goes to the one with the fewest pending tokens of those with room."""
+        assigned: dict[int, list[int]] = {engine: [] for engine in engines}
         while self._waiting and (free := [engine for engine in engines if self._responses[engine] < self._room]):
             engine = min(free, key=self._tokens.__getitem__)
             group = self._waiting.popleft()
             self._unfinished[engine][group] = self._samples
             self._add(engine, group, self._samples)
-            given[engine].append(group)
-        return given
+            assigned[engine].append(group)
+        return assigned
 
     def finished(self, engine: int, group: int) -> None:
-        """One response of this group has finished."""
+        """Records that one response of this group has finished on this engine."""
         self._add(engine, group, -1)
         self._unfinished[engine][group] -= 1
         if not self._unfinished[engine][group]:
             del self._unfinished[engine][group]
 
     def lost(self, engine: int) -> None:
-        """The engine has lost its work: groups that were not finished are given out again, before all others."""
+        """Records that the engine lost its work: its unfinished groups are assigned again, before all others."""
         for group, responses in reversed(self._unfinished[engine].items()):
             self._add(engine, group, -responses)
             self._waiting.appendleft(group)

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, sampled plainly: base temperature, no overlong penalty."""
+"""Accuracy on held-out problems, sampled at a fixed temperature and scored without the overlong penalty."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.types import Prompt, Sampling
 
-EVAL_SEED = 1 << 40  # apart from every training step's
+EVAL_SEED = 1 << 40  # outside the seeds of the training steps
 
 
 def evaluate(pool: RolloutPool, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
-    """Mean over `eval.samples` responses to each prompt; the same seeds every time, so that steps compare."""
+    """Means over `eval.samples` responses to each prompt; seeds are always the same, so that steps are comparable."""
     sampling = Sampling(
         samples=config.eval.samples, temperature=config.eval.temperature, top_p=config.eval.top_p,
         max_response_tokens=config.rollout.max_response_tokens, stop_token_ids=config.rollout.stop_token_ids,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hapo.algorithm.batching import padded_lengths, plan_microbatches
+from megatron_hapo.algorithm.microbatches import padded_lengths, plan_microbatches
 from megatron_hapo.config import Config
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing.throughput import model_flops

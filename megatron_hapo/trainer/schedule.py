@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hapo.algorithm.batching import MicroBatch, pack, plan_microbatches
+from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
 from megatron_hapo.logprobs.output_head import OutputHead, ScoredTokens
 from megatron_hapo.model.layers import packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout

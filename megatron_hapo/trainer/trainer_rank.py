@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hapo.algorithm.batching import MicroBatch
+from megatron_hapo.algorithm.methods import enabled_parts
+from megatron_hapo.algorithm.microbatches import MicroBatch
 from megatron_hapo.algorithm.objective import policy_loss
 from megatron_hapo.checkpoint import resumable
 from megatron_hapo.checkpoint.hf_weights import local_placement, owned_tensors, write_hf_shards
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
-from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.model.build import build_model, named_parameters
@@ -37,7 +37,7 @@ from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, en
 from megatron_hapo.trainer.offload import ReleasableMemory
 from megatron_hapo.trainer.optimizer import set_learning_rate, wait_for_weights, wrap_for_training
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
-from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket
 
 
 class TrainerRank:
@@ -61,7 +61,9 @@ class TrainerRank:
         )
         load_weights(self.model, self.shape, layout, config.model.path)
         self._output_head = OUTPUT_HEADS[config.trainer.output_head](
-            tp_group=layout.tp_group if layout.sizes.tp > 1 else None, vocab_size=self.shape.vocab_size
+            tp_group=layout.tp_group if layout.sizes.tp > 1 else None,
+            vocab_size=self.shape.vocab_size,
+            entropy_gradient=any(part.entropy_gradient for part in enabled_parts(config.algorithm)),
         )
         self._chunks, self._optimizer = wrap_for_training(self.model, config)
         self._memory = ReleasableMemory(self._chunks, self._optimizer, layout.device)
@@ -289,5 +291,5 @@ class TrainerRank:
     def _scored_tokens(self, microbatch: MicroBatch, *, rollout_temperatures: bool) -> ScoredTokens:
         temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)
         if rollout_temperatures:
-            temperatures += (microbatch.temperatures,)
+            temperatures += (microbatch["temperatures"],)
         return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures)

@@ -1,35 +1,38 @@
-"""What each method has of its own, against hand-worked numbers and slow references; and the composition of switches."""
+"""Each method's own formulas against hand-worked numbers and slow references, and their composition in the loss."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.algorithm.batching import MicroBatch
 from megatron_hapo.algorithm.methods.archer import kl_to_old_policy, reasoning_mask
 from megatron_hapo.algorithm.methods.edge_grpo import entropy_driven_advantage
 from megatron_hapo.algorithm.methods.forking_tokens import forking_weights
 from megatron_hapo.algorithm.methods.gspo import sequence_log_ratio
 from megatron_hapo.algorithm.methods.importance import importance_weights
+from megatron_hapo.algorithm.microbatches import MicroBatch
+from megatron_hapo.algorithm.minibatches import aggregation_weights, minibatches
 from megatron_hapo.algorithm.objective import policy_loss
-from megatron_hapo.algorithm.prepare import (
-    aggregation_weights,
-    minibatches,
-    mismatch_metrics,
-    weight_metrics,
-    with_scores,
-)
+from megatron_hapo.algorithm.step_statistics import step_statistics
+from megatron_hapo.algorithm.training_batch import advantages, with_token_data
 from megatron_hapo.config import AlgorithmConfig, BatchConfig, load_config
 from megatron_hapo.entropy import entropy_modulation, entropy_stats
-from megatron_hapo.loss import hapo_loss
-from megatron_hapo.types import TokenScores, TrainBatch
+from megatron_hapo.observe.step_metrics import mismatch_metrics, weight_metrics
+from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, TrainBatch
+from tests.test_loss import hapo_loss
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LENGTHS = torch.tensor([3, 1, 0, 4])
+EMPTY = np.zeros(0, np.int32)
+ROLLOUT = Rollout(
+    prompt=Prompt(uid="0", token_ids=EMPTY, ground_truth="", data_source=""), response_ids=EMPTY,
+    rollout_log_probs=EMPTY, temperatures=EMPTY, policy_versions=EMPTY, finish_reason="stop",
+)  # fmt: skip
 
 
 def algorithm(**settings: object) -> AlgorithmConfig:
@@ -57,24 +60,23 @@ def scored_batch(*, groups: int = 2, size: int = 3, seed: int = 0) -> tuple[Trai
     return batch, TokenScores(log_probs=log_probs, rollout_temperature_log_probs=log_probs, entropies=entropies)
 
 
+def with_scores(batch: TrainBatch, scores: TokenScores, settings: AlgorithmConfig) -> tuple[TrainBatch, EntropyStats]:
+    """The batch as `training_batch` completes it, with its advantages kept."""
+    stats = step_statistics(scores, settings)
+    return with_token_data(replace(batch, old_log_probs=scores.log_probs, stats=stats), scores, settings), stats
+
+
 def as_microbatch(batch: TrainBatch) -> MicroBatch:
-    """All of the batch's responses, only with what the objective reads."""
+    """All responses of the batch, with only the fields that the objective reads."""
     lengths = torch.from_numpy(batch.response_lengths)
     empty = torch.zeros(0, dtype=torch.int64)
-
-    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-        return None if array is None else torch.from_numpy(array)
-
     return MicroBatch(
         rows=list(range(len(batch))),
         sequence_lengths=batch.sequence_lengths.tolist(),
         num_response_tokens=batch.num_response_tokens,
         input_ids=empty, position_ids=empty, predicting_positions=empty, response_index=empty, targets=empty,
         response_rows=torch.arange(len(batch)).repeat_interleave(lengths),
-        temperatures=torch.from_numpy(batch.temperatures),
-        advantages=torch.from_numpy(batch.advantages).repeat_interleave(lengths),
-        old_log_probs=tensor(batch.old_log_probs), modulation=tensor(batch.modulation),
-        weights=tensor(batch.weights), reasoning=tensor(batch.reasoning),
+        per_token={name: torch.from_numpy(array) for name, array in batch.per_token().items()},
     )  # fmt: skip
 
 
@@ -91,7 +93,9 @@ def as_microbatch(batch: TrainBatch) -> MicroBatch:
 )
 def test_aggregation_weights_give_the_aggregation_they_name(aggregation, mean):
     losses = torch.arange(1.0, 9.0)
-    weights = aggregation_weights(LENGTHS, aggregation, max_tokens=10)
+    weights = aggregation_weights(LENGTHS, algorithm(aggregation=aggregation), max_tokens=10)
+    if weights is None:
+        weights = torch.ones(8)
     assert weights.dtype == torch.float32
     torch.testing.assert_close((weights * losses).sum() / 8, mean(losses))
 
@@ -99,7 +103,7 @@ def test_aggregation_weights_give_the_aggregation_they_name(aggregation, mean):
 def test_the_aggregation_counts_within_each_minibatch():
     batch, scores = scored_batch(groups=4)
     settings = algorithm(aggregation="sequence_mean_token_mean")
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     sizes = BatchConfig(prompts_per_step=4, samples_per_prompt=3, prompts_per_minibatch=2)
     for part in minibatches(scored, settings, sizes, max_tokens=10, seed=0, step=1):
         per_response = np.add.reduceat(part.weights, np.cumsum(part.response_lengths) - part.response_lengths)
@@ -122,7 +126,7 @@ def test_forking_tokens_are_the_top_share_with_ties():
 def test_forking_tokens_alone_move_the_policy_and_divide():
     batch, scores = scored_batch()
     settings = algorithm(forking_tokens={"enabled": True, "share": 0.25})
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     log_probs = torch.from_numpy(scores.log_probs).requires_grad_()
     policy_loss(log_probs, torch.zeros(0), as_microbatch(scored), settings, num_tokens=batch.num_response_tokens)[
         0
@@ -149,10 +153,10 @@ def test_reasoning_tokens_exceed_their_own_responses_quantile():
 def test_archer_clips_by_token_kind_and_holds_knowledge_tokens():
     batch, scores = scored_batch()
     settings = algorithm(dual_constraint={"enabled": True, "quantile": 0.5, "clip_high": 0.5, "kl": 0.1})
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     old = torch.from_numpy(scores.log_probs)
     log_probs = (old + torch.linspace(-0.9, 0.9, len(old))).requires_grad_()
-    num_tokens, kind = len(old), torch.from_numpy(scored.reasoning)
+    num_tokens, kind = len(old), torch.from_numpy(scored.token_data["reasoning"])
     assert 0 < kind.sum() < num_tokens
     loss, _ = policy_loss(log_probs, torch.zeros(0), as_microbatch(scored), settings, num_tokens=num_tokens)
     expected = torch.zeros(())
@@ -185,7 +189,7 @@ def test_certain_responses_count_more_within_their_group():
     entropies = torch.tensor([1.0, 1.0, 3.0, 0.0, 0.0])
     lengths, groups = torch.tensor([2, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
     advantages = entropy_driven_advantage(torch.tensor([1.0, -1.0, 0.5, -0.5]), entropies, lengths, groups)
-    # group 0: mean entropies 1 and 3, their mean 2; group 1 has no entropy at all and stays as it is.
+    # group 0: mean entropies 1 and 3, their mean 2; group 1 has no entropy at all and stays unchanged.
     torch.testing.assert_close(advantages, torch.tensor([2.0, -2 / 3, 0.5, -0.5]))
 
 
@@ -202,7 +206,7 @@ def test_the_entropy_share_is_bounded():
 def test_gspo_is_the_clipped_sequence_objective_value_and_gradient():
     batch, scores = scored_batch()
     settings = algorithm(ratio="sequence", aggregation="sequence_mean_token_mean", clip_low=0.01, clip_high=0.02)
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     sizes = BatchConfig(prompts_per_step=2, samples_per_prompt=3, prompts_per_minibatch=2)
     (part,) = minibatches(scored, settings, sizes, max_tokens=10, seed=0, step=1)
     old = torch.from_numpy(part.old_log_probs)
@@ -234,7 +238,7 @@ def test_the_sequence_ratio_of_a_microbatch_without_tokens_is_empty():
 def test_current_entropies_are_measured_against_the_steps_statistics():
     batch, scores = scored_batch()
     settings = AlgorithmConfig.model_validate({"entropy": {"source": "current"}})
-    scored, stats = with_scores(batch, scores, settings, group_size=3)
+    scored, stats = with_scores(batch, scores, settings)
     microbatch, old = as_microbatch(scored), torch.from_numpy(scores.log_probs)
     entropies = (torch.from_numpy(scores.entropies) * 3).requires_grad_()
     log_probs = (old + 0.15).requires_grad_()
@@ -242,7 +246,7 @@ def test_current_entropies_are_measured_against_the_steps_statistics():
     loss, _ = policy_loss(log_probs, entropies, microbatch, settings, num_tokens=len(old), stats=stats)
     loss.backward()
     assert entropies.grad is None
-    want, _ = hapo_loss(log_probs, old, microbatch.advantages, entropy_modulation(entropies, stats), **options)
+    want, _ = hapo_loss(log_probs, old, microbatch["advantages"], entropy_modulation(entropies, stats), **options)
     torch.testing.assert_close(loss, want)
     same, _ = policy_loss(old, torch.from_numpy(scores.entropies), microbatch, settings, num_tokens=1, stats=stats)
     by_old, _ = policy_loss(old, entropies, microbatch, AlgorithmConfig(), num_tokens=1)
@@ -252,13 +256,13 @@ def test_current_entropies_are_measured_against_the_steps_statistics():
 def test_micro_batch_statistics_are_those_of_the_micro_batch():
     batch, scores = scored_batch()
     settings = AlgorithmConfig.model_validate({"entropy": {"source": "micro_batch", "sign": "reference"}})
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     microbatch, old = as_microbatch(scored), torch.from_numpy(scores.log_probs)
     entropies = torch.from_numpy(scores.entropies).flip(0)
     log_probs = old + 0.15
     loss, _ = policy_loss(log_probs, entropies, microbatch, settings, num_tokens=len(old))
     h = entropy_modulation(entropies, entropy_stats(entropies), sign="reference")
-    want, _ = hapo_loss(log_probs, old, microbatch.advantages, h, clip_low=0.2, clip_high=0.2, num_tokens=len(old))
+    want, _ = hapo_loss(log_probs, old, microbatch["advantages"], h, clip_low=0.2, clip_high=0.2, num_tokens=len(old))
     torch.testing.assert_close(loss, want)
 
 
@@ -302,14 +306,14 @@ def test_importance_weights_by_token_and_by_response():
 def test_the_importance_correction_weighs_the_gradient():
     batch, scores = scored_batch()
     settings = algorithm(importance_correction={"level": "token", "max_weight": 1.2})
-    scored, _ = with_scores(batch, scores, settings, group_size=3)
+    scored, _ = with_scores(batch, scores, settings)
     log_probs = torch.from_numpy(scores.log_probs).requires_grad_()
     num_tokens = batch.num_response_tokens
     policy_loss(log_probs, torch.zeros(0), as_microbatch(scored), settings, num_tokens=num_tokens)[0].backward()
     weights = np.minimum(np.exp(scores.log_probs - batch.rollout_log_probs), 1.2)
     advantages = np.repeat(batch.advantages, batch.response_lengths)
     np.testing.assert_allclose(log_probs.grad, -advantages * weights / num_tokens, rtol=1e-5)
-    assert with_scores(batch, scores, algorithm(), group_size=3)[0].weights is None
+    assert with_scores(batch, scores, algorithm())[0].weights is None
 
 
 def test_the_mismatch_is_measured_at_one_temperature_with_its_quantiles():
@@ -365,13 +369,18 @@ def test_every_methods_overlay_loads_on_a_job(tmp_path, path):
 
 def test_entropy_driven_advantages_come_with_the_scores():
     batch, scores = scored_batch()
-    scored, _ = with_scores(batch, scores, algorithm(advantage="entropy_driven"), group_size=3)
+    groups = [
+        ScoredGroup([ROLLOUT] * 3, [Score(reward=r, correctness=0.0) for r in (1.0, -1.0, i)]) for i in (0.0, 2.0)
+    ]
+    plain = advantages(batch, groups, scores, algorithm(advantage="group_mean"))
+    driven = advantages(batch, groups, scores, algorithm(advantage="entropy_driven"))
     lengths = torch.from_numpy(batch.response_lengths)
     want = entropy_driven_advantage(
-        torch.from_numpy(batch.advantages),
+        torch.from_numpy(plain),
         torch.from_numpy(scores.entropies),
         lengths,
         torch.tensor([0, 0, 0, 1, 1, 1]),
     )
-    np.testing.assert_array_equal(scored.advantages, want)
-    assert not np.array_equal(scored.advantages, batch.advantages)
+    assert plain.dtype == driven.dtype == np.float32
+    np.testing.assert_array_equal(driven, want)
+    assert not np.array_equal(driven, plain)

@@ -1,4 +1,4 @@
-"""What updates do to one trainer rank's weights: the right direction, nothing after a fault, steps below bfloat16."""
+"""Updates of the weights on one rank: right direction, none after a fault, steps below bfloat16's resolution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def learn(model: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return merge_scores([part], batch).log_probs
 
     before = score()
-    scored = replace(batch, old_log_probs=before, modulation=np.zeros_like(before))
+    scored = replace(batch, old_log_probs=before, token_data={"modulation": np.zeros_like(before)})
     for step in range(5):
         trainer.update(scored, step=step + 1)
     return before, score(), np.repeat(batch.advantages, batch.response_lengths)
@@ -42,7 +42,7 @@ def diverge(model: Path) -> tuple[str, bool]:
     before = weights_of(trainer)
     batch = make_batch()
     zeros = np.zeros(batch.num_response_tokens, np.float32)
-    broken = replace(batch, advantages=batch.advantages * np.nan, old_log_probs=zeros, modulation=zeros)
+    broken = replace(batch, advantages=batch.advantages * np.nan, old_log_probs=zeros, token_data={"modulation": zeros})
     try:
         trainer.update(broken, step=7)
         message = ""
@@ -53,7 +53,7 @@ def diverge(model: Path) -> tuple[str, bool]:
 
 
 def take_small_steps(model: Path) -> list[dict[str, float]]:
-    """After each of some bfloat16 updates whose steps are far below its resolution: how far master and weight are."""
+    """Movement of masters and weights after each of several updates whose steps are far below bfloat16's resolution."""
     from megatron_hapo.trainer.trainer_rank import TrainerRank
 
     config = make_config(model, {"tp": 1}, lr=1e-6)
@@ -69,9 +69,8 @@ def take_small_steps(model: Path) -> list[dict[str, float]]:
 
     first_masters, first_weights = masters(), weights()
     batch = make_batch()
-    scored = replace(
-        batch, old_log_probs=batch.rollout_log_probs - 5, modulation=np.zeros_like(batch.rollout_log_probs)
-    )
+    zeros = np.zeros_like(batch.rollout_log_probs)
+    scored = replace(batch, old_log_probs=batch.rollout_log_probs - 5, token_data={"modulation": zeros})
     seen = []
     for step in range(4):
         trainer.update(scored, step=step + 1)

@@ -112,7 +112,7 @@ def turns_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
     batch = make_batch()
     scores = merge_scores([rank.log_probs(batch)], batch)
-    batch = replace(batch, old_log_probs=scores.log_probs, modulation=np.zeros_like(scores.log_probs))
+    batch = replace(batch, old_log_probs=scores.log_probs, token_data={"modulation": np.zeros_like(scores.log_probs)})
     first = rank.update(batch, step=1)
     before, held = [tensor.cpu().clone() for tensor in optimizer_tensors(rank._optimizer)], reserved()
     rank.release_memory(BOTH)
@@ -195,7 +195,7 @@ def updates_of(config: Config, rendezvous: str, folder: Path, source: Path | Non
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
     batch = make_batch()
     scores = merge_scores([rank.log_probs(batch)], batch)
-    batch = replace(batch, old_log_probs=scores.log_probs, modulation=np.zeros_like(scores.log_probs))
+    batch = replace(batch, old_log_probs=scores.log_probs, token_data={"modulation": np.zeros_like(scores.log_probs)})
     updates = [rank.update(batch, step=1), rank.update(batch, step=2)]
     folder.mkdir()
     rank.save_checkpoint(folder)

@@ -45,7 +45,7 @@ def train(config: Config, rendezvous: str) -> dict[str, Any]:
     rank = start_rank(config, device="cuda", rank=0, world_size=1, init_method=rendezvous)
     batch = make_batch()
     before = merge_scores([rank.log_probs(batch)], batch)
-    scored = replace(batch, old_log_probs=before.log_probs, modulation=np.zeros_like(before.log_probs))
+    scored = replace(batch, old_log_probs=before.log_probs, token_data={"modulation": np.zeros_like(before.log_probs)})
     updates = [rank.update(scored, step=step) for step in range(1, 6)]
     after = merge_scores([rank.log_probs(batch)], batch)
     return {

@@ -21,7 +21,7 @@ BATCH = TrainBatch(
     temperatures=np.ones(3, np.float32),
     rollout_log_probs=np.array([-0.1, -np.inf, np.nan], np.float32),
     advantages=np.zeros(1, np.float32),
-    reasoning=np.array([True, False, True]),
+    token_data={"reasoning": np.array([True, False, True])},
     stats=EntropyStats(pivot=0.1, log_max=float("inf"), log_min=-2.0, rms=1 / 3, num_tokens=3),
 )
 PIECE = Piece("a.weight", 1, 2, 3, 4)
@@ -66,6 +66,8 @@ def test_arrays_keep_dtype_shape_and_bits() -> None:
     batch, (rows, restored), restored_bucket = decode(encode([BATCH, ([3, 1], scores), bucket]))
     assert rows == [3, 1]
     assert batch.stats == BATCH.stats
+    assert batch.token_data["reasoning"].dtype == bool
+    np.testing.assert_array_equal(batch.token_data["reasoning"], BATCH.token_data["reasoning"])
     for got, want in ((batch, BATCH), (restored, scores), (restored_bucket, bucket)):
         for name, array in vars(want).items():
             if isinstance(array, np.ndarray):

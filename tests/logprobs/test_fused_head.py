@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_it_agrees_with_the_function_on_logits(dtype):
         assert relative_error(mine.detach(), other.detach().double()) < MAX_GRADIENT_ERROR[dtype]
 
 
-def test_scores_at_several_temperatures_come_from_one_product_a_chunk(monkeypatch):
+def test_scores_at_several_temperatures_come_from_one_product_per_chunk(monkeypatch):
     make_logits = fused_head._logits
     hidden_NH, weight_VH, targets_N, temperatures_N, _ = make_case(20, 300, 16, torch.float32)
     products = []
@@ -162,7 +163,7 @@ def test_the_weights_gradient_is_added_to_megatrons_buffer(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_chunk_of_logits_exists_at_a_time(dtype):
-    """Of sixteen; beside it only its tiles, the gradient of the hidden states, and numbers of each token."""
+    """One of sixteen chunks; otherwise only tiles, the gradient of the hidden states, and a few numbers per token."""
     rows, vocab, hidden = 64, 8192, 16
     hidden_NH, weight_VH, targets_N, temperatures_N, _ = make_case(rows, vocab, hidden, dtype)
     weight, hidden_NH = in_buffer(weight_VH), hidden_NH.requires_grad_()
@@ -215,11 +216,11 @@ def test_bad_logits_are_named():
 
 
 def check_sharded(rank: int) -> None:
-    """Shards of the weight give the whole weight's results and gradients; a fault is named alike on both ranks."""
+    """Shards of the weight give the whole weight's results and gradients; both ranks report the same fault."""
     group, all_reduce, counted = dist.group.WORLD, dist.all_reduce, []
     assert group is not None
     fused_head.dist.all_reduce = count_all_reduces(counted, all_reduce)  # type: ignore[attr-defined]
-    # Real size, columns a rank: no padding; padding on rank 1; rank 1 has padding only.
+    # Real size, columns per rank: no padding; padding on rank 1; rank 1 has padding only.
     for vocab, columns in ((24, 12), (300, 160), (10, 10), (9, 10)):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             hidden_NH, weight_VH, targets_N, temperatures_N, weights_2N = make_case(13, vocab, 32, dtype)
@@ -262,7 +263,7 @@ def check_sharded(rank: int) -> None:
 
 
 def check_overlapped_reduction(rank: int) -> None:
-    """Megatron reduces a bucket when the hooks of its weights have run, and insists that each saw a gradient."""
+    """Megatron reduces a bucket when the hooks of its weights have run, and requires that each saw a gradient."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -311,3 +312,27 @@ def check_two_ranks(rank: int) -> None:
 
 def test_two_ranks_equal_one():
     run_ranks(2, check_two_ranks, timeout_seconds=120)
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_head_gives_entropies_a_gradient_only_if_the_method_needs_it(entropy_gradient: bool) -> None:
+    from megatron_hapo.logprobs.output_head import FusedHead, ScoredTokens
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 1, 4, generator=generator).requires_grad_()
+    weight = torch.randn(9, 4, generator=generator)
+    head = FusedHead(tp_group=None, vocab_size=9, entropy_gradient=entropy_gradient)
+    ((log_probs, entropies),) = head(
+        hidden_states=hidden,
+        output_layer=SimpleNamespace(sequence_parallel=False, weight=weight),
+        output_weight=None,
+        context=ScoredTokens(torch.tensor([0, 3]), torch.tensor([2, 8]), (1.0,)),
+    )
+    assert log_probs.requires_grad
+    (log_probs.sum() + entropies.sum()).backward()
+    log_p = torch.log_softmax(hidden[[0, 3], 0] @ weight.t(), -1)
+    want = log_p[[0, 1], [2, 8]].sum()
+    if entropy_gradient:
+        want = want - (log_p.exp() * log_p).sum()
+    (expected,) = torch.autograd.grad(want, hidden)
+    torch.testing.assert_close(hidden.grad, expected)

@@ -235,11 +235,11 @@ def count_all_reduces(counted: list[int], all_reduce: Any):
 
 
 def check_sharded(rank: int) -> None:
-    """Shards of logits give the whole logits' results and gradients; faults are named alike on both ranks."""
+    """Shards of logits give the whole logits' results and gradients; both ranks report the same fault."""
     group, all_reduce, counted = dist.group.WORLD, dist.all_reduce, []
     assert group is not None
     logprobs.dist.all_reduce = count_all_reduces(counted, all_reduce)  # type: ignore[attr-defined]
-    # Real size, columns a rank: no padding; padding on rank 1; rank 1 has padding only.
+    # Real size, columns per rank: no padding; padding on rank 1; rank 1 has padding only.
     for vocab, columns in ((24, 12), (300, 160), (10, 10), (9, 10)):
         for dtype, temperature, chunk_size in (
             (torch.float64, "per token", None),

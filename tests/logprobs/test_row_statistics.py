@@ -1,4 +1,4 @@
-"""The Triton kernel of the row statistics against its twin in torch, without a GPU: interpreted, and compiled."""
+"""The Triton kernel of the row statistics against its torch counterpart, without a GPU: interpreted, and compiled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hapo.logprobs import row_statistics
 
 
 def compare_with_twin(device: str) -> None:
-    """Rows as models give them and worse: forbidden tokens, nothing but them, NaN, infinity, far-off maxima."""
+    """Ordinary rows, and forbidden tokens (some, all), NaN, infinity and outlying maxima."""
     from megatron_hapo.logprobs.row_statistics_triton import BLOCK, local_statistics
 
     generator = torch.Generator().manual_seed(0)
@@ -44,8 +44,8 @@ def compare_interpreted() -> None:
         compare_with_twin("cpu")
 
 
-def test_the_kernel_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton reads the variable when it is imported, hence the process."""
+def test_the_kernel_equals_its_torch_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, since Triton reads the variable on import."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         executor.submit(compare_interpreted).result(timeout=120)
@@ -53,7 +53,7 @@ def test_the_kernel_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_kernel_compiles_for_a_gpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code of an H100; the interpreter would let types pass that the compiler refuses."""
+    """To machine code for an H100: the interpreter accepts types that the compiler rejects."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -54,7 +54,8 @@ def train_one_step(rank: int, folder: Path) -> None:
         scores: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(scores, trainer.log_probs(batch))
         merged = merge_scores(scores, batch)
-        scored = replace(batch, old_log_probs=merged.log_probs, modulation=np.zeros_like(merged.log_probs))
+        no_modulation = {"modulation": np.zeros_like(merged.log_probs)}
+        scored = replace(batch, old_log_probs=merged.log_probs, token_data=no_modulation)
         metrics = trainer.update(scored, step=1)
         assert metrics is not None
         assert metrics["grad_norm"] > 0

@@ -1,4 +1,4 @@
-"""The run's numbers: metrics.jsonl, resuming, the console's lines, the clock."""
+"""Where metrics go: metrics.jsonl, resumed runs, console lines; and the clock."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def documented_metrics() -> set[str]:
 
 
 def test_the_metrics_in_the_code_are_documented():
-    """Those whose names are written out; tests/test_loop.py looks at what real runs log."""
+    """Covers names that are written out; tests/test_loop.py checks what real runs log."""
     sources = (ROOT / "megatron_hapo").rglob("*.py")
     names = {name for path in sources for name in re.findall(r'^ +"(\w+/\w+)": ', path.read_text(), re.MULTILINE)}
     assert len(names) > 30
@@ -97,7 +97,7 @@ def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_numbers_that_json_cannot_hold_become_null(tmp_path):
+def test_numbers_that_json_cannot_represent_become_null(tmp_path):
     with MetricsLogger(tmp_path, 1, 0, console=make_console()) as logger:
         logger.log(1, {"loss/policy": math.nan, "grad_norm": math.inf})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss/policy": None, "grad_norm": None}]
@@ -113,7 +113,7 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 
 
 def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
-    """With a stand-in for the package, which is not among those that tests need."""
+    """With a stand-in, since the tests do not require the package."""
     run, opened = MagicMock(), []
     run.__enter__.return_value = run
     stand_in = SimpleNamespace(init=lambda **settings: opened.append(settings) or run)
@@ -129,7 +129,7 @@ def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(tmp_pat
     assert opened[0] == {"project": "mine", "name": tmp_path.name, "resume": "allow", "dir": str(tmp_path)}
 
 
-def test_one_plain_line_a_step_where_the_output_is_no_terminal(tmp_path):
+def test_one_plain_line_a_step_where_the_output_is_not_a_terminal(tmp_path):
     console = make_console()
     write_run(tmp_path, last_step=2, console=console)
     header, before, *steps = output(console).splitlines()

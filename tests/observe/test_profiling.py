@@ -55,7 +55,7 @@ def test_every_process_is_a_row_on_the_drivers_time_axis() -> None:
 
 @pytest.mark.parametrize("ahead_ms", [-30_000, -3, 0, 0.5, 30_000])
 def test_a_clock_is_corrected_as_far_as_cause_and_effect_demand(ahead_ms: float) -> None:
-    """The rank's spans leave 1 ms before and 1 ms after them in their stages: less than that shows nowhere."""
+    """The rank's spans leave 1 ms of their stages on either side: a smaller offset cannot be detected."""
     correction = clock_correction_ns(STAGES, spans(*RANK, ahead_ms=ahead_ms)) / MS
     if abs(ahead_ms) <= 1:
         assert correction == 0
@@ -63,7 +63,7 @@ def test_a_clock_is_corrected_as_far_as_cause_and_effect_demand(ahead_ms: float)
         assert correction == pytest.approx(-ahead_ms - (1 if ahead_ms < 0 else -1))
 
 
-def test_a_correction_holds_for_all_rows_of_its_host_and_is_told() -> None:
+def test_a_correction_holds_for_all_rows_of_its_host_and_is_shown() -> None:
     trace = step_trace(
         Timeline("driver", "a", STAGES),
         [
@@ -81,7 +81,7 @@ def test_a_correction_holds_for_all_rows_of_its_host_and_is_told() -> None:
     assert got["engine 0 (b, clock corrected by -499.0 ms)"][0] == ("advance", pytest.approx(2), pytest.approx(50))
 
 
-def test_what_overlaps_has_lanes_of_its_own() -> None:
+def test_overlapping_spans_are_in_separate_lanes() -> None:
     advance = spans(("a", 0, 10), ("b", 5, 30), ("c", 10, 20), ("d", 12, 14), ("e", 30, 31))
     trace = step_trace(Timeline("driver", "a", STAGES), [Timeline("engine 0", "a", advance[::-1])])
     lanes = {event["name"]: event["tid"] for event in trace["traceEvents"] if event["name"] in "abcde"}

@@ -1,10 +1,9 @@
-"""Dynamic sampling over a pool and a scorer that follow a script."""
+"""Dynamic sampling with a scripted pool and scorer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ import pytest
 
 from megatron_hapo.config import DynamicSamplingConfig
 from megatron_hapo.errors import RolloutError
-from megatron_hapo.reward.pool import Score
-from megatron_hapo.rollout.collect import collect_groups, staleness
-from megatron_hapo.types import Prompt, Rollout, Sampling, ScoredGroup
+from megatron_hapo.observe.step_metrics import group_metrics
+from megatron_hapo.rollout.collect import collect_groups
+from megatron_hapo.types import Prompt, Rollout, Sampling, Score, ScoredGroup
 
 
 def _rollout(prompt: Prompt) -> Rollout:
@@ -30,7 +29,7 @@ def _rollout(prompt: Prompt) -> Rollout:
 
 
 class Pool:
-    """Answers every prompt with two rollouts and remembers what it was asked."""
+    """Answers every prompt with two rollouts and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[Sampling] = []
@@ -62,11 +61,12 @@ def collect(informative: set[int], *, num_groups: int = 4, **dynamic: Any):
         ids = np.ones(1, np.int32)
         return [Prompt(uid=str(n), token_ids=ids, ground_truth="", data_source="") for n in numbers]
 
-    groups, metrics = collect_groups(
+    collected = collect_groups(
         pool, Rewards(informative), next_prompts, Sampling(samples=2, temperature=1.0, max_response_tokens=4, seed=7),  # type: ignore[arg-type]
         lambda _: nullcontext(), num_groups=num_groups, dynamic=DynamicSamplingConfig(**dynamic),
     )  # fmt: skip
-    return pool, [int(group.rollouts[0].prompt.uid) for group in groups], metrics
+    metrics = group_metrics(collected.groups) | {"rollout/kept_groups": collected.kept_share}
+    return pool, [int(group.rollouts[0].prompt.uid) for group in collected.groups], metrics
 
 
 def test_without_dynamic_sampling_one_batch_is_taken_as_it_is():
@@ -98,12 +98,3 @@ def test_generation_is_bounded():
     with pytest.raises(RolloutError, match="2 of 12 groups had responses of differing correctness after 3 gen"):
         collect({1, 4, 13, 14, 15}, enabled=True, max_generation_batches=3)
     assert collect({1, 4, 9, 11}, enabled=True, max_generation_batches=3)[1] == [1, 4, 9, 11]
-
-
-def test_staleness_is_a_mean_over_tokens():
-    """Step 6 starts from version 5: two tokens are one version behind, of four."""
-    rollout = _rollout(Prompt(uid="0", token_ids=np.ones(1, np.int32), ground_truth="", data_source=""))
-    partial = replace(rollout, policy_versions=np.array([4, 4, 5], np.int32))
-    fresh = replace(rollout, policy_versions=np.array([5], np.int32))
-    assert staleness([ScoredGroup([partial, fresh], [])], 6) == 0.5
-    assert (partial.policy_version, fresh.policy_version) == (4, 5)

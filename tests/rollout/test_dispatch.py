@@ -1,4 +1,4 @@
-"""Groups over engines: worked out by hand, and in a simulation of long-tailed lengths."""
+"""Assignment of groups to engines: hand-worked cases and a simulation of long-tailed lengths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_done_when_every_response_has_finished() -> None:
     assert Dispatch([], samples=2, engines=2, room=4).done
 
 
-def test_what_a_lost_engine_had_is_given_out_again_first_and_in_order() -> None:
+def test_groups_of_a_lost_engine_are_assigned_again_first_and_in_order() -> None:
     dispatch = Dispatch([5] * 6, samples=2, engines=2, room=4)
     assert dispatch.assign([0, 1]) == {0: [0, 2], 1: [1, 3]}
     dispatch.finished(0, 0)
@@ -59,7 +59,7 @@ def test_what_a_lost_engine_had_is_given_out_again_first_and_in_order() -> None:
 
 
 def makespan(lengths_GS: np.ndarray, engines: int, running: int, *, dispatched: bool) -> float:
-    """Time until all responses are there, if each of up to `running` responses of an engine grows by a token a tick.
+    """Ticks until all responses are finished, if up to `running` responses per engine grow by one token per tick.
 
     Args:
         dispatched: by Dispatch; otherwise each engine has its share of the groups from the start, round robin.
@@ -84,8 +84,8 @@ def makespan(lengths_GS: np.ndarray, engines: int, running: int, *, dispatched: 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_engine_idles_before_the_last_responses_are_under_way(seed: int) -> None:
-    """8,192 responses of a long-tailed law; every eighth prompt is hard, which round robin gives to one engine."""
+def test_no_engine_idles_before_the_last_responses_have_started(seed: int) -> None:
+    """8,192 responses with long-tailed lengths; every eighth prompt is hard, which round robin gives to one engine."""
     rng = np.random.default_rng(seed)
     hardness = rng.lognormal(sigma=0.7, size=(512, 1)) * np.where(np.arange(512) % 8 == 0, 3, 1)[:, None]
     lengths = np.minimum(1000 * hardness * rng.lognormal(sigma=0.3, size=(512, 16)), 12_000).round()

@@ -1,4 +1,4 @@
-"""When groups are generated."""
+"""The time at which groups are generated."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import pytest
 
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.observe.metrics import StepClock
-from megatron_hapo.rollout.source import Collected, Generation, RolloutSource
+from megatron_hapo.rollout.collect import Collected
+from megatron_hapo.rollout.source import Generation, RolloutSource
 
 
 class Recorder:
-    """Prepares generations that note what happens."""
+    """Prepares generations and records the order of events."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -21,16 +22,16 @@ class Recorder:
         def generate(clock: StepClock) -> Collected:
             with clock("rollout"):
                 self.events.append(f"generated {step}")
-            return [], {"step_of_groups": step}
+            return Collected(groups=[], kept_share=float(step))
 
         return generate
 
 
-def test_on_policy_nothing_is_generated_before_it_is_asked_for() -> None:
+def test_on_policy_nothing_is_generated_before_it_is_requested() -> None:
     recorder, clock = Recorder(), StepClock()
     source = RolloutSource(recorder.prepare, ahead=0, last_step=2)
     for step in (1, 2):
-        assert source.take(step, clock)[1] == {"step_of_groups": step}
+        assert source.take(step, clock) == Collected(groups=[], kept_share=float(step))
         source.wait(clock)
     assert recorder.events == ["prepared 1", "generated 1", "prepared 2", "generated 2"]
     assert "time/rollout_wait" not in clock.metrics()
@@ -39,13 +40,13 @@ def test_on_policy_nothing_is_generated_before_it_is_asked_for() -> None:
 def test_one_step_ahead_the_next_groups_come_while_this_step_trains() -> None:
     recorder, clock = Recorder(), StepClock()
     source = RolloutSource(recorder.prepare, ahead=1, last_step=2)
-    _, metrics = source.take(1, clock)
-    assert metrics["step_of_groups"] == 1
-    assert metrics["time/rollout"] >= 0
+    collected = source.take(1, clock)
+    assert collected.kept_share == 1
+    assert collected.seconds["time/rollout"] >= 0
     assert "prepared 2" in recorder.events
     source.wait(clock)
     assert recorder.events[-1] == "generated 2"
-    assert source.take(2, clock)[1]["step_of_groups"] == 2
+    assert source.take(2, clock).kept_share == 2
     assert "prepared 3" not in recorder.events
     assert "time/rollout" not in clock.metrics()
     assert clock.metrics()["time/rollout_wait"] > 0
@@ -56,7 +57,7 @@ def test_a_generation_that_failed_raises_where_it_is_waited_for() -> None:
         def generate(clock: StepClock) -> Collected:
             if step == 2:
                 raise RolloutError("engine 0: the process died")
-            return [], {}
+            return Collected(groups=[], kept_share=1.0)
 
         return generate
 

@@ -1,4 +1,4 @@
-"""The hook's arithmetic against `megatron_hapo.entropy`, and its rows through the life of a batch; without SGLang."""
+"""The hook's arithmetic against `megatron_hapo.entropy`, and its rows as batches change; without SGLang."""
 
 from __future__ import annotations
 

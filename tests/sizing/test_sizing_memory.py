@@ -80,7 +80,7 @@ def bytes_held(rank: int, models: Path, cases: list[dict[str, Any]]) -> list[dic
             replace(
                 batch,
                 old_log_probs=batch.rollout_log_probs - 5,
-                modulation=batch.rollout_log_probs,
+                token_data={"modulation": batch.rollout_log_probs},
             ),
             step=1,
         )

@@ -66,7 +66,7 @@ def train(config: Config, *, turns: bool, checkpoint: Path, source: Path | None 
     scores: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(scores, trainer.log_probs(batch))
     before = merge_scores(scores, batch)
-    batch = replace(batch, old_log_probs=before.log_probs, modulation=np.zeros_like(before.log_probs))
+    batch = replace(batch, old_log_probs=before.log_probs, token_data={"modulation": np.zeros_like(before.log_probs)})
     freed: list[int] = []
 
     def engines_turn() -> None:

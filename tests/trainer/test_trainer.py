@@ -143,13 +143,15 @@ def make_batch() -> TrainBatch:
 def with_everything(batch: TrainBatch, scores: TokenScores) -> TrainBatch:
     """The batch with every field that some method's loss reads."""
     generator, num_tokens = np.random.default_rng(1), len(scores.log_probs)
+    # Off the current policy, so that ratios, clipping and the neutral zone all act.
+    old_log_probs = scores.log_probs + generator.normal(0, 0.2, num_tokens).astype(np.float32)
+    modulation = generator.uniform(-1, 1, num_tokens).astype(np.float32)
+    weights = generator.uniform(0, 2, num_tokens).astype(np.float32)
     return replace(
         batch,
-        # Off the current policy, so that ratios, clipping and the neutral zone all act.
-        old_log_probs=scores.log_probs + generator.normal(0, 0.2, num_tokens).astype(np.float32),
-        modulation=generator.uniform(-1, 1, num_tokens).astype(np.float32),
-        weights=generator.uniform(0, 2, num_tokens).astype(np.float32),
-        reasoning=generator.uniform(size=num_tokens) < 0.3,
+        old_log_probs=old_log_probs,
+        token_data={"modulation": modulation, "reasoning": generator.uniform(size=num_tokens) < 0.3},
+        weights=weights,
         stats=entropy_stats(torch.from_numpy(scores.entropies)),
     )
 

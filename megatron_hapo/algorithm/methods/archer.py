@@ -8,9 +8,9 @@ knowledge token. Everything else is DAPO's:
 with eps = 0.5, kl = 0 for reasoning tokens and eps = 0.2, kl = 0.001 for knowledge tokens, D the k3 estimate of the KL.
 Decided here: entropies are the old policy's; the quantile is the k-th smallest, k = round_half_even(0.8 (n - 1)),
 without interpolation; a token at the quantile is a knowledge token (in the paper a reasoning token), so that a response
-of certain tokens has no reasoning tokens; D is taken to the policy before the step's first update, because no separate
-reference policy is kept (the paper's is the starting model). At the first update of a step D and its gradient are
-therefore zero.
+of equally certain tokens has no reasoning tokens; D is taken to the policy before the step's first update, because no
+separate reference policy is kept (the paper's is the starting model). At the first update of a step D and its gradient
+are therefore zero.
 
 Source: arXiv:2507.15778v2, section 4.1, equations 2 to 5; values from section 5.1.
 """
@@ -20,7 +20,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_hapo.algorithm.part import LossTokens, Part
+from megatron_hapo.config import AlgorithmConfig
 from megatron_hapo.loss import MAX_LOG_RATIO
+from megatron_hapo.types import TokenScores, TrainBatch
+
+
+class DualConstraint(Part):
+    """Clip ranges and KL by the kind of token; per-token data: `reasoning`, bool."""
+
+    order = -10  # adaptive clipping widens the ranges that the token's kind gives
+
+    @classmethod
+    def enabled(cls, algorithm: AlgorithmConfig) -> bool:
+        return algorithm.dual_constraint.enabled
+
+    def token_data(self, batch: TrainBatch, scores: TokenScores) -> dict[str, Tensor]:
+        entropies_N, lengths_B = torch.from_numpy(scores.entropies), torch.from_numpy(batch.response_lengths)
+        return {"reasoning": reasoning_mask(entropies_N, lengths_B, quantile=self.algorithm.dual_constraint.quantile)}
+
+    def clip_range(self, tokens: LossTokens, low_N: Tensor, high_N: Tensor) -> tuple[Tensor, Tensor]:
+        wide, reasoning_N = self.algorithm.dual_constraint, tokens.microbatch["reasoning"]
+        return torch.where(reasoning_N, wide.clip_low, low_N), torch.where(reasoning_N, wide.clip_high, high_N)
+
+    def loss_term(self, tokens: LossTokens) -> Tensor:
+        microbatch = tokens.microbatch
+        kl_N = kl_to_old_policy(tokens.log_probs, microbatch["old_log_probs"]).where(~microbatch["reasoning"], 0)
+        weights_N = microbatch.get("weights")
+        return self.algorithm.dual_constraint.kl * (kl_N if weights_N is None else kl_N * weights_N).sum()
 
 
 def reasoning_mask(entropies_N: Tensor, lengths_B: Tensor, *, quantile: float = 0.8) -> Tensor:

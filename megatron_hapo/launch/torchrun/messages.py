@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.observe.spans import Span, Timeline
 from megatron_hapo.resharding.plan import Block, Channel, OwnedBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Rendezvous, Transfer
-from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket
 
 _LENGTH = struct.Struct("<q")
 _ALIGNMENT = 16

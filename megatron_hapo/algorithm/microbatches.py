@@ -1,4 +1,4 @@
-"""A mini-batch to packed micro-batches: which rank takes which responses, and the tensors of one micro-batch. Pure.
+"""From a mini-batch to packed micro-batches: which rank takes which responses, and the tensors of one of them. Pure.
 
 `B` responses, `T` packed tokens, `N` response tokens. With context parallelism `T` and `N` are those of one rank's
 slice.
@@ -7,8 +7,8 @@ slice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from megatron_hapo.types import TrainBatch
 def plan_microbatches(
     lengths_B: np.ndarray, *, dp_size: int, max_tokens: int, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Rows of each micro-batch of each data-parallel rank: balanced tokens, equally many micro-batches on every rank.
+    """Rows of each micro-batch of each data-parallel rank: balanced tokens, equally many micro-batches per rank.
 
     Sequences go longest first to the rank with the fewest tokens, then first-fit into micro-batches of at most
-    `max_tokens` (a longer sequence stands alone). A rank with fewer micro-batches splits its largest, or, when nothing
-    is left to split, gets empty ones: collectives need equal numbers.
+    `max_tokens` (a longer sequence gets one of its own). A rank with fewer micro-batches splits its largest, or, once
+    nothing is left to split, gets empty ones: collectives need equal numbers.
 
     Args:
-        multiple: of the number of micro-batches, which the interleaved pipeline takes in groups of this size.
+        multiple: the number of micro-batches becomes a multiple of this: the interleaved pipeline takes them in groups.
     Returns:
         plan[dp_rank][microbatch] = rows, each row exactly once.
     """
@@ -46,7 +46,7 @@ def plan_microbatches(
     for microbatches in plan:
         while len(microbatches) < most:
             largest = max(microbatches, key=len, default=[])
-            # Every other row of a list that is sorted by length: two halves of nearly the same size.
+            # Every other row of a list sorted by length gives two halves of nearly equal size.
             half = largest[1::2]
             microbatches.append(half)
             if half:
@@ -75,15 +75,15 @@ class MicroBatch:
     """Sequences laid end to end, on the device; only positions that predict a response token reach the output head.
 
     The tensors hold this context-parallel rank's slice, cut by `zigzag`; without context parallelism that is
-    everything.
+    everything. `microbatch["advantages"]` is a per-token tensor.
     """
 
     rows: list[int]
-    """Rows of the batch it came from, in the order of the sequences; the same on all context-parallel ranks."""
+    """Rows of the batch that it was cut from, in the order of the sequences; equal on all context-parallel ranks."""
     sequence_lengths: list[int]
-    """Of the whole sequences, padding included; a last sequence may be padding alone."""
+    """Lengths of the whole sequences, including padding; the last sequence may be padding alone."""
     num_response_tokens: int
-    """Of the whole sequences."""
+    """Response tokens of the whole sequences."""
     input_ids: Tensor
     """[1, T] int64."""
     position_ids: Tensor
@@ -96,18 +96,26 @@ class MicroBatch:
     """[N] int64: index into `rows`."""
     targets: Tensor
     """[N] int64, the response tokens."""
-    temperatures: Tensor
-    """[N] float32."""
-    advantages: Tensor
-    """[N] float32."""
-    old_log_probs: Tensor | None
-    """[N] float32."""
-    modulation: Tensor | None
-    """[N] float32."""
-    weights: Tensor | None
-    """[N] float32."""
-    reasoning: Tensor | None
-    """[N] bool."""
+    per_token: Mapping[str, Tensor]
+    """[N] each, by the names of `TrainBatch.per_token`: float32, or bool where the batch has bool."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The per-token tensor of this name. [N]
+
+        Raises:
+            KeyError: the batch did not bring it; names those that it did bring.
+        """
+        if name not in self.per_token:
+            raise KeyError(f"the batch has no per-token data {name!r}, only {', '.join(sorted(self.per_token))}")
+        return self.per_token[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The per-token tensor of this name [N], or None."""
+        return self.per_token.get(name)
+
+    def with_per_token(self, tensors: Mapping[str, Tensor]) -> MicroBatch:
+        """The same with these per-token tensors added, or in place of those of the same name."""
+        return replace(self, per_token={**self.per_token, **tensors})
 
 
 def pack(
@@ -116,9 +124,10 @@ def pack(
     """The micro-batch of these rows: one context-parallel rank's slice of it.
 
     Args:
-        multiple: every rank's slice is padded at its end to a multiple of this (sequence parallelism), at least to one.
-        cp_size: with more than 1 each sequence is padded at its end to a multiple of 2 cp_size, so that `zigzag` can
-            cut it. Padding stands behind the sequence's tokens, where the causal mask hides it from them.
+        multiple: the slice of every rank is padded at its end to a multiple of this (sequence parallelism), and to at
+            least one multiple.
+        cp_size: if greater than 1, each sequence is padded at its end to a multiple of 2 cp_size, so that `zigzag` can
+            cut it. Padding follows the sequence's tokens, where the causal mask hides it from them.
     """
     part = batch.select(rows)
     sequence_lengths = padded_lengths(part.sequence_lengths, multiple=multiple, cp_size=cp_size)
@@ -135,34 +144,29 @@ def pack(
     place[here] = np.arange(len(here))
     kept = np.flatnonzero(place[predicting] >= 0)
 
-    def to_device(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    def to_device(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
-
-    def per_token(array: np.ndarray | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return None if array is None else to_device(array[kept], dtype)
 
     row_of_token = np.repeat(np.arange(len(rows)), part.response_lengths)
     return MicroBatch(
         rows=list(rows),
         sequence_lengths=sequence_lengths,
         num_response_tokens=part.num_response_tokens,
-        input_ids=to_device(token_ids[here], torch.int64)[None],
-        position_ids=to_device(_spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here], torch.int64)[None],
-        predicting_positions=to_device(place[predicting[kept]], torch.int64),
-        response_index=to_device(kept, torch.int64),
-        response_rows=to_device(row_of_token[kept], torch.int64),
-        targets=to_device(token_ids[predicting[kept] + 1], torch.int64),
-        temperatures=to_device(part.temperatures[kept], torch.float32),
-        advantages=to_device(part.advantages[row_of_token[kept]], torch.float32),
-        old_log_probs=per_token(part.old_log_probs),
-        modulation=per_token(part.modulation),
-        weights=per_token(part.weights),
-        reasoning=per_token(part.reasoning, torch.bool),
+        input_ids=to_device(token_ids[here])[None],
+        position_ids=to_device(_spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here])[None],
+        predicting_positions=to_device(place[predicting[kept]]),
+        response_index=to_device(kept),
+        response_rows=to_device(row_of_token[kept]),
+        targets=to_device(token_ids[predicting[kept] + 1]),
+        per_token={
+            name: to_device(array[kept], torch.bool if array.dtype == np.bool_ else torch.float32)
+            for name, array in part.per_token().items()
+        },
     )
 
 
 def padded_lengths(lengths_B: np.ndarray, *, multiple: int, cp_size: int) -> list[int]:
-    """Of the sequences of a packed micro-batch as `pack` lays them out; one more where the end is padding alone."""
+    """Sequence lengths of a packed micro-batch as `pack` lays it out; one more entry if its end is padding alone."""
     chunks = 1 if cp_size == 1 else 2 * cp_size
     lengths = -(-lengths_B // chunks) * chunks
     total, whole = int(lengths.sum()), math.lcm(chunks, cp_size * multiple)
@@ -174,12 +178,12 @@ def zigzag(sequence_lengths: Sequence[int], *, cp_size: int, cp_rank: int) -> np
     """Positions in the packed batch of the tokens that a context-parallel rank holds, in its order.
 
     Each sequence is cut into 2 cp_size chunks; rank r holds the r-th from the front and the r-th from the back, so that
-    causal attention costs all ranks the same. This is Megatron's order for packed sequences.
+    causal attention costs every rank the same. This is Megatron's order for packed sequences.
     """
     lengths = np.asarray(sequence_lengths, dtype=np.int64)
     if cp_size == 1:
         return np.arange(int(lengths.sum()))
-    assert not (lengths % (2 * cp_size)).any(), f"lengths {sequence_lengths} do not cut into {2 * cp_size} chunks"
+    assert not (lengths % (2 * cp_size)).any(), f"lengths {sequence_lengths} must be multiples of {2 * cp_size}"
     chunk = lengths // (2 * cp_size)
     starts = np.cumsum(lengths) - lengths
     first, last = starts + cp_rank * chunk, starts + (2 * cp_size - 1 - cp_rank) * chunk

@@ -1,14 +1,15 @@
-"""Micro-batches: every row once, balanced, equal in number; and the tensors of one."""
+"""The plan of micro-batches (every row once, balanced, equally many per rank) and the tensors of one of them."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.algorithm.batching import pack, plan_microbatches, zigzag
+from megatron_hapo.algorithm.microbatches import pack, plan_microbatches, zigzag
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 
 
@@ -65,8 +66,39 @@ def test_pack_selects_the_positions_that_predict_response_tokens() -> None:
     assert microbatch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
     assert microbatch.predicting_positions.tolist() == [1, 2, 3, 6, 7]
     assert microbatch.targets.tolist() == [23, 24, 25, 3, 4]
-    assert microbatch.temperatures.tolist() == [3, 4, 5, 0, 1]
-    assert microbatch.advantages.tolist() == [2, 2, 2, 0.5, 0.5]
+    assert microbatch["temperatures"].tolist() == [3, 4, 5, 0, 1]
+    assert microbatch["advantages"].tolist() == [2, 2, 2, 0.5, 0.5]
+
+
+def test_every_array_along_the_response_tokens_reaches_the_micro_batch() -> None:
+    """A field or data that a method adds is listed nowhere else."""
+    batch = replace(
+        make_batch(),
+        old_log_probs=np.arange(6, dtype=np.float32) + 10,
+        token_data={"kind": np.array([True, False, False, True, True, False]), "h": np.arange(6) / 8},
+    )
+    microbatch = pack(batch, [2, 0], device=torch.device("cpu"))
+    along = {field.name for field in fields(TrainBatch) if field.metadata.get("axis") == "response_tokens"}
+    assert along == {"temperatures", "rollout_log_probs", "old_log_probs", "weights", "token_data"}
+    names = {"temperatures", "rollout_log_probs", "old_log_probs", "advantages", "kind", "h"}
+    assert microbatch.per_token.keys() == names
+    assert microbatch["old_log_probs"].tolist() == [13, 14, 15, 10, 11]
+    assert microbatch["kind"].tolist() == [True, True, False, True, False]
+    assert microbatch["kind"].dtype == torch.bool
+    assert microbatch["h"].dtype == torch.float32
+
+
+def test_missing_per_token_data_are_named() -> None:
+    microbatch = pack(make_batch(), [0], device=torch.device("cpu"))
+    with pytest.raises(KeyError, match="no per-token data 'weights', only advantages, rollout_log_probs, temperatures"):
+        microbatch["weights"]
+    assert microbatch.get("weights") is None
+
+
+def test_every_array_of_a_batch_declares_its_axis() -> None:
+    arrays = [field for field in fields(TrainBatch) if "ndarray" in str(field.type)]
+    assert len(arrays) > 5
+    assert all("axis" in field.metadata for field in arrays)
 
 
 def test_padding_is_a_sequence_of_its_own_without_response() -> None:
@@ -125,8 +157,8 @@ def test_the_slices_hold_every_response_token_once_and_what_predicts_it(cp_size:
     assert sorted(index.tolist()) == list(range(5)) == list(range(slices[0].num_response_tokens))
     in_order = index.argsort()
     assert torch.cat([part.targets for part in slices])[in_order].tolist() == [23, 24, 25, 3, 4]
-    assert torch.cat([part.temperatures for part in slices])[in_order].tolist() == [3, 4, 5, 0, 1]
-    assert torch.cat([part.advantages for part in slices])[in_order].tolist() == [2, 2, 2, 0.5, 0.5]
+    assert torch.cat([part["temperatures"] for part in slices])[in_order].tolist() == [3, 4, 5, 0, 1]
+    assert torch.cat([part["advantages"] for part in slices])[in_order].tolist() == [2, 2, 2, 0.5, 0.5]
     assert torch.cat([part.response_rows for part in slices])[in_order].tolist() == [0, 0, 0, 1, 1]
     predictors = torch.cat([part.input_ids[0, part.predicting_positions] for part in slices])[in_order]
     assert predictors.tolist() == [22, 23, 24, 2, 3]
@@ -159,10 +191,10 @@ def test_a_large_step_is_balanced_full_and_planned_in_time(seed: int, budget: in
     tokens = np.array([[lengths[rows].sum() for rows in microbatches] for microbatches in plan])
     loads = tokens.sum(1)
     assert loads.max() / loads.mean() <= 1.02
-    # An empty micro-batch costs a pass of its own; each rank's tokens are padded to a multiple of tp = 8.
+    # An empty micro-batch costs a whole pass; each rank's tokens are padded to a multiple of tp = 8.
     filler = (tokens == 0).mean() + (-tokens % 8).sum() / tokens.sum()
     assert filler < 0.01
-    # No rank could do with fewer: the fullest one needs this many at least.
+    # No plan could have fewer: the fullest rank needs at least this many.
     assert tokens.shape[1] <= np.ceil(loads.max() / budget) + 1
     # Experts make the ranks wait for each other in every micro-batch: the n-th ones are alike in size.
     assert tokens.max(0).sum() / tokens.mean(0).sum() < 1.02

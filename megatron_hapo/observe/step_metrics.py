@@ -1,0 +1,107 @@
+"""The metrics of a training step, from what its stages made: pure. docs/metrics.md says what each means.
+
+A metric of the step is added here and there. Beside them a row has what the trainer's updates report
+(`TrainerRank.update`), evaluation (`rollout.evaluation`), seconds (`StepClock`) and utilization (`sizing.utilization`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_hapo.types import EntropyStats, ScoredGroup, TokenScores, TrainBatch
+
+MISMATCH_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+
+
+def step_metrics(
+    *,
+    groups: Sequence[ScoredGroup],
+    kept_share: float,
+    batch: TrainBatch,
+    scores: TokenScores,
+    stats: EntropyStats,
+    updates: Sequence[Mapping[str, float]],
+    step: int,
+) -> dict[str, float]:
+    """All metrics of a step that follow from its data.
+
+    Args:
+        groups: those that the step trains on.
+        kept_share: of the generated groups, the share that was kept.
+        batch: all responses of the groups, with token weights.
+        scores: the trainer's, before the step's first update.
+        updates: metrics of each mini-batch, which are averaged.
+        step: counts from 1.
+    """
+    return {
+        **group_metrics(groups),
+        "rollout/kept_groups": kept_share,
+        "rollout/staleness": staleness(groups, step),
+        **entropy_metrics(scores, stats),
+        **weight_metrics(batch),
+        **mismatch_metrics(batch, scores),
+        **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+    }
+
+
+def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Rewards, lengths and temperatures of the groups' responses."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = [score for group in groups for score in group.scores]
+    lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
+    temperatures = np.concatenate([rollout.temperatures for rollout in rollouts])
+    return {
+        "reward/mean": float(np.mean([score.reward for score in scores])),
+        "reward/accuracy": float(np.mean([score.correct for score in scores])),
+        "reward/failures": sum(score.failure is not None for score in scores),
+        "rollout/informative_groups": float(np.mean([group.informative for group in groups])),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "temperature/min": float(temperatures.min()),
+        "temperature/mean": float(temperatures.mean()),
+        "temperature/max": float(temperatures.max()),
+        "num_response_tokens": float(lengths.sum()),
+    }
+
+
+def staleness(groups: Sequence[ScoredGroup], step: int) -> float:
+    """Mean over tokens of the steps by which the weights that sampled a token lag behind those at this step's start."""
+    versions = np.concatenate([rollout.policy_versions for group in groups for rollout in group.rollouts])
+    return float(np.mean(step - 1 - versions))
+
+
+def entropy_metrics(scores: TokenScores, stats: EntropyStats) -> dict[str, float]:
+    """Entropies in nats, at the base temperature."""
+    return {
+        "entropy/mean": float(scores.entropies.mean()),
+        "entropy/pivot": float(np.exp(stats.pivot)),
+        "entropy/min": float(scores.entropies.min()),
+        "entropy/max": float(scores.entropies.max()),
+    }
+
+
+def weight_metrics(batch: TrainBatch) -> dict[str, float]:
+    """The step's token weights, if the method has any."""
+    if batch.weights is None:
+        return {}
+    return {
+        "weights/mean": float(batch.weights.mean()),
+        "weights/max": float(batch.weights.max()),
+        "weights/zero_fraction": float((batch.weights == 0).mean()),
+    }
+
+
+def mismatch_metrics(batch: TrainBatch, scores: TokenScores) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's at the same temperature."""
+    difference = scores.rollout_temperature_log_probs - batch.rollout_log_probs
+    # k3 estimate of KL(engine || trainer) from the engine's samples, never negative: E[r - 1 - log r]
+    kl = np.expm1(difference) - difference
+    return {
+        "rollout/logprob_abs_diff": float(np.abs(difference).mean()),
+        "rollout/logprob_abs_diff_max": float(np.abs(difference).max()),
+        "rollout/mismatch_kl": float(kl.mean()),
+        **{f"rollout/mismatch_kl_{name}": float(np.quantile(kl, q)) for name, q in MISMATCH_QUANTILES.items()},
+    }
