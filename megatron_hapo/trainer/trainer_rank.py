@@ -30,7 +30,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
-from megatron_hapo.model.build import build_model, named_parameters
+from megatron_hapo.model.build import build_model, named_parameters, packed_format
 from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, is_expert, read_shape
 from megatron_hapo.model.layers import packed_params
@@ -67,6 +67,7 @@ class TrainerRank:
             recompute=config.trainer.recompute,
             spec=config.model.spec,
         )
+        self._packed_format = packed_format(self.model)
         load_weights(self.model, self.shape, layout, config.model.path)
         self._output_head = OUTPUT_HEADS[config.trainer.output_head](
             tp_group=layout.tp_group if layout.tp_size > 1 else None, vocab_size=self.shape.vocab_size
@@ -386,6 +387,7 @@ class TrainerRank:
                 packed_seq_params=packed_params(
                     microbatch.sequence_lengths,
                     self.layout.device,
+                    qkv_format=self._packed_format,
                     cp_size=self.layout.cp_size,
                     cp_rank=self.layout.cp_rank,
                 ),
