@@ -34,14 +34,58 @@ def redistribute_advantage(
     zone; h <= 0: A (1 + beta h) inside it; else A.
 
     Args:
-        low_N, high_N: [N], the clip ranges in effect.
+        low_N, high_N: [N], or one number each, the clip ranges in effect.
     Raises:
         ValueError: shapes differ.
     """
-    check_shapes(advantages=advantages_N, h=h_N, ratio=ratio_N, low=low_N, high=high_N)
+    ranges = {"low": low_N, "high": high_N}
+    check_shapes(advantages=advantages_N, h=h_N, ratio=ratio_N, **{k: v for k, v in ranges.items() if v.dim()})
     neutral_N = (ratio_N > 1 - low_N / 2) & (ratio_N < 1 + high_N / 2)
     acts_N = torch.where(h_N > 0, ~neutral_N, neutral_N)
     return torch.where(acts_N, advantages_N * (1 + beta * h_N), advantages_N)
+
+
+def hapo_loss(
+    log_probs_N: Tensor,
+    old_log_probs_N: Tensor,
+    advantages_N: Tensor,
+    h_N: Tensor,
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    clip_alpha: float = 1.0,
+    adv_beta: float = 1.0,
+    dual_clip: float = 10.0,
+    num_tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """HAPO's objective in one call: the policy loss of these tokens, sum / num_tokens, and sums for the metrics.
+
+    `algorithm.objective.policy_loss` gives the same under HAPO's settings. Only the ratio carries gradient. A clip_alpha
+    of 0 disables the adaptive clipping, an adv_beta of 0 the redistribution; without both it is PPO with a dual clip.
+
+    Args:
+        log_probs_N: [N], current policy, differentiable.
+        old_log_probs_N: [N], policy before the step's first update.
+        advantages_N: [N].
+        h_N: [N], entropy modulation in [-1, 1].
+        clip_low, clip_high: one number for all tokens, or [N].
+        dual_clip: c > 1; a token with negative advantage loses at most c |A|.
+        num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
+    Returns:
+        The loss, and sums over N (not means): `clipped_low`, `clipped_high`, `dual_clipped`, `log_ratio`, `ratio`.
+    Raises:
+        ValueError: shapes differ, num_tokens is not positive, dual_clip is not greater than 1.
+    """
+    check_shapes(log_probs=log_probs_N, old_log_probs=old_log_probs_N, advantages=advantages_N, h=h_N)
+    check_num_tokens(num_tokens)
+    log_ratio_N = log_probs_N - old_log_probs_N
+    ratio_N = importance_ratio(log_ratio_N)
+    with torch.no_grad():
+        low_N, high_N = adaptive_clip_range(h_N, clip_low=clip_low, clip_high=clip_high, alpha=clip_alpha)
+        advantages_N = redistribute_advantage(advantages_N, h_N, ratio_N, low_N, high_N, beta=adv_beta)
+    losses_N, sums = clipped_surrogate(ratio_N, advantages_N, low_N, high_N, dual_clip=dual_clip)
+    sums |= {"log_ratio": log_ratio_N.detach().sum(), "ratio": ratio_N.detach().sum()}
+    return losses_N.sum() / num_tokens, sums
 
 
 def importance_ratio(log_ratio_N: Tensor) -> Tensor:
@@ -83,6 +127,12 @@ def clipped_surrogate(
             "dual_clipped": ((pessimistic_N > -advantages_N * dual_clip) & (advantages_N < 0)).sum(),
         }
     return losses_N, sums
+
+
+def check_num_tokens(num_tokens: int) -> None:
+    """Raises ValueError unless the divisor of the loss is positive."""
+    if num_tokens <= 0:
+        raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
 
 
 def check_shapes(**tensors: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sglang_ext import float8, temperature
+from sglang_ext import cpu_attention, float8, temperature
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -62,6 +62,9 @@ def register() -> None:
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         for target, name in float8.TARGETS.items():
             HookRegistry.register(target, getattr(float8, name), HookType.REPLACE)
+        for hook_type, hooks in ((HookType.AFTER, cpu_attention.AFTER), (HookType.AROUND, cpu_attention.AROUND)):
+            for target, name in hooks.items():
+                HookRegistry.register(target, getattr(cpu_attention, name), hook_type)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import megatron_hapo.loss
 from megatron_hapo.algorithm.microbatches import MicroBatch
 from megatron_hapo.algorithm.objective import policy_loss
 from megatron_hapo.config import AlgorithmConfig
@@ -34,7 +35,10 @@ def hapo_loss(
     dual_clip: float = 10.0,
     num_tokens: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The product's loss of HAPO and its sums; an alpha or beta of 0 switches that part off."""
+    """The loss of HAPO's settings and its sums, which `loss.hapo_loss` must equal bit for bit.
+
+    An alpha or beta of 0 switches that part off.
+    """
     default, empty = AlgorithmConfig(), torch.zeros(0, dtype=torch.int64)
     changes: dict[str, Any] = {
         "clip_low": clip_low,
@@ -51,7 +55,14 @@ def hapo_loss(
     settings = default.model_copy(update=changes)
     loss, sums = policy_loss(log_probs, empty, microbatch, settings, num_tokens=num_tokens)
     assert torch.equal(sums.pop("loss"), loss)
-    return loss, sums
+    public, public_sums = megatron_hapo.loss.hapo_loss(
+        log_probs, old_log_probs, advantages, h, clip_low=clip_low, clip_high=clip_high, clip_alpha=clip_alpha,
+        adv_beta=adv_beta, dual_clip=dual_clip, num_tokens=num_tokens,
+    )  # fmt: skip
+    assert torch.equal(public, loss)
+    assert sums.keys() == public_sums.keys()
+    assert all(torch.equal(sums[name], public_sums[name]) for name in sums)
+    return public, public_sums
 
 
 def loss_arguments(config: dict[str, Any]) -> dict[str, Any]:

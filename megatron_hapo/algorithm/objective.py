@@ -12,7 +12,7 @@ from megatron_hapo.algorithm.methods import enabled_parts, first_answer
 from megatron_hapo.algorithm.microbatches import MicroBatch
 from megatron_hapo.algorithm.part import LossTokens, Part
 from megatron_hapo.config import AlgorithmConfig
-from megatron_hapo.loss import check_shapes, importance_ratio
+from megatron_hapo.loss import check_num_tokens, check_shapes, importance_ratio
 from megatron_hapo.types import EntropyStats
 
 
@@ -42,8 +42,7 @@ def policy_loss(
     Raises:
         ValueError: shapes differ, or num_tokens is not positive.
     """
-    if num_tokens <= 0:
-        raise ValueError(f"num_tokens is the mini-batch's global token count and must be positive, got {num_tokens}")
+    check_num_tokens(num_tokens)
     check_shapes(log_probs=log_probs_N, **microbatch.per_token)
     parts = enabled_parts(algorithm)
     tokens = LossTokens(

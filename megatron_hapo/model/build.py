@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
-from megatron_hapo.model.layers import PackedAttention, RMSNorm
+from megatron_hapo.model.layers import PackedAttention, PackedFormat, PackedRotaryEmbedding, RMSNorm
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -131,9 +131,21 @@ def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig
         rotary_base=shape.rope_base,  # type: ignore[arg-type]  # annotated int, used as a number
         vp_stage=chunk if vpp > 1 else None,
     )
+    if not te:
+        model.rotary_pos_emb = PackedRotaryEmbedding(
+            shape.head_dim,
+            rotary_percent=1.0,
+            rotary_base=shape.rope_base,  # type: ignore[arg-type]
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
     if shape.rope_scaling is not None:
         _scale_rope(model, shape.rope_scaling)
     return model.to(layout.device)
+
+
+def packed_format(model: Sequence[GPTModel]) -> PackedFormat:
+    """How this model's attention sees packed sequences."""
+    return "sbhd" if isinstance(model[0].rotary_pos_emb, PackedRotaryEmbedding) else "thd"
 
 
 def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +29,24 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The normalised and scaled input, same shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding of every token of a packed micro-batch by its position, in one operation.
+
+    Megatron (0.19.2) rotates packed sequences one at a time in every layer, with a copy of their lengths to the host.
+    The values are the same.
+    """
+
+    def get_rotary_seq_len(  # type: ignore[override]
+        self, _context: Any, _block: Any, _input: Any, _config: Any, packed_seq_params: PackedBatchParams
+    ) -> PackedBatchParams:
+        """The argument of `forward`: Megatron asks for a length here, and passes the answer on."""
+        return packed_seq_params
+
+    def forward(self, packed: PackedBatchParams, **_: Any) -> Tensor:  # type: ignore[override]
+        """Angles of this rank's tokens. [t, 1, 1, head size]"""
+        return self.get_emb(packed.max_seqlen_q)[packed.positions]
 
 
 class PackedAttention(torch.nn.Module):
@@ -59,15 +78,16 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **__: Any,
     ) -> Tensor:
-        """The attention output, [t, heads * d]. All ranks of the context-parallel group call it together.
+        """The attention output, [t, 1, heads * d]. All ranks of the context-parallel group call it together.
 
         Args:
-            query: [t, heads, d], this rank's slice of the packed tokens.
-            key, value: [t, kv_heads, d].
+            query: [t, 1, heads, d], this rank's slice of the packed tokens.
+            key, value: [t, 1, kv_heads, d].
         """
         assert attention_mask is None, "packed sequences define their own mask"
-        output = torch.empty_like(query)
         assert isinstance(packed_seq_params, PackedBatchParams)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        output = torch.empty_like(query)
         if self.cp_group is not None:
             key, value = (self._gather(x, packed_seq_params) for x in (key, value))
         for group in packed_seq_params.padded_groups:
@@ -77,7 +97,7 @@ class PackedAttention(torch.nn.Module):
                 q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=self.softmax_scale, enable_gqa=True
             )
             output = output.index_put((group.index[group.valid],), attended.transpose(1, 2)[group.valid])
-        return output.flatten(1)
+        return output.flatten(1)[:, None]
 
     def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
         """The slices of all ranks in sequence order; the backward pass sums and scatters the gradients."""
@@ -103,25 +123,39 @@ class PackedBatchParams(PackedSeqParams):
     """Boundaries of packed sequences, and the same sequences as a few padded rectangles, made once per micro-batch."""
 
     padded_groups: list[PaddedGroup]
+    positions: Tensor
+    """[t] int64, position of each of this rank's tokens in its sequence."""
     gathered_order: Tensor
     """[t] position in the gathered slices of each token of the packed batch."""
 
 
+PackedFormat = Literal["thd", "sbhd"]
+"""How Megatron's attention sees a packed batch. `thd`: as sequences, which Transformer Engine's fused kernel rotates.
+`sbhd`: as one long sequence, whose tokens PackedRotaryEmbedding rotates by their positions."""
+
+
 def packed_params(
-    sequence_lengths: list[int], device: torch.device, *, cp_size: int = 1, cp_rank: int = 0
+    sequence_lengths: list[int],
+    device: torch.device,
+    *,
+    qkv_format: PackedFormat,
+    cp_size: int = 1,
+    cp_rank: int = 0,
 ) -> PackedBatchParams:
     """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them."""
     lengths = torch.tensor(sequence_lengths, dtype=torch.int32)
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
     longest = int(lengths.max())
     params = PackedBatchParams(
-        qkv_format="thd",
+        qkv_format=qkv_format,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
     slices = [torch.from_numpy(zigzag(sequence_lengths, cp_size=cp_size, cp_rank=rank)) for rank in range(cp_size)]
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    params.positions = (torch.arange(len(starts)) - starts)[slices[cp_rank]].to(device)
     params.gathered_order = torch.cat(slices).argsort().to(device)
     params.padded_groups = [
         _padded_group(lengths.long(), rows, slices[cp_rank] if cp_size > 1 else None, cp_size, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
 from megatron_hapo.logprobs.output_head import OutputHead, ScoredTokens
-from megatron_hapo.model.layers import packed_params
+from megatron_hapo.model.layers import PackedFormat, packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout
 from megatron_hapo.types import TrainBatch
 
@@ -54,6 +54,7 @@ def run_microbatches(
     scored_tokens: Callable[[MicroBatch], ScoredTokens],
     on_scores: Callable[[Tensor, MicroBatch], Any],
     forward_only: bool,
+    packed_format: PackedFormat,
 ) -> list[Any]:
     """What `on_scores` returns for each micro-batch, in order, on the last stage; other stages get an empty list.
 
@@ -63,6 +64,7 @@ def run_microbatches(
     Args:
         chunks: wrapped in Megatron's DistributedDataParallel.
         scored_tokens: the tokens of a micro-batch that the output head scores.
+        packed_format: see `model.build.packed_format`.
         on_scores: gets the output head's result, [temperatures, 2, tokens].
     """
 
@@ -73,7 +75,11 @@ def run_microbatches(
             microbatch.position_ids,
             None,
             packed_seq_params=packed_params(
-                microbatch.sequence_lengths, layout.device, cp_size=layout.sizes.cp, cp_rank=layout.cp_rank
+                microbatch.sequence_lengths,
+                layout.device,
+                qkv_format=packed_format,
+                cp_size=layout.sizes.cp,
+                cp_rank=layout.cp_rank,
             ),
             output_processor=output_head,
             output_processor_context=scored_tokens(microbatch),

@@ -24,7 +24,7 @@ from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
-from megatron_hapo.model.build import build_model, named_parameters
+from megatron_hapo.model.build import build_model, named_parameters, packed_format
 from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
@@ -286,6 +286,7 @@ class TrainerRank:
             scored_tokens=partial(self._scored_tokens, rollout_temperatures=rollout_temperatures),
             on_scores=on_scores,
             forward_only=forward_only,
+            packed_format=packed_format(self.model),
         )
 
     def _scored_tokens(self, microbatch: MicroBatch, *, rollout_temperatures: bool) -> ScoredTokens:

@@ -144,7 +144,7 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompu
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.randint(0, shape.vocab_size, (1, SEQUENCE * SEQUENCES))
         positions = torch.arange(SEQUENCE).repeat(SEQUENCES)[None]
-        boundaries = packed_params([SEQUENCE] * SEQUENCES, torch.device("cpu"))
+        boundaries = packed_params([SEQUENCE] * SEQUENCES, torch.device("cpu"), qkv_format="sbhd")
         with PeakStorage() as peak:
             peak.include(*model.parameters(), *(parameter.grad for parameter in model.parameters()))
             held = peak.live_bytes
