@@ -50,7 +50,7 @@ class Size:
     samples: int
     updates: int
     settings: tuple[str, ...] = ()
-    """Of ours, beside those of configs/demo_cpu_grpo.yaml."""
+    """Settings of our run, beside those of configs/demo_cpu_grpo.yaml."""
 
 
 SIZES = {
@@ -64,7 +64,7 @@ SIZES = {
 
 @dataclass
 class Figures:
-    """Of one contestant, over all turns."""
+    """Measurements of one contestant, over all turns."""
 
     step_seconds: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

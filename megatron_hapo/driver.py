@@ -39,7 +39,7 @@ class Driver:
     utilization: Utilization
     profiler: StepProfiler
     stats: EntropyStats | None = None
-    """Of the previous step, for the sampler; None before the first step, which samples at the base temperature."""
+    """Statistics of the previous step, for the sampler; None before the first step, sampled at the base temperature."""
     stop_requested: bool = False
     """Set by a signal handler: the loop ends after the current step."""
     _saved_step: int = field(default=0, init=False)

@@ -60,7 +60,7 @@ def hapo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """HAPO's objective in one call: the policy loss of these tokens, sum / num_tokens, and sums for the metrics.
 
-    `algorithm.objective.policy_loss` gives the same under HAPO's settings. Only the ratio carries gradient. A clip_alpha
+    `algorithm.objective.policy_loss` gives the same under HAPO's settings. Only the ratio has a gradient. A clip_alpha
     of 0 disables the adaptive clipping, an adv_beta of 0 the redistribution; without both it is PPO with a dual clip.
 
     Args:

@@ -53,7 +53,7 @@ class Weights(Enum):
     RANDOM = "random"
     """The engine was started without reading its weights. It can sample, as the self-test does at the start."""
     LOADED = "loaded"
-    """Those of the model folder or of the last update."""
+    """The weights of the model folder or of the last update."""
     LOST = "lost"
     """Their memory has been released, and no update has ended since."""
 
@@ -69,7 +69,7 @@ class EngineState:
     update: Update = Update.CLOSED
     requests: Requests = Requests.RUNNING
     released: frozenset[str] = frozenset()
-    """Those of `MEMORY_PARTS` that the engine does not hold."""
+    """The parts, of `MEMORY_PARTS`, that the engine does not hold."""
 
     def __str__(self) -> str:
         """The state as a predicate of "the engine"."""

@@ -44,7 +44,7 @@ class LossTokens:
     microbatch: MicroBatch
     """Its per-token data are those of the batch and of every `current_token_data`."""
     stats: EntropyStats | None
-    """Of the step."""
+    """Entropy statistics of the step."""
     cp_group: dist.ProcessGroup | None
     """Ranks that hold the other tokens of the micro-batch; None without context parallelism."""
 

@@ -34,6 +34,7 @@ class MappedLoadStrategy(TorchDistLoadShardedStrategy):
         self._files: dict[Path, MappedFile] = {}
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
+        """The state dict with the checkpoint's tensors in the places of its sharded ones."""
         others: dict[str, ShardedBase] = {}
 
         def view(entry: Any) -> Any:

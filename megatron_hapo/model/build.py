@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
 from megatron_hapo.model.layers import PackedAttention, PackedFormat, PackedRotaryEmbedding, RMSNorm
@@ -29,29 +30,7 @@ def transformer_config(
     shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute, te: bool
 ) -> TransformerConfig:
     """Megatron's config for this model on this layout; `te`: with Transformer Engine's layers."""
-    options: dict[str, Any] = _recompute_options(recompute, te=te)
     sizes = layout.sizes
-    if sizes.vpp > 1:
-        options |= {
-            "virtual_pipeline_model_parallel_size": sizes.vpp,
-            # Otherwise one exchange carries activations and gradients, and where a stage's two neighbours are the same
-            # rank (pp = 2) Megatron 0.19.2 confuses the shapes of the two.
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    if shape.moe is not None:
-        options |= {
-            "num_moe_experts": shape.moe.num_experts,
-            "moe_ffn_hidden_size": shape.moe.ffn_size,
-            "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
-            "moe_router_topk": shape.moe.top_k,
-            # Softmax over all experts before top-k, or over the chosen experts after it, which normalises.
-            "moe_router_pre_softmax": not shape.moe.normalize_top_k,
-            "moe_router_load_balancing_type": "none",
-            "moe_grouped_gemm": te,
-            "expert_model_parallel_size": sizes.ep,
-            "expert_tensor_parallel_size": sizes.etp,
-        }
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -71,12 +50,12 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.sizes.tp,
+        tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
         num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
         num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
-        context_parallel_size=layout.sizes.cp,
-        sequence_parallel=sequence_parallel and layout.sizes.tp > 1,
+        context_parallel_size=sizes.cp,
+        sequence_parallel=sequence_parallel and sizes.tp > 1,
         # Packed micro-batches differ in length. Megatron accepts that only with this dispatcher, even in dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -92,7 +71,9 @@ def transformer_config(
         apply_rope_fusion=te,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **options,
+        **_recompute_options(recompute, te=te),
+        **_interleaving_options(sizes),
+        **_expert_options(shape, sizes, te=te),
     )
 
 
@@ -157,6 +138,35 @@ def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.
                 number, rest = name.removeprefix(_LAYERS).split(".", 1)
                 name = f"{_LAYERS}{offset + int(number)}.{rest}"
             yield name, parameter
+
+
+def _interleaving_options(sizes: ParallelSizes) -> dict[str, Any]:
+    if sizes.vpp == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": sizes.vpp,
+        # Otherwise one exchange carries activations and gradients, and where a stage's two neighbours are the same
+        # rank (pp = 2) Megatron 0.19.2 confuses the shapes of the two.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _expert_options(shape: Shape, sizes: ParallelSizes, *, te: bool) -> dict[str, Any]:
+    if shape.moe is None:
+        return {}
+    return {
+        "num_moe_experts": shape.moe.num_experts,
+        "moe_ffn_hidden_size": shape.moe.ffn_size,
+        "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
+        "moe_router_topk": shape.moe.top_k,
+        # Softmax over all experts before top-k, or over the chosen experts after it, which normalises.
+        "moe_router_pre_softmax": not shape.moe.normalize_top_k,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": te,
+        "expert_model_parallel_size": sizes.ep,
+        "expert_tensor_parallel_size": sizes.etp,
+    }
 
 
 def _recompute_options(recompute: Recompute, *, te: bool) -> dict[str, Any]:

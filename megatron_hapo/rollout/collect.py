@@ -20,7 +20,7 @@ class Collected:
 
     groups: list[ScoredGroup]
     kept_share: float
-    """Of the generated groups, the share that dynamic sampling kept, before the surplus was dropped; else 1."""
+    """Share of the generated groups that dynamic sampling kept, before the surplus was dropped; 1 without it."""
     seconds: dict[str, float] = field(default_factory=dict)
     """`time/*` of stages that ran beside another step's training."""
 

@@ -66,7 +66,7 @@ class RankInfo:
 
 
 class AttemptCancelledError(HapoError):
-    """Rank 0 cancelled the attempt, and tells the user why."""
+    """Rank 0 cancelled the attempt; it reports the reason to the user."""
 
 
 def open_store() -> Store:

@@ -229,7 +229,7 @@ def _join_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError
         store, instructions = rank_rendezvous.join(
             rank_rendezvous.open_store(), info, rank=place.rank, timeout_seconds=timeout_seconds
         )
-    except rank_rendezvous.AttemptCancelledError:  # rank 0 tells the user why
+    except rank_rendezvous.AttemptCancelledError:  # rank 0 reports the reason to the user
         exit_now(_EXIT_FAULT)
     assert config is not None, "rank 0 releases the ranks only when every rank has a config"
     detector = FailureDetector(store, rank=place.rank, world_size=place.world_size)
