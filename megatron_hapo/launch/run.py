@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import ray
-import torch
 
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import Finding, rehearse
@@ -34,6 +33,7 @@ from megatron_hapo.reward.pool import ProcessRewardPool
 from megatron_hapo.rollout.evaluation import evaluate
 from megatron_hapo.sizing.from_config import peak_flops
 from megatron_hapo.sizing.utilization import Utilization
+from megatron_hapo.trainer.rank_process import resolve_device
 from megatron_hapo.types import Prompt
 from megatron_hapo.weight_sync import open_weight_sync
 
@@ -86,7 +86,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
     )
     with contextlib.ExitStack() as stack:
-        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=_device(config))))
+        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=resolve_device(config))))
         metrics = stack.enter_context(
             MetricsLogger(
                 config.run_dir,
@@ -98,7 +98,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         driver = Driver(
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
-                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(_device(config))
+                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
             ),
             profiler=StepProfiler(
                 config.profile.steps, config.run_dir.absolute() / "profile",
@@ -127,7 +127,7 @@ def run_evaluation(config: Config) -> dict[str, float]:
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
     sampler, _ = _load_data(config)
-    with open_parts(config, RayLauncher(config, device=_device(config))) as parts:
+    with open_parts(config, RayLauncher(config, device=resolve_device(config))) as parts:
         return rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, sampler.next(prompts))
 
 
@@ -170,15 +170,11 @@ def open_rollouts(
         read_weights: whether the engines read the model folder; otherwise a sync must bring the weights.
     """
     with ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
-        pool = RayRolloutPool(config, device=_device(config), placements=placements, read_weights=read_weights)
+        pool = RayRolloutPool(config, device=resolve_device(config), placements=placements, read_weights=read_weights)
         try:
             yield pool, rewards
         finally:
             pool.close()
-
-
-def _device(config: Config) -> str:
-    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:

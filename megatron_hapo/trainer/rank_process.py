@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from megatron_hapo.trainer.trainer_rank import TrainerRank
 
 
+def resolve_device(config: Config) -> str:
+    """The device of the run, cpu or cuda, as `device` says or this machine has it."""
+    if config.device != "auto":
+        return config.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:
     """Join the trainer's world and build this rank's shard. All ranks call it together.
 

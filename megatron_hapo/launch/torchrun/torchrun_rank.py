@@ -38,7 +38,7 @@ from megatron_hapo.launch.torchrun.host import interface_of, is_single_host, own
 from megatron_hapo.launch.torchrun.rank_rendezvous import RankInfo, RankPlace
 from megatron_hapo.model.rank_environment import environment, quieten
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
-from megatron_hapo.trainer.rank_process import start_rank
+from megatron_hapo.trainer.rank_process import resolve_device, start_rank
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _lead_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError
     try:
         if config is None or fault is not None:
             raise fault or AssertionError("neither a config nor a fault")
-        device = _device_of(config)
+        device = resolve_device(config)
         address = _set_environment(place, config, device)
         infos = rank_rendezvous.gather_infos(
             store,
@@ -216,7 +216,7 @@ def _run_other_rank(place: RankPlace, config: Config | None, fault: ConfigError 
 
 def _join_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError | None) -> tuple[_JoinedRun, str]:
     """The run that rank 0 starts, and Ray's token. Exits the process if rank 0 cancels the run."""
-    device = "cpu" if config is None else _device_of(config)
+    device = "cpu" if config is None else resolve_device(config)
     address = ""
     try:
         if config is not None:
@@ -387,10 +387,6 @@ def _announce_node(run: _JoinedRun, node: RayNode) -> None:
     ranks_here = run.place.local_world_size
     gpus = _visible_gpus()[:ranks_here] if run.device == "cuda" else []
     run.store.set(_node_key(run.place.node), json.dumps(asdict(_Node(node.node_id, ranks_here, gpus))))
-
-
-def _device_of(config: Config) -> str:
-    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _rank_info(place: RankPlace, config: Config | None, fault: ConfigError | None, device: str) -> RankInfo:
