@@ -121,7 +121,7 @@ def enter_root(*, readable: Sequence[Path], writable: Sequence[Path]) -> None:
     root = Path("/proc")
     _mount("tmpfs", root, kind="tmpfs", flags=_MS_NOSUID | _MS_NODEV, options="size=1m,mode=755")
     for path in sorted({*readable, *writable}):
-        if not path.exists() or any(above in path.parents for above in (*readable, *writable)):
+        if not os.path.exists(path) or any(above in path.parents for above in (*readable, *writable)):
             continue
         target = root / path.relative_to("/")
         if path.is_dir():

@@ -265,7 +265,7 @@ def python_paths() -> tuple[Path, ...]:
             whole.add(entry)
         elif entry.is_dir() and not any(folder == entry or folder in entry.parents for folder in whole):
             modules |= set(_modules(entry))
-    return tuple(sorted(path for path in whole | modules if path.exists()))
+    return tuple(sorted(path for path in whole | modules if os.path.exists(path)))
 
 
 def num_threads() -> int:
@@ -293,6 +293,8 @@ def _enter_namespaces() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    with contextlib.suppress(OSError):  # not below this one, in which a child would have capabilities again
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
 
 
 def _root_namespace(policy: Policy) -> int:
