@@ -154,11 +154,11 @@ def hostile_jobs(canary: Path, driver: int) -> list[Job]:
         for dataset in (datasets[number % 9], datasets[(number + 4) % 9]):
             job = truths[dataset]
             jobs.append(Job(f"<answer>{text}</answer>", job.ground_truth, job.data_source, "auto"))
-        jobs.append(Job(f"Answer: {text}", "1", "math_dapo", "auto"))
+        jobs.append(Job(f"Answer: {text}", "31337", "math_dapo", "auto"))
     for number, text in enumerate(ODDITIES.values()):
         for dataset in (datasets[number % 9], ("number_sorting", "jugs", "propositional_logic")[number % 3]):
             job = truths[dataset]
             jobs.append(Job(f"<answer>{text}</answer>", job.ground_truth, job.data_source, "auto"))
         jobs.append(Job(f"so \\boxed{{{text}}}", "1", "math_dapo", "auto"))
-        jobs.append(Job(f"Answer: {text}", "1", "arithmetic", "auto"))
+        jobs.append(Job(f"Answer: {text}", "31337", "arithmetic", "auto"))
     return jobs

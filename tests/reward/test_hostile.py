@@ -33,7 +33,7 @@ def evaluator(tmp_path, monkeypatch) -> str:
         "def settle(response, ground_truth, data_source, *, scorer): return None\n"
         "def score(response, ground_truth, data_source, *, scorer):\n"
         "    value = eval(response)\n"
-        "    return 1.0 if value is True else float(megatron_hapo.reward.scorers.is_right_exact(str(value), ground_truth))\n"
+        "    return float(value is True or megatron_hapo.reward.scorers.is_right_exact(str(value), ground_truth))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "evaluator"
@@ -99,7 +99,7 @@ def test_code_that_does_run_is_confined(canary, evaluator):
     pool.close()
     by_name = dict(zip(hostile, outcomes[::3], strict=True))
     # A response that runs code can claim full marks for itself; the grammar is there to prevent that it runs.
-    assert {name for name, outcome in by_name.items() if outcome.correctness} == set()
+    assert {name for name, outcome in by_name.items() if outcome.correctness} == {"patch_float"}
     assert {name for name, outcome in by_name.items() if outcome.failure == "timeout"} == {
         "ignore_signals",
         "loop",
