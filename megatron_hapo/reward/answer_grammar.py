@@ -1,8 +1,9 @@
 """Which answers reasoning-gym's scorers may see, where they pass answers to `eval` or to sympy's `parse_expr`.
 
-Both run any Python that an answer contains (reasoning-gym 0.1.25, sympy 1.14). What is let through is a literal (numbers,
-short strings, brackets) or an arithmetic expression; neither has attributes, strings that are parsed again, or names of
-objects that do more than mathematics. The scorer still decides what it is worth, so an honest answer scores as ever.
+Both run any Python that an answer contains (reasoning-gym 0.1.25, sympy 1.14). Only a literal (numbers, short strings,
+brackets) or an arithmetic expression passes; neither has attributes, strings that are parsed again, or names of objects
+that do more than mathematics. The scorer still decides what the answer is worth, so honest answers keep their scores.
+The sandbox, not this grammar, is what confines an answer that gets through all the same or takes for ever.
 """
 
 from __future__ import annotations
@@ -52,10 +53,13 @@ _EXPRESSION_TOKEN = re.compile(
     r"|(?P<name>[A-Za-z][A-Za-z0-9_]{0,30}+)|(?P<sign>\*\*|//|[-+*/^%(),!]))",
     re.ASCII,
 )
-_FUNCTIONS = frozenset(
-    "sqrt cbrt root exp log ln sin cos tan cot sec csc asin acos atan acot asec acsc atan2 sinh cosh tanh coth asinh "
-    "acosh atanh Abs abs sign pi oo Rational erf erfc erfi Si Ci Ei li gamma E I".split()
-)
+# fmt: off
+_FUNCTIONS = frozenset({
+    "sqrt", "cbrt", "root", "exp", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan",
+    "acot", "asec", "acsc", "atan2", "sinh", "cosh", "tanh", "coth", "asinh", "acosh", "atanh", "Abs", "abs", "sign",
+    "pi", "oo", "Rational", "erf", "erfc", "erfi", "Si", "Ci", "Ei", "li", "gamma",
+})
+# fmt: on
 """Names of sympy that stand for mathematics of numbers and symbols."""
 
 
@@ -145,7 +149,7 @@ def _sympy_names() -> frozenset[str]:
 
 
 def _is_bounded_exponent(words: Sequence[str], position: int) -> bool:
-    """Whether what follows ** is at most MAX_EXPONENT, or holds a variable, so that nothing has to be multiplied out."""
+    """Whether what follows ** is at most MAX_EXPONENT, or holds a name, so that nothing is multiplied out."""
     while position < len(words) and words[position] in "+-":
         position += 1
     if position == len(words):

@@ -2,9 +2,9 @@
 
 The pool sends chunks of responses to idle workers over sockets, as JSON. A worker judges each response in a sandboxed
 fork of its own (worker.py, sandbox.py) and answers as soon as it is scored, so if a worker itself fails, the first
-unanswered response of its chunk is the one to blame. No library fits: pebble and concurrent.futures send pickle, measure
-the time and the crash of a whole chunk, or are too slow response by response, and multiprocessing's spawn imports the
-program's main module again, which may hold torch.
+unanswered response of its chunk is the one to blame. No library fits: pebble and concurrent.futures send pickle, and
+measure the time and the crash of a whole chunk or are too slow response by response; multiprocessing's spawn imports
+the program's main module again, which may hold torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_CHUNK = 64
 START_SECONDS = 120.0
 """Limit for a worker's start, and for its imports: both are slow on a loaded machine."""
 GRACE_SECONDS = 10.0
-"""How much longer than a response's limit its outcome may take; the worker keeps the limit, the pool watches the worker."""
+"""How much longer than a response's limit its outcome may take: the worker enforces the limit, the pool watches workers."""
 MAX_FAILED_STARTS = 3
 """In a row, before the run fails: one may be bad luck, e.g. an idle worker that the system's memory killer chose."""
 MAX_MESSAGE_BYTES = 1 << 14
@@ -165,7 +165,7 @@ class WorkerPool:
         self._spawn: Callable[[], _Worker] = lambda: _Worker(settings)
         self._workers = [self._spawn() for _ in range(num_workers)]
         self.rows = [SpanRecorder(f"reward worker {index}") for index in range(num_workers)]
-        """One row per worker slot, whichever process fills it: a span is a chunk, from its dispatch to its last outcome."""
+        """One row per slot, whichever process fills it; a span is a chunk, from its dispatch to its last outcome."""
         self._failed_starts = 0
 
     def isolation(self) -> Isolation:

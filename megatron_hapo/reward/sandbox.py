@@ -53,7 +53,7 @@ class Policy:
     memory_bytes: int
     """Address space of the inner process and of each child."""
     scratch: Path | None = None
-    """A folder to write in. Calls can leave files for each other there, so give each its own sandbox if that matters."""
+    """A folder to write in. Calls can leave files for each other there."""
     scratch_bytes: int = 0
     """Largest file in it."""
 
@@ -212,7 +212,7 @@ class Sandbox:
             os._exit(code)  # also after SystemExit: what is above this frame is the inner process's code
 
     def _confine(self, answer: int, timeout_seconds: float) -> None:
-        """Give up, in this child, everything but computing. The order matters: each step may need what a later takes."""
+        """Give up, in this child, everything but computing. Each step may need what a later one takes."""
         os.setsid()
         if self._root is not None:
             os.setns(self._root, os.CLONE_NEWNS)
@@ -287,7 +287,7 @@ def _writable(policy: Policy) -> tuple[Path, ...]:
 
 
 def _enter_namespaces() -> None:
-    """Move into a new user namespace, with the same user as its only one, and what it owns; the next fork is process 1."""
+    """Move into new namespaces, in which only this user exists; the next fork becomes their process 1."""
     user, group = os.geteuid(), os.getegid()
     os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWPID | os.CLONE_NEWNET | os.CLONE_NEWIPC | os.CLONE_NEWUTS)
     Path("/proc/self/setgroups").write_text("deny")

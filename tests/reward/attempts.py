@@ -87,18 +87,18 @@ def overwrite_module(facts):
 
 
 @attempt
-def delete_file(facts):
-    os.unlink(facts["victim"])
-
-
-@attempt
 def change_mode(facts):
     os.chmod(facts["victim"], 0o777)
 
 
 @attempt
 def link_file(facts):
-    os.link(facts["victim"], facts["canary"])
+    os.link(facts["victim"], facts["canary"] + "-link")
+
+
+@attempt
+def delete_file(facts):
+    os.unlink(facts["victim"])
 
 
 @attempt
@@ -251,7 +251,7 @@ def memory_file(facts):
 
 @attempt
 def shared_memory(facts):
-    system_call(29, facts["shared_memory"], 4096, 0o666)  # shmget of a segment that the test made
+    system_call(30, facts["shared_memory"], 0, 0)  # shmat
 
 
 @attempt
