@@ -81,7 +81,7 @@ def unparsable_score(answer: str, *, dataset: str, entry: dict[str, Any]) -> flo
             expected = {text.strip() for text in (entry["answer"], *metadata.get("valid_answers", ()))}
             safe = answer.strip() in expected or is_literal(answer)
         case "expression":
-            safe = is_expression(answer, variables=metadata.get("variables", ()))
+            safe = is_expression(_unquoted(answer), variables=metadata.get("variables", ()))
         case _ as never:
             assert_never(never)
     return None if safe else task.unparsable
@@ -111,6 +111,12 @@ def is_expression(text: str, *, variables: Collection[str] = ()) -> bool:
         for position, word in enumerate(words)
         if word in ("**", "!")
     )
+
+
+def _unquoted(text: str) -> str:
+    """Without quotation marks around all of it: sympy reads a string as the expression in it."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _tokens(pattern: re.Pattern[str], text: str, max_characters: int) -> list[re.Match[str]] | None:

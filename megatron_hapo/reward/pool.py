@@ -39,7 +39,7 @@ MAX_CHUNK = 64
 START_SECONDS = 120.0
 """Limit for a worker's start, and for its imports: both are slow on a loaded machine."""
 GRACE_SECONDS = 10.0
-"""How much longer than a response's limit its outcome may take: the worker enforces the limit, the pool watches workers."""
+"""What an outcome may take beyond the response's limit, which the worker enforces; the pool watches the worker."""
 MAX_FAILED_STARTS = 3
 """In a row, before the run fails: one may be bad luck, e.g. an idle worker that the system's memory killer chose."""
 MAX_MESSAGE_BYTES = 1 << 14
@@ -49,7 +49,11 @@ _KEPT_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
 
 
 class ProcessRewardPool:
-    """Rewards of rollouts by the config's rules; a context manager that ends its worker processes."""
+    """Rewards of rollouts by the config's rules; a context manager that ends its worker processes.
+
+    Raises:
+        RewardError: workers do not start, or would have to evaluate answers without isolation.
+    """
 
     def __init__(self, config: RewardConfig, tokenizer_path: Path | str, max_response_tokens: int):
         self._config = config

@@ -34,9 +34,10 @@ PAYLOADS = {
     "walk_globals": "[c for c in ().__class__.__base__.__subclasses__() if 'warnings' in str(c)][0].__init__"
     ".__globals__['sys'].modules['os'].system('touch {canary}')",
     "format": "'{{0.__class__}}'.format(open('{canary}', 'w'))",
-    "builtins": "__builtins__['open']('{canary}', 'w') if type(__builtins__) is dict else __builtins__.open('{canary}', 'w')",
+    "builtins": "(__builtins__ if type(__builtins__) is dict else vars(__builtins__))['open']('{canary}', 'w')",
     "ctypes": "__import__('ctypes').CDLL(None).system(b'touch {canary}')",
     "pickle": "__import__('pickle').loads(b\"cos\\nsystem\\n(S'touch {canary}'\\ntR.\")",
+    "quoted_call": "'open(chr(99), chr(119))'",
     "sympify": "__import__('sympy').sympify(\"open('{canary}', 'w')\")",
     "database": "__import__('sqlite3').connect('{canary}').execute('create table x (y)')",
     # Changes that would outlive the response.

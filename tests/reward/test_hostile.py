@@ -115,7 +115,7 @@ def test_code_that_does_run_is_confined(canary, evaluator):
 
 
 def test_the_grammar_is_before_every_scorer_that_compiles_its_answers():
-    """All of reasoning-gym's scorers see answers that mark what is compiled; those that compile must be in the table."""
+    """All of reasoning-gym's scorers get marked answers; those that compile one must be in the table."""
     import_reasoning_gym()
     compiled: set[str] = set()
     current = ""

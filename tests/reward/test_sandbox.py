@@ -251,7 +251,7 @@ def test_a_sandbox_ends_with_its_parent(ending, tmp_path):
     with (
         ours,
         subprocess.Popen(
-            [sys.executable, "-c", program], stdin=theirs, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", program], stdin=theirs.fileno(), stdout=subprocess.PIPE, text=True, env=environment
         ) as process,
     ):
         theirs.close()
@@ -355,7 +355,7 @@ def test_a_forged_answer_counts_for_its_own_response_alone(teller, forged):
     [[1.0, None], [2.0, None, ""], [True, None, ""], ["1", None, ""], [0.0, "bad", ""], [0.0, None, "x" * 999], {}, 1],
 )
 def test_an_outcome_from_a_worker_is_validated(message):
-    with pytest.raises(ValueError, match="outcome|score"):
+    with pytest.raises(ValueError, match=r"outcome|score"):
         parse_outcome(message)
 
 
@@ -380,7 +380,7 @@ def test_the_isolation_is_one_line():
     assert str(everything) == "namespaces, Landlock, seccomp"
     little = Isolation(namespaces="Operation not permitted", landlock="not in this kernel", seccomp="")
     assert str(little) == (
-        "no namespaces (Operation not permitted), no Landlock (not in this kernel), seccomp; files can be read, but not "
-        "written"
+        "no namespaces (Operation not permitted), no Landlock (not in this kernel), seccomp; "
+        "files can be read, but not written"
     )
     assert pool_module.unisolated_message("Answers", little).startswith("Answers would be passed to parsers")
