@@ -13,7 +13,15 @@ from megatron_hapo.data.reasoning_tasks import encode_task, import_reasoning_gym
 from megatron_hapo.reward.pool import WorkerPool
 from megatron_hapo.reward.worker import Job
 
-EXPRESSIONS = (r"\frac{%d}{7}", r"2\sqrt{%d}", "x^{2}+%d", r"\{1,%d\}", "(%d,3]", r"%d\pi", "x=%d", "%d.5")
+EXPRESSIONS = (
+    (r"\frac{2}{2 \cdot %d}", r"\frac{1}{%d}"),
+    (r"\sqrt{3} \cdot %d", r"%d\sqrt{3}"),
+    ("%d+x^{2}", "x^{2}+%d"),
+    (r"\{%d,1\}", r"\{1,%d\}"),
+    (r"\pi \cdot %d", r"%d\pi"),
+    ("%d.50", "%d.5"),
+)
+"""Two ways to write the same."""
 TASKS = ("countdown", "polynomial_multiplication", "spiral_matrix", "number_sorting")
 STEP = 8192
 """Responses of a step: 512 prompts, 16 samples each."""
@@ -25,6 +33,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
+    print("| scorer | responses / s | CPU ms / response | s for 8,192 | mean score | failures |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, jobs in kinds(options.count).items():
         pool = WorkerPool(num_workers=options.workers, timeout_seconds=30.0, memory_bytes=2 << 30)
         pool.run(jobs[: 64 * options.workers])
@@ -36,9 +46,12 @@ def main() -> None:
         isolation = pool.isolation()
         pool.close()
         failures = sum(outcome.failure is not None for outcome in outcomes)
+        right = sum(outcome.correctness for outcome in outcomes) / len(jobs)
+        step_seconds = STEP * seconds / len(jobs)
         print(
-            f"| {name} | {len(jobs) / seconds:,.0f} | {1000 * cpu / len(jobs):.2f} | {STEP * seconds / len(jobs):.1f} | "
-            f"{sum(o.correctness for o in outcomes) / len(jobs):.2f} | {failures} |"
+            f"| {name} | {len(jobs) / seconds:,.0f} | {1000 * cpu / len(jobs):.2f} | {step_seconds:.1f} | "
+            f"{right:.2f} | {failures} |",
+            flush=True,
         )
     print(isolation)
 
@@ -82,8 +95,8 @@ def _plain(text: str, row: int, source: str) -> Job:
 
 
 def _expression(row: int) -> Job:
-    text = EXPRESSIONS[row // 16 % len(EXPRESSIONS)]
-    return Job("Answer: " + text % (row // 16 + row % 2), f"{{{text % (row // 16)}}}", "math_dapo", "auto")
+    said, truth = EXPRESSIONS[row // 16 % len(EXPRESSIONS)]
+    return Job("Answer: " + said % (row // 16 + 2 + row % 2), truth % (row // 16 + 2), "math_dapo", "auto")
 
 
 def _task(name: str, answers: list[str], row: int) -> Job:

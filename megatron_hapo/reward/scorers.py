@@ -17,18 +17,34 @@ TAIL_CHARACTERS = 300
 conclusion, and a response that tries many answers on its way gains nothing."""
 
 _WARM_UP = (
-    "\\frac{1}{2}",
-    "0.5",
-    "2\\sqrt{3}",
-    "x^{2}+1",
-    "(1, 2]",
-    "\\{1, 2\\}",
-    "\\pi",
-    "x = 5",
-    "\\frac{3 \\pi}{4}",
-    "1/2",
-    "(1, 2)",
+    *(
+        "0.5",
+        "1/2",
+        "12",
+        r"\frac{1}{2}",
+        r"-\frac{3}{4}",
+        r"2\sqrt{3}",
+        r"\frac{1+2\sqrt{5}}{3}",
+        r"\sqrt[3]{2}",
+        "x = 5",
+    ),
+    *(
+        "x^{2}+3x-1",
+        "(x+1)(x-2)",
+        r"\pi",
+        r"\frac{3\pi}{4}",
+        r"12\pi",
+        "e^{x}",
+        r"\sin x",
+        r"\log_2 8",
+        r"\ln 2",
+        "2^{10}",
+    ),
+    *("(1, 2)", "(1, 2]", r"[0, \infty)", r"(-\infty, 1) \cup (2, 3)", r"\{1, 2\}", "1, 2", r"x \le 3", "y=2x+1"),
+    *(r"3 \cdot 5", r"3 \times 10^{4}", r"\binom{5}{2}", "5!", "|x|", "2+3i", r"50\%", r"90^\circ", r"\text{even}"),
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
 )
+"""Answers of the kinds that occur; parsing one takes twice as long if its kind has not been parsed before."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
@@ -92,8 +108,8 @@ def preload(scorer: Scorer) -> None:
     """Import what a scorer needs, so that its first response is not charged for it."""
     if scorer == "math":
         # The first parses fill caches (the LaTeX grammar's, sympy's) that forked processes then share.
-        for warm_up in _WARM_UP:
-            _math_equal(warm_up, "2")
+        for answer in _WARM_UP:
+            _math_equal(answer, answer)
     elif scorer == "reasoning_gym":
         import_reasoning_gym()
 

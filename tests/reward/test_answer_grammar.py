@@ -91,19 +91,21 @@ def test_literals_pass(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "[x]",
-        "A",
-        "f'x'",
-        "b'x'",
-        "'a' + 'b'",
-        "[1][x]",
-        "'x'.upper()",
-        "1 .real",
-        "1.real",
-        "[i for i in 'ab']",
-        "{1: 2}",
-    ]
-    + ["'\\x41'", "'\n'", "9" * 50, "[" * 50, "[1, " * 9000, "Trues", "1e9", "*[1]", "'" + "x" * 200 + "'", "\x00"],
+        *("[x]", "A", "f'x'", "b'x'", "'a' + 'b'", "[1][x]", "'x'.upper()", "1 .real", "1.real", "[i for i in 'ab']"),
+        *(
+            "{1: 2}",
+            "'\\x41'",
+            "'\n'",
+            "9" * 50,
+            "[" * 50,
+            "[1, " * 9000,
+            "Trues",
+            "1e9",
+            "*[1]",
+            "'" + "x" * 200 + "'",
+        ),
+        "\x00",
+    ],
 )
 def test_what_is_not_a_literal_does_not_pass(text):
     assert not is_literal(text)

@@ -1,6 +1,7 @@
 """Hostile responses cost their own reward, and nothing else."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.reward.answer_grammar import EVALUATED_TASKS
 from megatron_hapo.reward.pool import WorkerPool
+from megatron_hapo.reward.scorers import preload, score
 from megatron_hapo.reward.worker import Job
 from tests.reward.hostile_responses import SECRET, hostile_jobs, payloads, right_answer
 
@@ -137,6 +139,25 @@ def test_the_grammar_is_before_every_scorer_that_compiles_its_answers():
             finally:
                 current = ""
     assert compiled == EVALUATED_TASKS.keys()
+
+
+def test_math_compiles_nothing_but_digits_and_operators(canary):
+    compiled: list[str] = []
+    listening = True
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event == "compile" and arguments[0] is not None:
+            compiled.append(str(arguments[0]))
+
+    preload("math")
+    sys.addaudithook(note)
+    for text in [*payloads(canary, os.getpid()).values(), "hapomark", "hapomark(1)", "1+1", "3/4 hapomark"]:
+        score(f"Answer: {text[:200]}", "31337", "math_dapo")
+    listening = False
+    # sympy spells a number as Integer (1 ) before it compiles it; math-verify lets only digits and operators so far.
+    known = re.compile(r"b?['\"]?(?:Integer|Float|Add|Mul|Pow|evaluate|False|Symbol \('e'|[\s\d.,+*/()='\"-])*")
+    assert not [source for source in compiled if not known.fullmatch(source)]
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATED_TASKS))
