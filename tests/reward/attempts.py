@@ -156,12 +156,12 @@ def kill_driver(facts):
 
 @attempt
 def trace_driver(facts):
-    system_call(101, 16, facts["driver"], 0, 0)  # PTRACE_ATTACH
+    system_call(101, 0x4206, facts["driver"], 0, 0)  # PTRACE_SEIZE, which does not stop it
 
 
 @attempt
 def trace_parent(facts):
-    system_call(101, 16, os.getppid(), 0, 0)
+    system_call(101, 0x4206, os.getppid(), 0, 0)
 
 
 @attempt
