@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
+    isolation = None
     print("| scorer | responses / s | CPU ms / response | s for 8,192 | mean score | failures |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, jobs in kinds(options.count).items():

@@ -171,6 +171,8 @@ class WorkerPool:
         self.rows = [SpanRecorder(f"reward worker {index}") for index in range(num_workers)]
         """One row per slot, whichever process fills it; a span is a chunk, from its dispatch to its last outcome."""
         self._failed_starts = 0
+        self._suspects: set[int] = set()
+        """Rows of this call on which a worker has died once."""
 
     def isolation(self) -> Isolation:
         """What the system offers to confine responses; waits until a worker has found out.
@@ -192,6 +194,7 @@ class WorkerPool:
                 without isolation.
         """
         outcomes: dict[int, Outcome] = {}
+        self._suspects = set()
         waiting = deque(range(len(jobs)))
         chunk_size = max(1, min(MAX_CHUNK, len(jobs) // (8 * len(self._workers))))
         for worker in self._workers:
@@ -243,7 +246,10 @@ class WorkerPool:
     ) -> None:
         """End a worker that failed; the response to blame gets its outcome, those behind it wait again."""
         exit_code = worker.kill()
-        if worker.scoring and worker.rows:
+        if worker.scoring and worker.rows and failure == "crash" and worker.rows[0] not in self._suspects:
+            # Responses crash in forks, not in the worker, so something else may have killed it: a second try.
+            self._suspects.add(worker.rows[0])
+        elif worker.scoring and worker.rows:
             reason = {
                 "timeout": f"no result within {self._timeout_seconds:g} s",
                 "crash": "out of memory" if exit_code == EXIT_OUT_OF_MEMORY else f"exit code {exit_code}",

@@ -189,8 +189,8 @@ class Sandbox:
         try:
             output, late = _read_all(ours, time.monotonic() + timeout_seconds, max_bytes)
         finally:
+            exit_code = self._end(child)  # before the pipe closes, or a child that says too much might fail by itself
             os.close(ours)
-            exit_code = self._end(child)
         return Ending(output, exit_code, late)
 
     def _be_child(self, function: Callable[[], bytes], answer: int, timeout_seconds: float) -> NoReturn:
