@@ -73,7 +73,7 @@ def test_hostile_responses_run_nothing_and_change_no_later_score(canary):
     wrong = [Job("<answer>wrong</answer>", job.ground_truth, job.data_source, "auto") for job in honest[:9]]
     # A harmless response after every hostile one, on the same worker or on the other.
     between = [(honest + wrong)[number % 20] for number in range(len(hostile))]
-    pool = WorkerPool(num_workers=2, timeout_seconds=2.0, memory_bytes=2 << 30)
+    pool = WorkerPool(num_workers=2, timeout_seconds=6.0, memory_bytes=2 << 30)
     pool.run(honest)
     pids = [worker.pid for worker in pool._workers]
     start = time.monotonic()
@@ -87,8 +87,8 @@ def test_hostile_responses_run_nothing_and_change_no_later_score(canary):
     unparsable = [EVALUATED_TASKS[job.data_source.removeprefix("reasoning_gym/")].unparsable for job in wrong]
     expected = [*[1.0] * len(honest), *unparsable]
     assert [o.correctness for o in outcomes[1::2]] == [expected[number % 20] for number in range(len(hostile))]
-    assert not any(outcome.failure for outcome in outcomes[1::2])
-    assert seconds < 30 + 2.0 * sum(outcome.failure == "timeout" for outcome in outcomes)
+    assert not [outcome for outcome in outcomes[1::2] if outcome.failure]
+    assert seconds < 60 + 6.0 * sum(outcome.failure == "timeout" for outcome in outcomes)
     assert_unharmed(canary, before)
 
 
