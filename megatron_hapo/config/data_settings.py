@@ -115,6 +115,9 @@ class RewardConfig(Section):
     """A response that takes longer to score counts as wrong; its process is replaced."""
     memory_bytes: PositiveInt = 2 << 30
     """Address space limit of a reward process."""
+    allow_unisolated: bool = False
+    """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A
+    response can then run code with the rights of the user who trains."""
     overlong: OverlongConfig = OverlongConfig()
 
     def contradictions(self, *, max_response_tokens: int, data: DataConfig) -> Iterator[Fault]:

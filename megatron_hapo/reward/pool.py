@@ -1,31 +1,36 @@
-"""Rewards from worker processes: a response whose scoring hangs, dies or eats memory costs its own reward alone.
+"""Rewards from worker processes, in which a response can harm nothing but its own reward.
 
-The pool sends chunks of responses to idle workers over pipes; a worker answers each response as soon as it is scored,
-so the first unanswered response of a chunk is the one to blame. No library fits: pebble and concurrent.futures measure
-the time and the crash of a whole chunk, or are too slow response by response, and multiprocessing's spawn imports the
-program's main module again, which may hold torch.
+The pool sends chunks of responses to idle workers over sockets, as JSON. A worker judges each response in a sandboxed
+fork of its own (worker.py, sandbox.py) and answers as soon as it is scored, so if a worker itself fails, the first
+unanswered response of its chunk is the one to blame. No library fits: pebble and concurrent.futures send pickle, and
+measure the time and the crash of a whole chunk or are too slow response by response; multiprocessing's spawn imports
+the program's main module again, which may hold torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import select
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, Pipe, wait
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from megatron_hapo.config import RewardConfig
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.errors import RewardError
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.reward import scorers
-from megatron_hapo.reward.worker import EXIT_OUT_OF_MEMORY, READY, STARTED, Job, Outcome, command_arguments
+from megatron_hapo.reward.frames import FrameReader, encode_frame
+from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
+from megatron_hapo.reward.worker import Job, Outcome, WorkerSettings, parse_outcome
 from megatron_hapo.types import Rollout, Score, ScoringFailure
 
 logger = logging.getLogger(__name__)
@@ -33,12 +38,22 @@ logger = logging.getLogger(__name__)
 MAX_CHUNK = 64
 START_SECONDS = 120.0
 """Limit for a worker's start, and for its imports: both are slow on a loaded machine."""
+GRACE_SECONDS = 10.0
+"""What an outcome may take beyond the response's limit, which the worker enforces; the pool watches the worker."""
 MAX_FAILED_STARTS = 3
 """In a row, before the run fails: one may be bad luck, e.g. an idle worker that the system's memory killer chose."""
+MAX_MESSAGE_BYTES = 1 << 14
+
+_KEPT_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
+"""All that a worker gets of the environment: nothing there is a secret, and loading and reading text depend on it."""
 
 
 class ProcessRewardPool:
-    """Rewards of rollouts by the config's rules; a context manager that ends its worker processes."""
+    """Rewards of rollouts by the config's rules; a context manager that ends its worker processes.
+
+    Raises:
+        RewardError: workers do not start, or would have to evaluate answers without isolation.
+    """
 
     def __init__(self, config: RewardConfig, tokenizer_path: Path | str, max_response_tokens: int):
         self._config = config
@@ -46,8 +61,19 @@ class ProcessRewardPool:
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._lock = threading.Lock()  # a step generated ahead is scored beside an evaluation
         self._pool = WorkerPool(
-            num_workers=config.workers, timeout_seconds=config.timeout_seconds, memory_bytes=config.memory_bytes
+            num_workers=config.workers,
+            timeout_seconds=config.timeout_seconds,
+            memory_bytes=config.memory_bytes,
+            allow_unisolated=config.allow_unisolated,
         )
+        try:
+            isolation = self._pool.isolation()
+            logger.info("isolation of reward workers: %s", isolation)
+            if not isolation.any and not config.allow_unisolated and config.scorer == "math":
+                raise RewardError(unisolated_message("Answers", isolation))
+        except BaseException:
+            self._pool.close()
+            raise
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """A score for each rollout, in their order."""
@@ -71,6 +97,7 @@ class ProcessRewardPool:
         return [row.finish() for row in self._pool.rows]
 
     def close(self) -> None:
+        """End the worker processes."""
         self._pool.close()
 
     def __enter__(self) -> ProcessRewardPool:
@@ -105,6 +132,15 @@ def _log_failures(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> N
         )
 
 
+def unisolated_message(refused: str, isolation: Isolation) -> str:
+    """The error for a user whose system offers no isolation at all."""
+    return (
+        f"{refused} would be passed to parsers that may run them as code, and this system offers nothing to confine "
+        f"it: {isolation}. Allow user namespaces, Landlock (Linux 5.13 and newer) or seccomp; or accept that a "
+        "response can run code with this user's rights, by reward.allow_unisolated=true"
+    )
+
+
 class WorkerPool:
     """Scores jobs on worker processes, each response within its limits."""
 
@@ -114,45 +150,61 @@ class WorkerPool:
         num_workers: int,
         timeout_seconds: float,
         memory_bytes: int,
+        allow_unisolated: bool = False,
         module: str = "megatron_hapo.reward.scorers",
     ):
         """
         Args:
             timeout_seconds: for each response; what takes longer is killed.
             memory_bytes: address space of a worker.
-            module: see reward_worker.command_arguments.
+            module: see worker.WorkerSettings.
         """
-        self._timeout_seconds = timeout_seconds
-        self._spawn: Callable[[], _Worker] = lambda: _Worker(
-            module=module, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes
+        settings = WorkerSettings(
+            module=module,
+            timeout_seconds=timeout_seconds,
+            memory_bytes=memory_bytes,
+            allow_unisolated=allow_unisolated,
         )
+        self._timeout_seconds = timeout_seconds
+        self._spawn: Callable[[], _Worker] = lambda: _Worker(settings)
         self._workers = [self._spawn() for _ in range(num_workers)]
         self.rows = [SpanRecorder(f"reward worker {index}") for index in range(num_workers)]
-        """Each place's, whichever process has it: a chunk from its dispatch to its last outcome."""
+        """One row per slot, whichever process fills it; a span is a chunk, from its dispatch to its last outcome."""
         self._failed_starts = 0
+        self._suspects: set[int] = set()
+        """Rows of this call on which a worker has died once."""
+
+    def isolation(self) -> Isolation:
+        """What the system offers to confine responses; waits until a worker has found out.
+
+        Raises:
+            RewardError: workers do not start.
+        """
+        while True:
+            for worker in self._workers:
+                if worker.isolation is not None:
+                    return worker.isolation
+            self._advance({}, deque())
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The outcome of each job, in their order.
 
         Raises:
-            RewardError: workers do not start, or cannot import what the jobs need.
+            RewardError: workers do not start, or cannot import what the jobs need, or refuse to evaluate answers
+                without isolation.
         """
         outcomes: dict[int, Outcome] = {}
+        self._suspects = set()
         waiting = deque(range(len(jobs)))
         chunk_size = max(1, min(MAX_CHUNK, len(jobs) // (8 * len(self._workers))))
         for worker in self._workers:
-            worker.renew_deadline(START_SECONDS)  # one that boots has not been watched since the last call
+            worker.renew_deadline(START_SECONDS)  # nobody has watched a starting worker since the last call
         while len(outcomes) < len(jobs):
             for worker in self._workers:
                 if worker.idle and waiting:
                     rows = [waiting.popleft() for _ in range(min(chunk_size, len(waiting)))]
                     worker.send(rows, [jobs[row] for row in rows])
-            self._receive(outcomes)
-            for index, worker in enumerate(self._workers):
-                failure = worker.failure()
-                if failure is not None:
-                    self._bury(worker, failure, outcomes, waiting)
-                    self._workers[index] = self._spawn()
+            self._advance(outcomes, waiting)
         return [outcomes[row] for row in range(len(jobs))]
 
     def close(self) -> None:
@@ -161,26 +213,43 @@ class WorkerPool:
             worker.kill()
         self._workers = []
 
+    def _advance(self, outcomes: dict[int, Outcome], waiting: deque[int]) -> None:
+        """Take what busy workers send next, and replace those that failed."""
+        self._receive(outcomes)
+        for index, worker in enumerate(self._workers):
+            if worker.refused:
+                assert worker.isolation is not None, "a worker refuses after it has reported its isolation"
+                raise RewardError(unisolated_message(worker.refused, worker.isolation))
+            failure = worker.failure()
+            if failure is not None:
+                self._blame(worker, failure, outcomes, waiting)
+                self._workers[index] = self._spawn()
+
     def _receive(self, outcomes: dict[int, Outcome]) -> None:
-        """Take what busy workers have said; wait for it until the first deadline."""
+        """Take what busy workers have sent; wait for it until the first deadline."""
         places = zip(self._workers, self.rows, strict=True)
-        busy = {worker.connection: (worker, row) for worker, row in places if not worker.idle}
+        busy = {worker.fileno(): (worker, row) for worker, row in places if not worker.idle}
+        poller = select.poll()
+        for descriptor in busy:
+            poller.register(descriptor, select.POLLIN)
         patience = min(worker.deadline for worker, _ in busy.values()) - time.monotonic()
-        for connection in wait(list(busy), timeout=max(patience, 0.0)):
-            assert isinstance(connection, Connection)
-            worker, row = busy[connection]
-            outcomes |= worker.receive(self._timeout_seconds)
+        for descriptor, _ in poller.poll(max(patience, 0.0) * 1000):
+            worker, row = busy[descriptor]
+            outcomes |= worker.receive(self._timeout_seconds + GRACE_SECONDS)
             if worker.scoring:
                 self._failed_starts = 0
                 if worker.idle:
                     row.add("score", worker.sent_ns)
 
-    def _bury(
+    def _blame(
         self, worker: _Worker, failure: ScoringFailure, outcomes: dict[int, Outcome], waiting: deque[int]
     ) -> None:
-        """Kill a worker that failed; the response to blame gets its outcome, those behind it wait again."""
+        """End a worker that failed; the response to blame gets its outcome, those behind it wait again."""
         exit_code = worker.kill()
-        if worker.scoring and worker.rows:
+        if worker.scoring and worker.rows and failure == "crash" and worker.rows[0] not in self._suspects:
+            # Responses crash in forks, not in the worker, so something else may have killed it: a second try.
+            self._suspects.add(worker.rows[0])
+        elif worker.scoring and worker.rows:
             reason = {
                 "timeout": f"no result within {self._timeout_seconds:g} s",
                 "crash": "out of memory" if exit_code == EXIT_OUT_OF_MEMORY else f"exit code {exit_code}",
@@ -199,39 +268,49 @@ class WorkerPool:
 class _Worker:
     """The pool's side of one process: booting, idle, importing, scoring, idle; from any of them dead."""
 
-    def __init__(self, *, module: str, timeout_seconds: float, memory_bytes: int):
-        self.connection, theirs = Pipe()
-        arguments = command_arguments(
-            theirs.fileno(), module=module, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes
-        )
+    def __init__(self, settings: WorkerSettings):
+        self._socket, theirs = socket.socketpair()
         # One thread, because numeric libraries reserve address space for each; the parent's module path, which a
         # script or a test may have extended.
-        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = {**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # -c and not -m, which would give the worker's classes another module name than the pool's.
-        command = [sys.executable, "-W", "ignore", "-c", "from megatron_hapo.reward.worker import main; main()"]
+        environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment |= {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        # -c and not -m, which would give the worker's classes another module name than the pool's; -P, so that the
+        # folder it starts in is not on its path.
+        command = [sys.executable, "-P", "-W", "ignore", "-c", "from megatron_hapo.reward.worker import main; main()"]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, *arguments],
+                [*command, *settings.arguments(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=environment,
+                cwd="/",
             )
+        self._reader = FrameReader(MAX_MESSAGE_BYTES)
+        self.isolation: Isolation | None = None
+        self.refused = ""
+        """Which of its responses it must not evaluate here."""
         self.idle = False
         self.scoring = False
         """It has begun to score its chunk, or has finished it."""
         self.rows: deque[int] = deque()
-        """Of the chunk, those without an outcome; the first is in work."""
+        """The rows of its chunk without an outcome; it is working on the first."""
         self.sent_ns = 0
-        """When it was given its chunk."""
+        """When its chunk was sent."""
         self._dead = False
         self.renew_deadline(START_SECONDS)
 
     @property
     def pid(self) -> int:
+        """Process id of the worker's outer process; see sandbox.enter_sandbox."""
         return self._process.pid
 
+    def fileno(self) -> int:
+        """The descriptor on which it answers."""
+        return self._socket.fileno()
+
     def renew_deadline(self, seconds: float) -> None:
+        """Its next message may take this long."""
         self.deadline = time.monotonic() + seconds
 
     def send(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
@@ -241,25 +320,21 @@ class _Worker:
         self.rows = deque(rows)
         self.renew_deadline(START_SECONDS)
         try:
-            self.connection.send(jobs)
+            self._socket.sendall(encode_frame([astuple(job) for job in jobs]))
         except OSError:
             self._dead = True
 
     def receive(self, timeout_seconds: float) -> dict[int, Outcome]:
-        """The outcomes that have come, by row; its next word may take `timeout_seconds`."""
+        """The outcomes that have come, by row; its next message may take `timeout_seconds`."""
         outcomes = {}
         try:
-            while not self.idle and self.connection.poll():
-                message = self.connection.recv()
-                if isinstance(message, Outcome):
-                    outcomes[self.rows.popleft()] = message
-                    self.idle = not self.rows
-                elif message == READY:
-                    self.idle = True
-                elif message == STARTED:
-                    self.scoring = True
+            received = self._socket.recv(1 << 16)
+            messages = self._reader.feed(received)
+            self._dead = not received
+            for message in messages:
+                self._take(message, outcomes)
                 self.renew_deadline(timeout_seconds)
-        except (EOFError, OSError):
+        except (OSError, ValueError, TypeError, LookupError):  # the connection failed, or what came is not a message
             self._dead = True
         return outcomes
 
@@ -271,9 +346,22 @@ class _Worker:
 
     def kill(self) -> int:
         """End the process; its exit code, its own if it died by itself."""
-        if self._dead:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=1.0)
-        self._process.kill()
-        self.connection.close()
-        return self._process.wait()
+        self._socket.close()  # it ends by itself then, and takes its children with it
+        try:
+            return self._process.wait(timeout=2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _take(self, message: Any, outcomes: dict[int, Outcome]) -> None:
+        if isinstance(message, list):
+            outcomes[self.rows[0]] = parse_outcome(message)
+            self.rows.popleft()
+            self.idle = not self.rows
+        elif "ready" in message:
+            self.isolation = Isolation(**message["ready"])
+            self.idle = True
+        elif "started" in message:
+            self.scoring = True
+        elif "refused" in message:
+            self.refused = str(message["refused"])

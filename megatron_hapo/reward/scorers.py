@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import re
 from typing import Any, Literal
 
 from megatron_hapo.data.reasoning_tasks import REASONING_GYM_PREFIX, import_reasoning_gym
+from megatron_hapo.reward.answer_grammar import EVALUATED_TASKS, unparsable_score
 
 Scorer = Literal["auto", "math", "exact", "reasoning_gym"]
 
@@ -16,24 +16,83 @@ TAIL_CHARACTERS = 300
 """Only this much of the end of a response is searched for a mathematical answer, as in DAPO: an answer is a
 conclusion, and a response that tries many answers on its way gains nothing."""
 
+_WARM_UP = (
+    *(
+        "0.5",
+        "1/2",
+        "12",
+        r"\frac{1}{2}",
+        r"-\frac{3}{4}",
+        r"2\sqrt{3}",
+        r"\frac{1+2\sqrt{5}}{3}",
+        r"\sqrt[3]{2}",
+        "x = 5",
+    ),
+    *(
+        "x^{2}+3x-1",
+        "(x+1)(x-2)",
+        r"\pi",
+        r"\frac{3\pi}{4}",
+        r"12\pi",
+        "e^{x}",
+        r"\sin x",
+        r"\log_2 8",
+        r"\ln 2",
+        "2^{10}",
+    ),
+    *("(1, 2)", "(1, 2]", r"[0, \infty)", r"(-\infty, 1) \cup (2, 3)", r"\{1, 2\}", "1, 2", r"x \le 3", "y=2x+1"),
+    *(r"3 \cdot 5", r"3 \times 10^{4}", r"\binom{5}{2}", "5!", "|x|", "2+3i", r"50\%", r"90^\circ", r"\text{even}"),
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+)
+"""Answers of the kinds that occur; parsing one takes twice as long if its kind has not been parsed before."""
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _WRAPPED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 def score(response: str, ground_truth: str, data_source: str, *, scorer: Scorer = "auto") -> float:
-    """Correctness in [0, 1]: 0 or 1, except for tasks of reasoning-gym that give part of the credit.
+    """Correctness in [0, 1]: 0 or 1, except for reasoning-gym tasks that give partial credit.
+
+    Call it on a model's response only in a sandbox: it may evaluate the answer.
 
     Args:
         response: text without special tokens.
-        ground_truth: the answer; for reasoning-gym's tasks what `encode_task` wrote.
+        ground_truth: the answer; for reasoning-gym tasks what `encode_task` wrote.
     """
-    chosen = resolve_scorer(scorer, data_source)
-    if chosen == "reasoning_gym":
-        return score_task(response, ground_truth, data_source)
-    if data_source.startswith(REASONING_GYM_PREFIX):
-        ground_truth = json.loads(ground_truth)["answer"]
-    return float((is_right_math if chosen == "math" else is_right_exact)(response, ground_truth))
+    settled = settle(response, ground_truth, data_source, scorer=scorer)
+    if settled is not None:
+        return settled
+    if resolve_scorer(scorer, data_source) == "reasoning_gym":
+        return _score_task(response, ground_truth, data_source)
+    return float(_math_equal(*_math_sides(response, _plain_truth(ground_truth, data_source))))
+
+
+def settle(response: str, ground_truth: str, data_source: str, *, scorer: Scorer = "auto") -> float | None:
+    """The score, if comparing text decides it; None if a scorer has to parse the answer, for which see `score`.
+
+    Safe on any response without a sandbox: the response is searched with linear regular expressions, sliced and
+    compared, and nothing that could interpret it as code or as mathematics is called. That is all that `exact` does.
+    """
+    match resolve_scorer(scorer, data_source):
+        case "reasoning_gym":
+            return _settle_task(response, ground_truth, data_source)
+        case "math":
+            return _settle_math(response, _plain_truth(ground_truth, data_source))
+        case _:
+            return float(is_right_exact(response, _plain_truth(ground_truth, data_source)))
+
+
+def evaluates(scorer: Scorer, data_source: str) -> bool:
+    """Whether the scorer passes answers to a parser that may run them as code, and so must not work unisolated."""
+    match resolve_scorer(scorer, data_source):
+        case "reasoning_gym":
+            return data_source.removeprefix(REASONING_GYM_PREFIX) in {*EVALUATED_TASKS, "composite"}
+        case "math":
+            return True  # math-verify calls sympy's parse_expr, if only on digits and operators (0.9)
+        case _:
+            return False
 
 
 def resolve_scorer(scorer: Scorer, data_source: str) -> Scorer:
@@ -48,7 +107,9 @@ def resolve_scorer(scorer: Scorer, data_source: str) -> Scorer:
 def preload(scorer: Scorer) -> None:
     """Import what a scorer needs, so that its first response is not charged for it."""
     if scorer == "math":
-        importlib.import_module("math_verify")
+        # The first parses fill caches (the LaTeX grammar's, sympy's) that forked processes then share.
+        for answer in _WARM_UP:
+            _math_equal(answer, answer)
     elif scorer == "reasoning_gym":
         import_reasoning_gym()
 
@@ -91,23 +152,61 @@ def is_right_math(response: str, ground_truth: str) -> bool:
     The conclusion is the last `Answer:` line, else the last \boxed{}, within the last TAIL_CHARACTERS. Equal text
     is enough; otherwise math-verify decides. A response without a conclusion is wrong.
     """
+    settled = _settle_math(response, ground_truth)
+    return _math_equal(*_math_sides(response, ground_truth)) if settled is None else bool(settled)
+
+
+def _settle_math(response: str, ground_truth: str) -> float | None:
     prediction = _math_conclusion(response[-TAIL_CHARACTERS:])
     if prediction is None:
-        return False
+        return 0.0
     if _plain(prediction) == _plain(ground_truth):
-        return True
-    return _math_equal(_unwrap(prediction), _unwrap(ground_truth))
+        return 1.0
+    sides = (_unwrap(prediction), _unwrap(ground_truth))
+    if all(map(_INTEGER.fullmatch, sides)):  # most answers; math-verify would say the same, 20 ms later
+        return float(int(sides[0]) == int(sides[1]))
+    return None
 
 
-def score_task(response: str, ground_truth: str, data_source: str) -> float:
-    """What the task's own scorer gives the answer: in <answer> tags, reasoning-gym's convention, else as stated."""
+def _math_sides(response: str, ground_truth: str) -> tuple[str, str]:
+    return _unwrap(_math_conclusion(response[-TAIL_CHARACTERS:]) or ""), _unwrap(ground_truth)
+
+
+def _plain_truth(ground_truth: str, data_source: str) -> str:
+    return json.loads(ground_truth)["answer"] if data_source.startswith(REASONING_GYM_PREFIX) else ground_truth
+
+
+def _settle_task(response: str, ground_truth: str, data_source: str) -> float | None:
+    """What an answer earns that the task's scorer must not see."""
+    _, entry = _task(data_source, ground_truth)
+    name = data_source.removeprefix(REASONING_GYM_PREFIX)
+    return unparsable_score(_task_answer(response), dataset=name, entry=entry)
+
+
+def _score_task(response: str, ground_truth: str, data_source: str) -> float:
+    """What the task's own scorer gives the answer."""
+    dataset, entry = _task(data_source, ground_truth)
+    return float(dataset.score_answer(_task_answer(response), entry))
+
+
+def _task_answer(response: str) -> str:
+    """The answer in <answer> tags, reasoning-gym's convention, else as stated."""
+    answer = import_reasoning_gym().utils.extract_answer(response)
+    return stated_answer(response) if answer is None else answer
+
+
+@functools.lru_cache(maxsize=512)
+def _task(data_source: str, ground_truth: str) -> tuple[Any, dict[str, Any]]:
+    """The task's dataset and the task, built anew from our own ground truth; the samples of a prompt share it."""
     task = json.loads(ground_truth)
     name = data_source.removeprefix(REASONING_GYM_PREFIX)
     dataset = _task_dataset(name, task["size"], task["seed"], json.dumps(task["options"]))
-    answer = import_reasoning_gym().utils.extract_answer(response)
-    if answer is None:
-        answer = stated_answer(response)
-    return float(dataset.score_answer(answer, dataset[task["index"]]))
+    entry = dataset[task["index"]]
+    if str(entry["answer"]) != task["answer"]:
+        # A few datasets (polynomial_multiplication, ransom_note) iterate over sets of strings, so that they build other
+        # tasks in every process unless PYTHONHASHSEED is fixed (reasoning-gym 0.1.25). The prompt's answer counts.
+        entry = entry | {"answer": task["answer"]}
+    return dataset, entry
 
 
 @functools.lru_cache(maxsize=8)

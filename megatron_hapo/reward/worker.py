@@ -1,24 +1,38 @@
-"""The process that scores responses for the pool in reward_workers.py. Imports no torch: it starts in a moment."""
+"""The process that scores responses for the pool in pool.py: each in a sandboxed fork. Imports no torch."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
+import math
 import os
-import resource
 import signal
+import socket
+import struct
 import sys
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from megatron_hapo.reward.scorers import Scorer
-from megatron_hapo.types import ScoringFailure
+from megatron_hapo.reward.frames import encode_frame, receive_frame
+from megatron_hapo.reward.sandbox import (
+    EXIT_OUT_OF_MEMORY,
+    Ending,
+    Policy,
+    Sandbox,
+    enter_sandbox,
+    num_threads,
+    python_paths,
+)
 
-READY, STARTED = "ready", "started"
-"""What a worker says besides its outcomes: it waits for a chunk; it has imported what the chunk needs."""
+if TYPE_CHECKING:  # they import numpy, which the process that only waits for this one can do without
+    from megatron_hapo.reward.scorers import Scorer
+    from megatron_hapo.types import ScoringFailure
 
-EXIT_OUT_OF_MEMORY = 77
+MAX_REASON_CHARACTERS = 300
+
+_SCORED, _FAILED = b"s", b"f"
+_SCORE = struct.Struct("!d")
 
 
 @dataclass(frozen=True)
@@ -39,58 +53,161 @@ class Outcome:
     """In [0, 1]; 0 after a failure."""
     failure: ScoringFailure | None = None
     reason: str = ""
-    """Of the failure, for the log."""
+    """Why it failed, for the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is started with."""
+
+    module: str
+    """Has `score`, `settle`, `evaluates`, `resolve_scorer` and `preload` as megatron_hapo.reward.scorers has them."""
+    timeout_seconds: float
+    """For each response."""
+    memory_bytes: int
+    """Address space."""
+    allow_unisolated: bool
+
+    def arguments(self, descriptor: int) -> list[str]:
+        """The command line of `main`, with the descriptor of the worker's socket."""
+        return [
+            str(descriptor),
+            self.module,
+            str(self.timeout_seconds),
+            str(self.memory_bytes),
+            str(int(self.allow_unisolated)),
+        ]
+
+    @staticmethod
+    def parse(arguments: list[str]) -> tuple[int, WorkerSettings]:
+        """What `arguments` was called with and on."""
+        descriptor, module, timeout_seconds, memory_bytes, allow_unisolated = arguments
+        return int(descriptor), WorkerSettings(
+            module=module,
+            timeout_seconds=float(timeout_seconds),
+            memory_bytes=int(memory_bytes),
+            allow_unisolated=bool(int(allow_unisolated)),
+        )
 
 
 def main() -> None:
-    """Serve until the pool closes its end of the pipe. Arguments: see command_arguments."""
-    descriptor, module, timeout_seconds, memory_bytes = sys.argv[1:]
-    # Ctrl-C, and torchrun's SIGTERM to the process group, are for the driver, which then closes the pipe.
+    """Serve until the pool closes its end of the socket."""
+    descriptor, settings = WorkerSettings.parse(sys.argv[1:])
+    # Ctrl-C, and torchrun's SIGTERM to the process group, are for the driver, which then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    policy = Policy(readable=python_paths(), memory_bytes=settings.memory_bytes)
+    sandbox = enter_sandbox(policy, lifeline=descriptor)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; ours are on
-    _serve(Connection(int(descriptor)), importlib.import_module(module), float(timeout_seconds))
+    _Server(socket.socket(fileno=descriptor), importlib.import_module(settings.module), sandbox, settings).serve()
 
 
-def command_arguments(descriptor: int, *, module: str, timeout_seconds: float, memory_bytes: int) -> list[str]:
-    """What main() reads.
+def parse_outcome(message: Any) -> Outcome:
+    """The outcome that a worker sent.
 
-    Args:
-        descriptor: of the worker's end of the pipe.
-        module: has `score`, `resolve_scorer` and `preload` as megatron_hapo.reward.scorers has them.
-        timeout_seconds: for each response.
-        memory_bytes: of address space.
+    Raises:
+        ValueError: it is not one.
     """
-    return [str(descriptor), module, str(timeout_seconds), str(memory_bytes)]
+    if not isinstance(message, list) or len(message) != 3:
+        raise ValueError("an outcome has three fields")
+    correctness, failure, reason = message
+    if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARACTERS or failure not in (None, "timeout", "crash"):
+        raise ValueError("an outcome's failure is one of None, timeout and crash, its reason a short string")
+    return Outcome(_checked_score(correctness), failure, reason)
 
 
-def _serve(connection: Connection, scorers: Any, timeout_seconds: float) -> None:
-    loaded: set[str] = set()
-    connection.send(READY)
-    while True:
+class _Server:
+    def __init__(self, connection: socket.socket, scorers: Any, sandbox: Sandbox, settings: WorkerSettings):
+        self._connection = connection
+        self._scorers = scorers
+        self._sandbox = sandbox
+        self._settings = settings
+
+    def serve(self) -> None:
+        loaded: set[str] = set()
+        self._send({"ready": asdict(self._sandbox.isolation)})
+        while (chunk := receive_frame(self._connection)) is not None:
+            jobs = [Job(*fields) for fields in chunk]
+            refusal = self._refusal(jobs)
+            if refusal:
+                self._send({"refused": refusal})
+                return
+            needed = {self._scorers.resolve_scorer(job.scorer, job.data_source) for job in jobs}
+            for scorer in needed - loaded:
+                self._scorers.preload(scorer)
+                gc.collect()
+                gc.freeze()  # a child's collections then leave the pages alone that it shares with this process
+            loaded |= needed
+            if num_threads() > 1:
+                raise RuntimeError("a scorer's imports started threads, whose locks a fork would copy")
+            self._send({"started": True})
+            for job in jobs:
+                outcome = self._outcome(job)
+                self._send([outcome.correctness, outcome.failure, outcome.reason])
+
+    def _send(self, message: Any) -> None:
+        self._connection.sendall(encode_frame(message))
+
+    def _refusal(self, jobs: list[Job]) -> str:
+        """Which of these responses must not be scored here, or an empty string."""
+        if self._sandbox.isolation.any or self._settings.allow_unisolated:
+            return ""
+        evaluated = next((job for job in jobs if self._scorers.evaluates(job.scorer, job.data_source)), None)
+        return "" if evaluated is None else f"Answers to {evaluated.data_source} (scorer {evaluated.scorer})"
+
+    def _outcome(self, job: Job) -> Outcome:
+        fields = (job.response, job.ground_truth, job.data_source)
         try:
-            jobs: list[Job] = connection.recv()
-        except (EOFError, ConnectionResetError):  # the pool closed its end, or was killed with an answer unread
-            return
-        needed = {scorers.resolve_scorer(job.scorer, job.data_source) for job in jobs}
-        for scorer in needed - loaded:
-            scorers.preload(scorer)
-        loaded |= needed
-        connection.send(STARTED)
-        for job in jobs:
-            # The pool kills a worker that is late. This timer is for the worker that hangs after its pool is gone:
-            # its default action ends the process even inside C code that holds the interpreter lock.
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_seconds + 10)
-            connection.send(_outcome(job, scorers))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+            settled = self._scorers.settle(*fields, scorer=job.scorer)
+        except MemoryError:
+            os._exit(EXIT_OUT_OF_MEMORY)  # what is freed now may not come back to the next response
+        except Exception as error:  # a scorer's bug on one response is that response's failure
+            return Outcome(0.0, "crash", _printable(repr(error)))
+        if settled is not None:
+            return Outcome(settled)
+
+        def judge() -> bytes:
+            try:
+                return _SCORED + _SCORE.pack(self._scorers.score(*fields, scorer=job.scorer))
+            except MemoryError:
+                raise
+            except Exception as error:
+                return _FAILED + _printable(repr(error)).encode()
+
+        seconds = self._settings.timeout_seconds
+        return _read(self._sandbox.run(judge, timeout_seconds=seconds, max_bytes=2048), seconds)
 
 
-def _outcome(job: Job, scorers: Any) -> Outcome:
+def _read(ending: Ending, timeout_seconds: float) -> Outcome:
+    """The outcome of a confined call. Its answer may be hostile, and counts for its own response alone."""
+    if ending.late:
+        return Outcome(0.0, "timeout", f"no result within {timeout_seconds:g} s")
+    if ending.exit_code == EXIT_OUT_OF_MEMORY:
+        return Outcome(0.0, "crash", "out of memory")
+    if ending.exit_code != 0:
+        return Outcome(0.0, "crash", f"exit code {ending.exit_code}")
+    kind, body = ending.output[:1], ending.output[1:]
+    if kind == _FAILED:
+        return Outcome(0.0, "crash", _printable(body.decode(errors="replace")))
     try:
-        return Outcome(scorers.score(job.response, job.ground_truth, job.data_source, scorer=job.scorer))
-    except MemoryError:
-        os._exit(EXIT_OUT_OF_MEMORY)  # what is freed now may not come back to the next response
-    except Exception as error:  # a scorer's bug on one response is that response's failure
-        return Outcome(0.0, "crash", repr(error))
+        if kind == _SCORED:
+            return Outcome(_checked_score(_SCORE.unpack(body)[0]))
+    except (ValueError, struct.error):
+        pass
+    return Outcome(0.0, "crash", "the scorer's answer is not a score in [0, 1]")
+
+
+def _checked_score(score: Any) -> float:
+    if (
+        isinstance(score, bool)
+        or not isinstance(score, (int, float))
+        or not math.isfinite(score)
+        or not 0 <= score <= 1
+    ):
+        raise ValueError("a score is a number in [0, 1]")
+    return float(score)
+
+
+def _printable(text: str) -> str:
+    """For a line of the log: no control characters, not long."""
+    return "".join(char if char.isprintable() else "?" for char in text[:MAX_REASON_CHARACTERS])

@@ -96,6 +96,8 @@ def unruly(tmp_path, monkeypatch) -> str:
     (tmp_path / "unruly.py").write_text(
         "import os, time\n"
         "def resolve_scorer(scorer, data_source): return scorer\n"
+        "def evaluates(scorer, data_source): return True\n"
+        "def settle(response, ground_truth, data_source, *, scorer): return None\n"
         "def preload(scorer):\n"
         "    if scorer == 'reasoning_gym': raise ImportError('not there')\n"
         "def score(response, ground_truth, data_source, *, scorer):\n"
