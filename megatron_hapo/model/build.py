@@ -8,16 +8,14 @@ from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
-from megatron_hapo.model.layers import PackedAttention, PackedFormat, PackedRotaryEmbedding, RMSNorm
+from megatron_hapo.model.layers import PackedFormat, PackedRotaryEmbedding, block_spec
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -101,7 +99,7 @@ def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig
     vpp = layout.sizes.vpp
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, shape, te, chunk),
+        transformer_layer_spec=block_spec(config, shape, te=te, chunk=chunk),
         vocab_size=padded_vocab_size(shape.vocab_size, layout.sizes.tp),
         max_sequence_length=shape.max_positions,
         pre_process=layout.pp_rank == 0 and chunk == 0,
@@ -207,41 +205,3 @@ def _use_transformer_engine(spec: str, device: torch.device) -> bool:
     te = present and spec != "local"
     logger.info("layer spec: %s", "Transformer Engine" if te else "local (torch SDPA)")
     return te
-
-
-def _block_spec(config: TransformerConfig, shape: Shape, te: bool, chunk: int) -> Any:
-    """The layer specs of a chunk."""
-    first, number = get_transformer_layer_offset(config, chunk), get_num_layers_to_build(config, chunk)
-    layer_spec = _te_layer_spec if te else _local_layer_spec
-    layers = [layer_spec(config, experts=shape.has_experts(layer)) for layer in range(first, first + number)]
-    if te:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-
-
-def _te_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts if experts else None,
-        moe_grouped_gemm=experts,
-        qk_layernorm=config.qk_layernorm,
-    )
-
-
-def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> Any:
-    layer: Any = gpt_layer_specs.get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if experts else None,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        normalization="RMSNorm",
-    )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    if experts:  # as in Transformer Engine's spec, where an expert's first linear layer has no fused norm
-        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer

@@ -99,7 +99,8 @@ def test_listed_parameters_have_a_place_of_their_size(spec: Spec, ep: int) -> No
 
 
 def test_a_new_row_reaches_all_that_is_derived_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that docs/families.md is right: besides the table, a new parameter touches only shape.py and build.py."""
+    """So that docs/families.md is right: besides the table, a new parameter touches only shape.py and build.py or
+    layers.py."""
     name, tensor = "self_attention.linear_proj.bias", "model.layers.1.self_attn.o_proj.bias"
     row = table._Row((name,), {"self_attn.o_proj.bias": ("hidden",)}, "whole")
     monkeypatch.setattr(table, "_LAYER_ROWS", (*table._LAYER_ROWS, row))
