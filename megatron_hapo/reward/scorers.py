@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from megatron_hapo.data.reasoning_tasks import REASONING_GYM_PREFIX, import_reasoning_gym
 from megatron_hapo.reward.answer_grammar import EVALUATED_TASKS, unparsable_score
 
-Scorer = Literal["auto", "math", "exact", "reasoning_gym"]
+NamedScorer = Literal["math", "exact", "reasoning_gym"]
+Scorer = Literal["auto", NamedScorer]
+"""The values of `reward.scorer` in `config/data_settings.py`."""
 
 TAIL_CHARACTERS = 300
 """Only this much of the end of a response is searched for a mathematical answer, as in DAPO: an answer is a
@@ -80,8 +82,10 @@ def settle(response: str, ground_truth: str, data_source: str, *, scorer: Scorer
             return _settle_task(response, ground_truth, data_source)
         case "math":
             return _settle_math(response, _plain_truth(ground_truth, data_source))
-        case _:
+        case "exact":
             return float(is_right_exact(response, _plain_truth(ground_truth, data_source)))
+        case unknown:
+            assert_never(unknown)
 
 
 def evaluates(scorer: Scorer, data_source: str) -> bool:
@@ -91,11 +95,13 @@ def evaluates(scorer: Scorer, data_source: str) -> bool:
             return data_source.removeprefix(REASONING_GYM_PREFIX) in {*EVALUATED_TASKS, "composite"}
         case "math":
             return True  # math-verify calls sympy's parse_expr, if only on digits and operators (0.9)
-        case _:
+        case "exact":
             return False
+        case unknown:
+            assert_never(unknown)
 
 
-def resolve_scorer(scorer: Scorer, data_source: str) -> Scorer:
+def resolve_scorer(scorer: Scorer, data_source: str) -> NamedScorer:
     """The scorer that `auto` stands for with this data source; any other scorer as it is."""
     if scorer != "auto":
         return scorer

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from megatron_hapo.config import OverlongConfig, RewardConfig
 from megatron_hapo.errors import RewardError
 from megatron_hapo.reward.pool import ProcessRewardPool, WorkerPool
-from megatron_hapo.reward.scorers import overlong_penalty, resolve_scorer, score, stated_answer
+from megatron_hapo.reward.scorers import Scorer, overlong_penalty, resolve_scorer, score, stated_answer
 from megatron_hapo.reward.worker import Job
 from megatron_hapo.types import Prompt, Rollout
 
@@ -77,6 +78,10 @@ def test_auto_chooses_by_the_data_source():
     chosen = [resolve_scorer("auto", name) for name in ("arithmetic", "reasoning_gym/maze", "math_dapo", "aime24")]
     assert chosen == ["exact", "reasoning_gym", "math", "math"]
     assert resolve_scorer("math", "arithmetic") == "math"
+
+
+def test_the_settings_and_the_scorers_name_the_same_scorers():
+    assert sorted(get_args(RewardConfig.model_fields["scorer"].annotation)) == sorted(get_args(Scorer))
 
 
 def test_the_overlong_penalty_rises_linearly_over_the_buffer():
