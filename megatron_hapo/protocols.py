@@ -77,8 +77,8 @@ class TrainerShard(Protocol):
         """Send this rank's pieces; returns what it adds to the checksums of a verified sync."""
         ...
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write this rank's part of model and optimizer state."""
+    def save_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Write this rank's part of model and optimizer state; the files written, with their hashes."""
         ...
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -105,6 +105,10 @@ class TrainerWorker(TrainerShard, Protocol):
         """Whether this file exists for the process: whether it shares a host with the driver."""
         ...
 
+    def damaged_files(self, share: tuple[Path, int, int]) -> list[str]:
+        """What a folder's manifest says is wrong with a share of its files: the folder, which share, of how many."""
+        ...
+
     def start_profile(self) -> None:
         """Begin to trace operators and to record the verbs that are called."""
         ...
@@ -129,12 +133,16 @@ class Trainer(Protocol):
         """Every tensor of the policy once, as WeightBuckets or references to them, few at a time in memory."""
         ...
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write model and optimizer state, for `load_checkpoint` at any layout."""
+    def save_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Write model and optimizer state, for `load_checkpoint` at any layout; large files, with their hashes."""
         ...
 
     def load_checkpoint(self, folder: Path) -> None:
         """Load what `save_checkpoint` has written."""
+        ...
+
+    def damaged_files(self, folder: Path) -> list[str]:
+        """What a folder's manifest says is wrong with its files, which the ranks share among themselves to read."""
         ...
 
     def export_hf(self, folder: Path) -> None:

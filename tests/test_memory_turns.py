@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from megatron_hapo.checkpoint.manifest import damaged_files
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config
@@ -99,8 +100,12 @@ class Ranks:
         self.books.note("update", needs=("trainer gradients", "trainer optimizer"))
         return {"loss/policy": 0.0}
 
-    def save_checkpoint(self, folder: Path) -> None:
+    def save_checkpoint(self, folder: Path) -> dict[str, str]:
         self.books.note("save", needs=("trainer optimizer",))
+        return {}
+
+    def damaged_files(self, folder: Path) -> list[str]:
+        return damaged_files(folder)
 
     def load_checkpoint(self, folder: Path) -> None:
         self.books.note("load", needs=("trainer optimizer",))

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_hapo.checkpoint.manifest import check_manifest
 from megatron_hapo.checkpoint.model_folder import (
+    DTYPE_BYTES,
     atomic_folder,
     config_dtype,
     copy_companions,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 3600.0
 MAX_LOGIT_DIFFERENCE = 1e-3
 """Between the float32 logits of the two folders; a wrong weight causes differences as large as the logits."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +127,16 @@ def _convert(job: Conversion) -> None:
 
 
 def check(job: Conversion) -> None:
-    """Check everything that can be known from the files before any work starts.
+    """Check everything that can be known quickly from the files before any work starts.
+
+    Large files are compared with their checksums by `load_weights`, each rank reading a share of them.
 
     Raises:
         ConfigError: lists all faults at once.
     """
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
+    check_manifest(job.source, quick=True)
     shape = read_shape(job.source)
     found = layout_faults(shape, ParallelSizes(tp=job.tp, pp=job.pp, ep=job.ep))
     faults = [f"--{name}: {message}" for name, message in found]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_hapo.checkpoint.mapped_file import MappedFile
 from megatron_hapo.checkpoint.model_folder import INDEX
+from megatron_hapo.checkpoint.plausible import check_plausible
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import FusedExpert, Placement, Shape, fused_expert, hf_tensor_shapes
 
@@ -117,10 +118,20 @@ class HfReader:
         parts = [self._view(block) for block in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def check(self) -> None:
-        """Check every tensor's shape, dtype and position in its file, without reading it."""
+    def check(self, *, values: bool = False) -> None:
+        """Check every tensor's shape, dtype and position in its file.
+
+        Args:
+            values: read the tensors, too, which must be finite and plausible.
+        """
         for tensor in sorted(self._expected, key=lambda name: self._files[self._stored_name(name)]):
-            self._block(tensor)
+            block = self._block(tensor)
+            if values:
+                check_plausible(self._view(block), f"{self.path_of(tensor)}: {tensor}")
+
+    def path_of(self, tensor: str) -> Path:
+        """The file that contains the tensor."""
+        return self.folder / self._files[self._stored_name(tensor)]
 
     def _view(self, block: _Block) -> Tensor:
         values = self._file(block.file).content.tensor(block.start, block.dtype, math.prod(block.shape))

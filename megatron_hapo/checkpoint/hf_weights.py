@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_hapo.checkpoint.checkpoint_errors import explain_write_errors
 from megatron_hapo.checkpoint.hf_reader import HfReader
+from megatron_hapo.checkpoint.plausible import check_plausible
 from megatron_hapo.checkpoint.progress import Progress
 from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Placement, Shape, hf_tensor_shapes, is_expert, is_hf_expert, placement
@@ -23,18 +24,29 @@ MAX_FILE_BYTES = 4 << 30
 
 
 def load_hf_weights(
-    model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path, *, progress: Progress | None = None
+    model: Sequence[GPTModel],
+    shape: Shape,
+    layout: ParallelLayout,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    check_values: bool = True,
 ) -> None:
     """Fill this rank's parameters, which must not share memory with anything yet; vocabulary padding becomes zero.
 
     Not a collective: every rank calls it independently.
 
+    Args:
+        check_values: whether the weights must be finite and plausible.
     Raises:
-        ConfigError: the folder does not hold the model that its config.json describes.
+        ConfigError: the folder does not hold the model that its config.json describes, or holds damaged weights.
     """
     reader = HfReader(folder, shape)
     for name, parameter in named_parameters(model):
-        value = reader.read(local_placement(name, shape, layout))
+        place = local_placement(name, shape, layout)
+        value = reader.read(place)
+        if check_values:
+            check_plausible(value, " and ".join(f"{reader.path_of(run.tensor)}: {run.tensor}" for run in place.runs))
         assign(parameter, value)
         if progress:
             progress(value.nbytes)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import xxhash
+
+from megatron_hapo.checkpoint.manifest import sync_folder, write_manifest
 from megatron_hapo.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Files that make a folder of weights usable: config, tokenizer, chat template, generation settings.
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json")
 _COMPANIONS += ("merges.txt", "chat_template*", "added_tokens.json")
+_MODEL_FILES = ("*.safetensors", "*.distcp", "config.json", "tokenizer.json", "vocab.json")
+_SAMPLE_BYTES = 1 << 20
 
 
 def is_megatron_folder(folder: Path) -> bool:
@@ -30,22 +37,59 @@ def partial_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which replaces `folder` at the end; an exception removes it.
+def atomic_folder(folder: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """An empty folder to write into, which gets a manifest and replaces `folder` at the end; an exception removes it.
 
-    Leftovers of an earlier, killed attempt are removed first. An existing `folder` stays until the new one is complete.
+    Leftovers of an earlier, killed attempt are removed first. An existing `folder` stays until the new one is complete
+    and on the disk.
+
+    Args:
+        known: see `write_manifest`; may be filled until the end.
     """
-    partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = partial_folder(folder), folder.with_name(folder.name + ".replaced.partial")
+    for leftover in (partial, replaced):
+        remove_partial(leftover)
     partial.mkdir(parents=True)
+    from megatron_hapo.checkpoint.checkpoint_errors import explain_write_errors  # imports torch
+
     try:
         yield partial
+        with explain_write_errors(partial):
+            write_manifest(partial, known)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_partial(partial)
         raise
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(replaced)
     partial.rename(folder)
+    sync_folder(folder.parent)
+    remove_partial(replaced)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove an unfinished folder, into which a rank that has not noticed the failure yet may still be writing."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A hash that tells models apart: of names, sizes, beginnings and ends of weights, config and tokenizer.
+
+    It does not depend on where the folder is, and reads no more than 2 MB of a file.
+    """
+    digest = xxhash.xxh3_128()
+    names = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file())
+    for path in names:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_SAMPLE_BYTES)
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            for part in (path.name.encode(), str(size).encode(), start, file.read(_SAMPLE_BYTES)):
+                digest.update(xxhash.xxh3_128_digest(part))
+    return digest.hexdigest()
 
 
 def finish_folder(folder: Path, source: Path, weight_map: dict[str, str], dtype: str) -> None:

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hapo.checkpoint.checkpoint_errors import explain_write_errors
-from megatron_hapo.checkpoint.convert import DTYPE_BYTES, Conversion, convert, target_faults
+from megatron_hapo.checkpoint.convert import Conversion, convert, target_faults
 from megatron_hapo.checkpoint.hf_reader import HfReader
-from megatron_hapo.checkpoint.model_folder import atomic_folder, config_dtype, copy_companions, is_megatron_folder
+from megatron_hapo.checkpoint.manifest import check_manifest
+from megatron_hapo.checkpoint.model_folder import (
+    DTYPE_BYTES,
+    atomic_folder,
+    config_dtype,
+    copy_companions,
+    is_megatron_folder,
+)
 from megatron_hapo.config import FileData
 from megatron_hapo.data.prompts import file_faults, load_prompts, load_tokenizer
 from megatron_hapo.errors import ConfigError, DataError
@@ -86,7 +93,7 @@ def quantize(job: Quantization) -> Agreement:
 
 
 def check(job: Quantization) -> None:
-    """Check everything that can be known from the files before any work starts.
+    """Check everything that can be known from the files before any work starts, with the values of the weights.
 
     Raises:
         ConfigError: lists all faults at once.
@@ -95,6 +102,7 @@ def check(job: Quantization) -> None:
 
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
+    is_verified = check_manifest(job.source)
     shape, is_megatron = read_shape(job.source), is_megatron_folder(job.source)
     bytes_per_parameter = 1 + (DTYPE_BYTES[config_dtype(job.source)] if is_megatron else 0)
     faults = [
@@ -106,7 +114,7 @@ def check(job: Quantization) -> None:
     if faults:
         raise ConfigError(faults)
     if not is_megatron:
-        HfReader(job.source, shape).check()
+        HfReader(job.source, shape).check(values=not is_verified)
 
 
 def _quantize_folder(job: Quantization, source: Path, folder: Path) -> Agreement:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_hapo.checkpoint.checkpoint_errors import explain_load_errors, explain_write_errors
+from megatron_hapo.checkpoint.manifest import hash_files
 from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
 from megatron_hapo.checkpoint.weights import prepare_to_save, set_weights, sharded_weights
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
-def save(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
-    """Write a checkpoint, every rank its shard; returns when all ranks have. All ranks call it together."""
+def save(
+    model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path
+) -> dict[str, str]:
+    """Write a checkpoint, every rank its shard; returns when all ranks have. All ranks call it together.
+
+    Returns:
+        The files that this rank has written, which are on the disk, and their hashes for the manifest.
+    """
     prepare_to_save()
     with explain_write_errors(folder):
         dist_checkpointing.save(_state(model, optimizer, layout, is_loading=False), str(folder))
+        return hash_files(folder, [path.name for path in folder.glob(f"__{dist.get_rank()}_*.distcp")])
 
 
 def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: ParallelLayout, folder: Path) -> None:
@@ -40,12 +49,36 @@ def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
     with explain_load_errors(folder):
         state: Any = dist_checkpointing.load(_state(model, optimizer, layout, is_loading=True), str(folder))
     set_weights(model, state["model"])
+    settings = [_settings_of(group) for part in optimizers for group in part.param_groups]
+    _adopt_rates(state["optimizer"], settings[0])
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip((group for part in optimizers for group in part.param_groups), settings, strict=True):
+        group.update(own)  # weight decay, betas and so on are the run's, not the checkpoint's
     for part in optimizers:
         # Megatron lets all parameters share one `step` tensor, which torch's Adam would increment once for each.
         for values in part.optimizer.state.values():
             if "step" in values:
                 values["step"] = values["step"].clone()
+
+
+def _adopt_rates(saved: Any, own: Mapping[str, Any]) -> None:
+    """Give the saved parameter groups this run's peak rates: Megatron (0.19) recognizes a group by them, among others.
+
+    All groups have the same ones, so that groups remain distinct by what else tells them apart.
+    """
+    if not isinstance(saved, dict):
+        return
+    for name, value in saved.items():
+        if name == "param_groups":
+            for group in value:
+                group.update({rate: own[rate] for rate in ("max_lr", "min_lr") if rate in own and rate in group})
+        else:
+            _adopt_rates(value, own)
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group, without what training changes."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _state(

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_hapo.checkpoint.checkpoint_errors import explain_load_errors, explain_write_errors
+from megatron_hapo.checkpoint.checkpoint_errors import explain_load_errors, explain_write_errors, keep_write_failures
 from megatron_hapo.checkpoint.hf_weights import assign, load_hf_weights
+from megatron_hapo.checkpoint.manifest import damaged_files, has_manifest
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
+from megatron_hapo.checkpoint.plausible import check_plausible
 from megatron_hapo.checkpoint.progress import Progress
 from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
 from megatron_hapo.checkpoint.torch_dist_reader import MappedLoadStrategy
+from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.build import named_parameters
 from megatron_hapo.model.families import Shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
@@ -35,14 +40,18 @@ def load_weights(
 ) -> None:
     """Fill this rank's parameters from a model folder of either format. All ranks call it together.
 
+    A folder with a manifest is first checked against it, each rank a share of the files. Weights of other folders must
+    be finite and plausible.
+
     Args:
         as_file_views: also a Megatron folder's parameters may become views of its files, possibly unaligned: enough to
             write them again, not to compute with them.
     Raises:
-        ConfigError: the folder does not hold this model.
+        ConfigError: the folder does not hold this model, or is damaged.
     """
+    is_verified = _check_manifest_together(folder)
     if not is_megatron_folder(folder):
-        load_hf_weights(model, shape, layout, folder, progress=progress)
+        load_hf_weights(model, shape, layout, folder, progress=progress, check_values=not is_verified)
         return
     mapped = MappedLoadStrategy(read_metadata(folder))
     with explain_load_errors(folder):
@@ -53,6 +62,19 @@ def load_weights(
                 assign(parameter, state["model"][str(number)][name])
     else:
         set_weights(model, state["model"])
+    if not is_verified:
+        for name, parameter in named_parameters(model):
+            check_plausible(parameter.detach(), f"{folder}: {name}")
+
+
+def _check_manifest_together(folder: Path) -> bool:
+    """Whether the folder has a manifest, with which its files then agree."""
+    faults: list[Any] = [None] * dist.get_world_size()
+    own = damaged_files(folder, share=dist.get_rank(), num_shares=dist.get_world_size())
+    dist.all_gather_object(faults, own)
+    if found := sorted({fault for part in faults for fault in part}):
+        raise ConfigError([f"model.path: {fault}" for fault in found])
+    return has_manifest(folder)
 
 
 def save_weights(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> None:
@@ -114,4 +136,5 @@ def prepare_to_save() -> None:
     and ten seconds, and survives a rank that is killed; a plain queue suffices. torch writes checksums nobody reads.
     """
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    keep_write_failures()
     torch.serialization.set_crc32_options(False)

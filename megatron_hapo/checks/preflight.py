@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, Fault, FileData, ParallelSizes, TaskData, read_config
 from megatron_hapo.data.prompts import file_faults
@@ -69,6 +70,9 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     folder = config.model.path
     if not folder.is_dir():
         yield Fault("model.path", f"no such folder: {folder}{_hub_hint(folder)}")
+        return
+    if damaged := quick_faults(folder):  # large files are checked by those who load them
+        yield from (Fault("model.path", line) for line in damaged)
         return
     if not any(folder.glob("*.safetensors")) and not is_megatron_folder(folder):
         yield Fault("model.path", f"{folder} has no safetensors file")

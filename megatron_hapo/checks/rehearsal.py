@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
+from megatron_hapo.checkpoint.hub_hashes import hub_differences
 from megatron_hapo.config import Config
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import StepClock
@@ -78,6 +80,20 @@ def rehearse(
         steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)
         findings += [Finding(f.verdict, f"at the adaptive temperature, {f.message}") for f in steered_findings]
     return findings
+
+
+def hub_findings(folder: Path) -> Iterator[Finding]:
+    """Whether the model folder's files still have the hashes that the Hub stated when they were downloaded, if any."""
+    num_stated, different = hub_differences(folder)
+    for path in different:
+        if path.suffix == ".safetensors":
+            yield Finding(
+                "fault", f"{path}: is damaged: its SHA-256 is not the one that the Hub stated; download it again"
+            )
+        else:
+            yield Finding("warning", f"{path}: is not the file that the Hub sent (damaged, or changed on purpose)")
+    if num_stated and not different:
+        yield Finding("ok", f"{folder}: {num_stated} files have the hashes that the Hub stated")
 
 
 def logprob_findings(mismatch: Mapping[str, float], dtype: str) -> Iterator[Finding]:

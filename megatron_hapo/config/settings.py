@@ -36,10 +36,12 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 50
     """Steps between resumable checkpoints; 0: only at the end and on interruption."""
     keep: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. The disk needs room for one more, which is written before the oldest is
+    removed; how much that is, is logged at the start."""
     resume: bool = True
-    """Continue from the newest checkpoint in the run folder, if there is one. If false, start over; the first
-    checkpoint then replaces those of the previous run."""
+    """Continue from the newest sound checkpoint in the run folder, if there is any; damaged ones are skipped. Settings
+    that were changed since are logged, or refused where they cannot change. If false, start over; the first checkpoint
+    then replaces those of the previous run."""
     hf_every: NonNegativeInt = 0
     """Steps between exports of the model as a Hugging Face folder (`hf_steps/step_*` in the run folder); 0: none."""
     hf_at_end: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,22 @@ from typing import Protocol
 
 import ray
 
+from megatron_hapo.checkpoint.disk_space import check_disk_space
+from megatron_hapo.checkpoint.hf_reader import HfReader
+from megatron_hapo.checkpoint.manifest import check_manifest
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
-from megatron_hapo.checks.rehearsal import Finding, rehearse
+from megatron_hapo.checks.rehearsal import Finding, hub_findings, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
+from megatron_hapo.errors import HapoError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.ray_launcher import RayLauncher
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
-from megatron_hapo.model.families import read_shape
+from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.report import write_report
@@ -74,19 +79,51 @@ class Launcher(Protocol):
 
 
 def run_training(config: Config, launcher: Launcher | None = None) -> None:
-    """Trains as a checked config says; continues from the run folder's newest checkpoint.
+    """Trains as a checked config says; continues from the run folder's newest sound checkpoint.
 
     Args:
         launcher: None: Ray alone.
+    Raises:
+        ConfigError: all checkpoints are damaged, or the newest does not go with the config; nothing was started.
+        HapoError: a part failed, or the disk is full.
     """
+    with _full_disk_in_one_line(config.run_dir):
+        _train(config, launcher)
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
+    """Turns the operating system's error about a disk that takes no more into a HapoError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        place = error.filename or folder
+        raise HapoError(f"{place}: cannot be written: {error.strerror}; checkpoints so far are kept") from error
+
+
+def _train(config: Config, launcher: Launcher | None) -> None:
     prompts, eval_prompts = _load_data(config)
+    checkpoints = Checkpoints(
+        config.run_dir.absolute() / "checkpoints",
+        keep=config.checkpoint.keep,
+        resume=config.checkpoint.resume,
+        config=config,
+    )
+    checkpoints.check()
+    shape = read_shape(config.model.path)
+    check_disk_space(
+        num_parameters(shape),
+        config,
+        first_step=checkpoints.newest_step(),
+        existing_bytes=checkpoints.bytes_on_disk(),
+    )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
-    checkpoints = Checkpoints(
-        config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
-    )
     with contextlib.ExitStack() as stack:
         parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=resolve_device(config))))
+        checkpoints.verify(parts.trainer)
         metrics = stack.enter_context(
             MetricsLogger(
                 config.run_dir,
@@ -98,7 +135,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         driver = Driver(
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
-                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
+                config=config, shape=shape, peak_flops=peak_flops(resolve_device(config))
             ),
             profiler=StepProfiler(
                 config.profile.steps, config.run_dir.absolute() / "profile",
@@ -119,6 +156,8 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 def run_evaluation(config: Config) -> dict[str, float]:
     """Metrics of the model folder's own weights on the evaluation data. Starts engines only."""
     _, prompts = _load_data(config)
+    if not check_manifest(config.model.path):
+        HfReader(config.model.path, read_shape(config.model.path)).check(values=True)
     with local_ray(), open_rollouts(config, read_weights=True) as (pool, rewards):
         pool.wait_until_ready()
         return evaluate(pool, rewards, prompts, config)
@@ -127,8 +166,12 @@ def run_evaluation(config: Config) -> dict[str, float]:
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
     sampler, _ = _load_data(config)
+    findings = list(hub_findings(config.model.path))
+    if any(finding.verdict == "fault" for finding in findings):
+        return findings
     with open_parts(config, RayLauncher(config, device=resolve_device(config))) as parts:
-        return rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, sampler.next(prompts))
+        prompts_tried = sampler.next(prompts)
+        return findings + rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, prompts_tried)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
+from megatron_hapo.observe.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -93,8 +94,6 @@ class MetricsLogger:
         self._accuracy: float | None = None
 
     def __enter__(self) -> MetricsLogger:
-        from torch.utils.tensorboard import SummaryWriter  # imports torch, which users of StepClock may not need
-
         rows = [row for row in read_metrics(self._path) if row["step"] <= self._start_step] if self._start_step else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._accuracy = next((row["eval/accuracy"] for row in reversed(rows) if "eval/accuracy" in row), None)
@@ -104,9 +103,7 @@ class MetricsLogger:
         rewritten.replace(self._path)
         self._file = self._exit.enter_context(self._path.open("a"))
         purge_step = self._start_step + 1 if self._start_step else 0
-        self._tensorboard = self._exit.enter_context(
-            SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
-        )
+        self._tensorboard = self._exit.enter_context(TensorBoard(self._tensorboard_folder, purge_step=purge_step))
         if self._wandb_project is not None:
             run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
             self._wandb = self._exit.enter_context(run)
@@ -125,9 +122,7 @@ class MetricsLogger:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        self._tensorboard.add(step, metrics)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._show(step, metrics)

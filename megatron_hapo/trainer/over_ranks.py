@@ -10,6 +10,7 @@ from typing import Any, Concatenate
 
 import torch
 
+from megatron_hapo.checkpoint.manifest import damaged_files
 from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions, finish_folder
 from megatron_hapo.config import Config
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
@@ -53,6 +54,11 @@ class RankObject:
     def sees(self, path: Path) -> bool:
         """Whether this file exists here."""
         return path.exists()
+
+    def damaged_files(self, share: tuple[Path, int, int]) -> list[str]:
+        """What a folder's manifest says is wrong with a share of its files."""
+        folder, number, num_shares = share
+        return damaged_files(folder, share=number, num_shares=num_shares)
 
     def start_profile(self) -> None:
         """Begin to trace operators and to record the verbs that are called."""
@@ -107,15 +113,22 @@ class TrainerOverRanks(ABC):
         results = self.broadcast(TrainerWorker.update, batch, step=step)
         return next(metrics for metrics in results if metrics is not None)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Writes model and optimizer state."""
-        self.broadcast(TrainerWorker.save_checkpoint, folder)
+    def save_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Writes model and optimizer state; the hashes of the files that the ranks have written."""
+        parts = self.broadcast(TrainerWorker.save_checkpoint, folder)
         # With these the checkpoint is a model folder too: another run may start from it, and `convert` reads it.
         copy_companions(self._config.model.path, folder, self._config.trainer.dtype)
+        return {name: value for part in parts for name, value in part.items()}
 
     def load_checkpoint(self, folder: Path) -> None:
         """Loads what `save_checkpoint` has written, at any layout."""
         self.broadcast(TrainerWorker.load_checkpoint, folder)
+
+    def damaged_files(self, folder: Path) -> list[str]:
+        """What a folder's manifest says is wrong with its files, each rank reading a share of them."""
+        world_size = self._config.parallel.world_size
+        found = self.scatter(TrainerWorker.damaged_files, [(folder, rank, world_size) for rank in range(world_size)])
+        return sorted({fault for part in found for fault in part})
 
     def export_hf(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder, which appears when it is complete."""

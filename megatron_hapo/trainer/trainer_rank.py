@@ -232,11 +232,15 @@ class TrainerRank:
         wait_for_weights(self._chunks)
         return write_hf_shards(self.model, self.shape, self.layout, folder)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write this rank's shard of a resumable checkpoint into an existing folder; returns when all ranks have."""
+    def save_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Write this rank's shard of a resumable checkpoint into an existing folder; returns when all ranks have.
+
+        Returns:
+            The files that this rank has written, and their hashes.
+        """
         self._require_memory("save_checkpoint")
         wait_for_weights(self._chunks)
-        resumable.save(self.model, self._optimizer, self.layout, folder)
+        return resumable.save(self.model, self._optimizer, self.layout, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Load model and optimizer from a checkpoint of any layout; raises ConfigError if it is damaged."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_hapo import cli
+from megatron_hapo.checkpoint.manifest import MANIFEST
 from megatron_hapo.checkpoint.model_folder import INDEX, atomic_folder, is_megatron_folder
 from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
 from tests.tiny_families import expected_tensors, write_family
@@ -133,7 +134,14 @@ def test_a_disk_that_fills_up_leaves_no_folder(
     assert cli.main(["convert", direction, str(source), str(tmp_path / "out"), "--tp", "2", "--ep", "2"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert re.search(r"out\.partial: cannot be written, \S+ GB are free on its disk: .", error)
+    assert re.search(r": .*(File too large|a file could not be written completely)", error), "the reason is missing"
+    assert "<class" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def copy_without_manifest(source: Path, target: Path) -> Path:
+    """A copy as if somebody else had written the folder: its checksums would reveal every change first."""
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST))
 
 
 class Code:
@@ -149,7 +157,7 @@ class Code:
 def test_metadata_that_would_run_code_is_rejected(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    source = shutil.copytree(megatron, tmp_path / "source")
+    source = copy_without_manifest(megatron, tmp_path / "source")
     (source / ".metadata").write_bytes(pickle.dumps(Code(tmp_path)))
     assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
     assert f"{source}/.metadata is not the metadata of a checkpoint, rejected: it names posix.mkdir" in (
@@ -162,7 +170,7 @@ def test_other_objects_that_would_run_code_are_rejected(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """torch unpickles objects other than tensors without restrictions."""
-    source = shutil.copytree(megatron, tmp_path / "source")
+    source = copy_without_manifest(megatron, tmp_path / "source")
     metadata = read_metadata(source)
     index = next(index for index in metadata.storage_data if index.fqn.startswith("common_state"))
     content = io.BytesIO()
@@ -181,7 +189,7 @@ def test_other_objects_that_would_run_code_are_rejected(
 def test_a_checkpoint_of_another_model_is_reported_in_one_line(
     megatron: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    source = shutil.copytree(megatron, tmp_path / "source")
+    source = copy_without_manifest(megatron, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 8}))
     assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "out")]) == cli.EXIT_FAULT
@@ -203,7 +211,7 @@ def test_a_narrower_dtype_is_verified_against_rounded_weights(tmp_path: Path, ca
 def test_a_damaged_checkpoint_is_reported_in_one_line(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fault: str
 ) -> None:
-    source = shutil.copytree(megatron, tmp_path / "source")
+    source = copy_without_manifest(megatron, tmp_path / "source")
     file = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size)
     size = file.stat().st_size
     if fault == "truncated":

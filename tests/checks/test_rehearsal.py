@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_hapo.checks.rehearsal import group_findings, logprob_findings
+from megatron_hapo.checks.rehearsal import group_findings, hub_findings, logprob_findings
 from megatron_hapo.reward.pool import Score
 from megatron_hapo.types import Prompt, Rollout, ScoredGroup
 
@@ -55,3 +56,13 @@ def test_failed_rewards_and_truncated_responses_are_warnings() -> None:
     assert [first.verdict, failed.verdict, lengths.verdict] == ["ok", "warning", "warning"]
     assert "2 rewards failed, e.g. timed out" in failed.message
     assert "100% were truncated at rollout.max_response_tokens" in lengths.message
+
+
+def test_a_file_that_differs_from_the_hubs_hash_is_a_fault_if_it_holds_weights(tmp_path: Path) -> None:
+    records = tmp_path / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    for name, length in (("model.safetensors", 64), ("config.json", 40)):
+        (tmp_path / name).write_text("something else")
+        (records / f"{name}.metadata").write_text(f"{'0' * 40}\n{'a' * length}\n1764000000.5\n")
+    found = {finding.message.split(": ")[0]: finding.verdict for finding in hub_findings(tmp_path)}
+    assert found == {str(tmp_path / "model.safetensors"): "fault", str(tmp_path / "config.json"): "warning"}

@@ -92,7 +92,7 @@ def test_a_trainer_rank_is_called_by_the_name_of_a_declared_verb() -> None:
     assert list(rank.results("weight_buckets", (), {"verify": True})) == ["first", "second"]
     assert list(rank.results("sees", (_CONFIG,), {})) == [True]
     with pytest.raises(
-        ValueError, match=r"a trainer rank has no verb 'shutdown'; its verbs are export_hf, finish_prof"
+        ValueError, match=r"a trainer rank has no verb 'shutdown'; its verbs are damaged_files, export_hf, finish_prof"
     ):
         next(rank.results("shutdown", (), {}))
 
