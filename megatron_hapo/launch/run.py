@@ -22,6 +22,7 @@ from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.ray_launcher import RayLauncher
+from megatron_hapo.launch.run_lock import owned_run_folder
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
@@ -78,9 +79,15 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
     Args:
         launcher: None: Ray alone.
+    Raises:
+        HapoError: among others, when another process owns the run folder.
     """
+    with owned_run_folder(config.run_dir):
+        _train(config, launcher)
+
+
+def _train(config: Config, launcher: Launcher | None) -> None:
     prompts, eval_prompts = _load_data(config)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
     checkpoints = Checkpoints(
         config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
