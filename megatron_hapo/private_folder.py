@@ -136,6 +136,8 @@ def _own(folder: Path) -> int:
     except BlockingIOError:
         os.close(file)
         return -1
+    except OSError:  # a file system without flock: no process can take the folder for an abandoned one
+        pass
     if os.fstat(file).st_nlink == 0:
         os.close(file)
         return -1
