@@ -18,6 +18,7 @@ import torch
 from megatron_hapo.config import Config
 from megatron_hapo.errors import HapoError, WeightSyncError
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.private_folder import SHARED_MEMORY, shared_memory_prefix
 from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
@@ -32,7 +33,6 @@ SLOT_BYTES = 4 << 20
 """Maximum size of one of a channel's two slots: small enough that a bucket is read while it is in the CPU's cache."""
 _GRACE_SECONDS = 30
 """Added to the ranks' own deadline, whose errors are more specific."""
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextmanager
@@ -48,9 +48,9 @@ def open_weight_sync(
     if settings.method == "gather":
         yield GatherSync(trainer, pool, verify_every=settings.verify_every)
         return
-    shared = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     # Readable by this user only; the path is short because it must fit a socket's.
-    with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir=shared) as folder:
+    with tempfile.TemporaryDirectory(prefix=shared_memory_prefix(), dir=shared) as folder:
         try:
             weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder), address=address)
         except ValueError as reason:  # a layout that direct does not know

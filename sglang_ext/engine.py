@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.observe.spans import SpanRecorder, Timeline, recorded
+from megatron_hapo.private_folder import PrivateFolder
 from megatron_hapo.protocols import Finished
 from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.types import InFlight, Prompt, Sampling, WeightBucket
@@ -61,9 +61,14 @@ class Engine:
         self._num_aborts = 0  # updates that have aborted requests
         self._expected: dict[str, list[int]] = {}  # checksums of the buckets of the open update
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
-        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-engine-")
-        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.name}/rendezvous"
-        self._engine = sglang.Engine(**server_arguments(config))
+        self._scratch = PrivateFolder()
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.path}/rendezvous"
+        try:
+            with self._scratch.for_temporary_files():  # SGLang's sockets, which it would leave behind
+                self._engine = sglang.Engine(**server_arguments(config))
+        except BaseException:
+            self._scratch.close()
+            raise
         self._loop = _LoopThread(self._engine.loop)
         self._engine.loop = self._loop  # type: ignore[assignment]  # SGLang's engine calls run_until_complete alone
         try:
@@ -73,10 +78,10 @@ class Engine:
             raise
 
     def shutdown(self) -> None:
-        """Ends SGLang's processes."""
+        """Ends SGLang's processes, and removes what they would leave behind."""
         self._engine.shutdown()
         self._loop.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def sees(self, path: Path) -> bool:
         """Whether this file exists here."""
@@ -239,7 +244,7 @@ class Engine:
 
     def prepare_receiving(self, plans: Sequence[str]) -> None:
         """Stores each rank's part of the plan (`resharding.receiving.receiver_plan`), for all `receive_weights`."""
-        receive.write_plans(Path(self._scratch.name), plans)
+        receive.write_plans(self._scratch.path, plans)
 
     @recorded
     def receive_weights(self, request: ReceiveRequest) -> None:
@@ -249,7 +254,7 @@ class Engine:
             WeightSyncError: names what did not arrive, from which rank, or does not fit.
         """
         self.begin_weight_update()
-        payload = receive.payload(request, Path(self._scratch.name))
+        payload = receive.payload(request, self._scratch.path)
         # The same request flushes what was cached under the old weights.
         self._update("receive_weights", payload, receive.RECEIVE, "receiving weights", flush=True)
 

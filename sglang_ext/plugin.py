@@ -15,12 +15,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hapo.private_folder import current_folder, shared_memory_prefix
 from sglang_ext import cpu_attention, float8, temperature
 
 if TYPE_CHECKING:
@@ -56,6 +58,12 @@ def register() -> None:
             srt + "model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor",
             _around_weight_update,
             HookType.AROUND,
+        ),
+        (srt + "managers.load_snapshot.shm_path_for", _in_private_folder, HookType.AFTER),
+        (
+            srt + "distributed.device_communicators.shm_broadcast.make_shm_name",
+            _of_private_folder,
+            HookType.AFTER,
         ),
     ):
         HookRegistry.register(target, hook, hook_type)
@@ -208,6 +216,20 @@ class _HostColumn:
                 self._copied.synchronize()
             self._values = self._host_R.tolist()
         return self._values[row]
+
+
+# ----- what SGLang's processes share
+
+
+def _in_private_folder(path: str, _instance: str) -> str:
+    """A path for the file of load statistics, which SGLang never removes: in the engine's folder, which is removed."""
+    folder = current_folder()
+    return path if folder is None else str(folder / Path(path).name)
+
+
+def _of_private_folder(name: str, _kind: str) -> str:
+    """A name for a segment in /dev/shm with which it is removed together with the engine's folder."""
+    return name if current_folder() is None else f"{shared_memory_prefix()}{name}"
 
 
 # ----- weight updates

@@ -27,6 +27,7 @@ from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.ray_launcher import RayLauncher
+from megatron_hapo.launch.run_lock import owned_run_folder
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import num_parameters, read_shape
@@ -85,9 +86,9 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
         launcher: None: Ray alone.
     Raises:
         ConfigError: all checkpoints are damaged, or the newest does not go with the config; nothing was started.
-        HapoError: a part failed, or the disk is full.
+        HapoError: a part failed, another process owns the run folder, or the disk is full.
     """
-    with _full_disk_in_one_line(config.run_dir):
+    with _full_disk_in_one_line(config.run_dir), owned_run_folder(config.run_dir):
         _train(config, launcher)
 
 
@@ -119,7 +120,6 @@ def _train(config: Config, launcher: Launcher | None) -> None:
         first_step=checkpoints.newest_step(),
         existing_bytes=checkpoints.bytes_on_disk(),
     )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
     with contextlib.ExitStack() as stack:
         parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=resolve_device(config))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from megatron_hapo.launch.ray.cluster import (
     connected,
     prepare_environment,
 )
+from megatron_hapo.private_folder import run_time_folder
 
 
 def test_a_busy_port_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +30,7 @@ def test_a_busy_port_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
         server.listen()
         port = server.getsockname()[1]
         with pytest.raises(ray_node.FaultError, match=rf"launch.ray_port: 127.0.0.1:{port} cannot be used .*; choose"):
-            ray_node.start(head=True, address="", ip="127.0.0.1", port=port, ports=None, num_gpus=0)
+            ray_node.start(head=True, address="", ip="127.0.0.1", port=port, ports=None, num_gpus=0, folder="")
 
 
 def test_an_unreachable_head_is_reported_in_one_line() -> None:
@@ -36,7 +38,7 @@ def test_an_unreachable_head_is_reported_in_one_line() -> None:
         unused.bind(("127.0.0.1", 0))  # nothing listens there
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ray_node.FaultError, match=rf"no route to the Ray head at {address} \(Connection refused\)"):
-            ray_node.start(head=False, address=address, ip="127.0.0.1", port=0, ports=None, num_gpus=0)
+            ray_node.start(head=False, address=address, ip="127.0.0.1", port=0, ports=None, num_gpus=0, folder="")
 
 
 def test_another_token_on_a_node_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,19 +63,25 @@ def test_an_address_that_ranks_cannot_join_is_refused(monkeypatch: pytest.Monkey
         address_to_join()
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with run_time_folder() as path:
+        yield path
+
+
 @pytest.mark.slow
-def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     # What `prepare_environment` sets for one node on loopback; Ray may have been imported before.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
     settings = LaunchConfig(start_timeout_seconds=600)
-    head = RayNode(settings, ip="127.0.0.1", head_address=None)
+    head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
     try:
         monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
         with pytest.raises(RolloutError, match="token"):
-            RayNode(settings, ip="127.0.0.1", head_address=head.address)
+            RayNode(settings, folder=folder, ip="127.0.0.1", head_address=head.address)
         with pytest.raises(RolloutError, match="token"), connected(head.address, ip="127.0.0.1"):
             pass
     finally:

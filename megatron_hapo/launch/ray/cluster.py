@@ -74,10 +74,13 @@ def prepare_environment(token: str, *, host: str, loopback: bool) -> None:
 class RayNode:
     """The Ray node of this host, in a process of its own that ends with this one."""
 
-    def __init__(self, settings: LaunchConfig, *, ip: str, head_address: str | None, gpus: Sequence[str] = ()):
+    def __init__(
+        self, settings: LaunchConfig, *, folder: Path, ip: str, head_address: str | None, gpus: Sequence[str] = ()
+    ):
         """Starts it.
 
         Args:
+            folder: private, for the node's sockets and logs.
             ip: of this host.
             head_address: HOST:PORT of the head; None makes this node the head.
             gpus: for engines; none on a CPU.
@@ -94,6 +97,7 @@ class RayNode:
             "port": settings.ray_port,
             "ports": settings.ray_worker_ports,
             "num_gpus": len(gpus),
+            "folder": str(folder / "ray"),
         }
         deadline = time.monotonic() + settings.start_timeout_seconds
         answer: dict[str, Any] = {"fault": "", "late": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_hapo.config import Config
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.launch.places import GpuPlacement
+from megatron_hapo.private_folder import current_folder, run_time_folder
 from megatron_hapo.protocols import RolloutEngine, declared_verbs
 
 GENERATION = "generation"
@@ -27,7 +29,9 @@ class EngineActor:
         from sglang_ext.engine_config import EngineConfig
 
         rollout = config.rollout
-        self._index = index
+        self._index, self._stack = index, contextlib.ExitStack()
+        if current_folder() is None:  # on a node that the run has not started
+            self._stack.enter_context(run_time_folder())
         self._started = Engine(
             EngineConfig(
                 model_path=config.model.path.absolute(),
@@ -68,6 +72,7 @@ class EngineActor:
     def shutdown(self) -> None:
         """Ends SGLang's processes."""
         self._started.shutdown()
+        self._stack.close()
 
 
 def engine_actor() -> Any:

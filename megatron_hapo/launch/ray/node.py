@@ -23,7 +23,7 @@ class FaultError(Exception):
     """The reason why the node cannot start, in one line for the user."""
 
 
-def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | None, num_gpus: int) -> Any:
+def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | None, num_gpus: int, folder: str) -> Any:
     """The started node.
 
     Args:
@@ -33,6 +33,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         port: of the head; 0: any free one.
         ports: first and last of the ports for everything else; None: any free ones.
         num_gpus: GPUs that Ray may give to engines.
+        folder: for the node's sockets and logs. Ray gives it mode 0777, so it must be inside a private one.
     Raises:
         FaultError: a port is in use, or the head cannot be reached.
     """
@@ -48,6 +49,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         gcs_address=None if head else address,
         gcs_server_port=port if head else None,
         node_ip_address=ip,
+        temp_dir=folder,  # of this node; by default it would have the path of the head's
         # No actor asks for CPUs, and Ray would start a worker for each. Autoscaler and log monitor would only slow down
         # the start, in which Ray's processes wait no longer than 15 s for each other.
         num_cpus=0,

@@ -37,6 +37,7 @@ from megatron_hapo.launch.torchrun.failure_detector import FailureDetector, exit
 from megatron_hapo.launch.torchrun.host import interface_of, is_single_host, own_address
 from megatron_hapo.launch.torchrun.rank_rendezvous import RankInfo, RankPlace
 from megatron_hapo.model.rank_environment import environment, quieten
+from megatron_hapo.private_folder import run_time_folder
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
 from megatron_hapo.trainer.rank_process import resolve_device, start_rank
 
@@ -240,7 +241,8 @@ def _join_rendezvous(place: RankPlace, config: Config | None, fault: ConfigError
 def _join_ray(stack: contextlib.ExitStack, run: _JoinedRun) -> None:
     """Start this node's part of Ray, which the stack closes."""
     head = run.wait_for(run.store, [_RAY_HEAD])[0].decode()
-    node = RayNode(run.config.launch, ip=run.address, head_address=head, gpus=_gpus_for_engines(run))
+    folder = stack.enter_context(run_time_folder())
+    node = RayNode(run.config.launch, folder=folder, ip=run.address, head_address=head, gpus=_gpus_for_engines(run))
     stack.callback(node.close)
     _announce_node(run, node)
 
@@ -261,19 +263,20 @@ class TorchrunLauncher:
 
     @contextlib.contextmanager
     def ray_cluster(self) -> Iterator[None]:
-        run = self._run
-        node = RayNode(
-            run.config.launch, ip=run.address, head_address=cluster.address_to_join(), gpus=_gpus_for_engines(run)
-        )
-        try:
-            run.store.set(_RAY_HEAD, node.address)
-            _announce_node(run, node)
-            with cluster.connected(node.address, ip=run.address):
-                nodes = run.wait_for(run.store, [_node_key(number) for number in range(run.place.num_nodes)])
-                self._nodes = [_Node(**json.loads(text)) for text in nodes]
-                yield
-        finally:
-            node.close()
+        run, address = self._run, cluster.address_to_join()
+        with run_time_folder() as folder:
+            node = RayNode(
+                run.config.launch, folder=folder, ip=run.address, head_address=address, gpus=_gpus_for_engines(run)
+            )
+            try:
+                run.store.set(_RAY_HEAD, node.address)
+                _announce_node(run, node)
+                with cluster.connected(node.address, ip=run.address):
+                    nodes = run.wait_for(run.store, [_node_key(number) for number in range(run.place.num_nodes)])
+                    self._nodes = [_Node(**json.loads(text)) for text in nodes]
+                    yield
+            finally:
+                node.close()
 
     def engine_placements(self) -> list[GpuPlacement]:
         config, rollout = self._run.config, self._run.config.rollout
