@@ -18,6 +18,7 @@ from megatron_hapo.checks.rehearsal import Finding, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
+from megatron_hapo.errors import RankDiedError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
@@ -77,16 +78,39 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
     """Trains as a checked config says; continues from the run folder's newest checkpoint.
 
     Args:
-        launcher: None: Ray alone.
+        launcher: None: Ray alone, which starts again up to `launch.max_restarts` times if a trainer rank dies.
     """
     prompts, eval_prompts = _load_data(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_config(config, config.run_dir / "config.yaml")
-    checkpoints = Checkpoints(
-        config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=config.checkpoint.resume
-    )
+    first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
+    while True:
+        prompts.restore(first_prompt)
+        own = launcher or RayLauncher(config, device=resolve_device(config))
+        driver, death = _train(config, own, prompts, eval_prompts, resume=resume)
+        if death is None:
+            break
+        if launcher is not None or driver.stop_requested or restarts == config.launch.max_restarts:
+            raise death
+        restarts += 1
+        resume = resume or driver.saved_step > 0  # not from checkpoints of a previous run that this one replaces
+        logger.warning("%s; restart %d of launch.max_restarts=%d", death, restarts, config.launch.max_restarts)
+    if driver.stop_requested:
+        logger.warning("stopped on request; the same command continues from %s", config.run_dir / "checkpoints")
+        return
+    _report(config)
+
+
+def _train(
+    config: Config, launcher: Launcher, prompts: PromptSampler, eval_prompts: list[Prompt], *, resume: bool
+) -> tuple[Driver, RankDiedError | None]:
+    """Opens the parts, trains and exports the model; the driver, and the death of a rank that ended the training.
+
+    A death before the training, while the parts start, is raised: it would most likely happen again.
+    """
+    checkpoints = Checkpoints(config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep, resume=resume)
     with contextlib.ExitStack() as stack:
-        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=resolve_device(config))))
+        parts = stack.enter_context(open_parts(config, launcher))
         metrics = stack.enter_context(
             MetricsLogger(
                 config.run_dir,
@@ -106,14 +130,14 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
             ),
             trainer=parts.trainer, pool=parts.pool, turns=parts.turns, rewards=parts.rewards,
         )  # fmt: skip
-        with _graceful_stop(driver):
-            driver.run()
-        if driver.stop_requested:
-            logger.warning("stopped on request; the same command continues from %s", config.run_dir / "checkpoints")
-            return
-        if config.checkpoint.hf_at_end:
-            parts.trainer.export_hf(config.run_dir.absolute() / "hf")
-    _report(config)
+        try:
+            with _graceful_stop(driver):
+                driver.run()
+            if config.checkpoint.hf_at_end and not driver.stop_requested:
+                parts.trainer.export_hf(config.run_dir.absolute() / "hf")
+        except RankDiedError as death:
+            return driver, death
+    return driver, None
 
 
 def run_evaluation(config: Config) -> dict[str, float]:
@@ -156,6 +180,7 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
             address = ray.util.get_node_ip_address()
             weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
             turns = MemoryTurns(config, trainer, pool, weight_sync)
+            pool.restore_with(turns.restore_engines)
             yield Parts(trainer=trainer, pool=pool, turns=turns, rewards=rewards)
 
 
