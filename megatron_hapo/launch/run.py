@@ -143,7 +143,10 @@ def _train(
 def run_evaluation(config: Config) -> dict[str, float]:
     """Metrics of the model folder's own weights on the evaluation data. Starts engines only."""
     _, prompts = _load_data(config)
-    with local_ray(), open_rollouts(config, read_weights=True) as (pool, rewards):
+    with (
+        local_ray(config.launch.start_timeout_seconds),
+        open_rollouts(config, read_weights=True) as (pool, rewards),
+    ):
         pool.wait_until_ready()
         return evaluate(pool, rewards, prompts, config)
 

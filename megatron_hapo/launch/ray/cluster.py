@@ -94,6 +94,7 @@ class RayNode:
             "port": settings.ray_port,
             "ports": settings.ray_worker_ports,
             "num_gpus": len(gpus),
+            "timeout_seconds": settings.start_timeout_seconds,
         }
         deadline = time.monotonic() + settings.start_timeout_seconds
         answer: dict[str, Any] = {"fault": "", "late": True}

@@ -7,41 +7,57 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 
+from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import cluster
+from megatron_hapo.launch.ray.node import start_environment, system_config
 
 logger = logging.getLogger(__name__)
 
 
+_TRIES = 5
+"""Starts of Ray that fail before the run does."""
+
+
 @contextlib.contextmanager
-def local_ray() -> Iterator[None]:
-    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names, while the context is open."""
+def local_ray(start_timeout_seconds: float = 300) -> Iterator[None]:
+    """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names, while the context is open.
+
+    Args:
+        start_timeout_seconds: launch.start_timeout_seconds.
+    Raises:
+        RolloutError: Ray did not start, or the cluster cannot be joined.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     _interrupt_on_sigterm()
-    with _own_ray() if address is None else cluster.connected(address):
+    with _own_ray(start_timeout_seconds) if address is None else cluster.connected(address):
         _interrupt_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
         yield
 
 
 @contextlib.contextmanager
-def _own_ray() -> Iterator[None]:
+def _own_ray(start_timeout_seconds: float) -> Iterator[None]:
     # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
     # this process, the variable for those that it starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ |= start_environment(start_timeout_seconds)
     # No actor asks for a CPU, and Ray would start an idle worker for each.
     _start_ray(
         {
             "address": "local", "include_dashboard": False, "num_cpus": 0,
             "log_to_driver": False, "logging_level": logging.ERROR,
-        }
+            "_system_config": system_config(start_timeout_seconds),
+        },
+        start_timeout_seconds,
     )  # fmt: skip
     try:
         yield
@@ -49,17 +65,26 @@ def _own_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_ray(options: dict[str, Any]) -> None:
-    """Ray's processes wait half a minute for each other, which a busy machine may exceed: a timeout is retried once."""
-    for last in (False, True):
+def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
+    """Starts Ray. Its processes wait half a minute for each other, which a busy machine may exceed: so it tries again.
+
+    Raises:
+        RolloutError: no try succeeded.
+    """
+    deadline = time.monotonic() + start_timeout_seconds
+    for attempt in range(1, _TRIES + 1):
         try:
             ray.init(**options)
             return
-        except Exception as error:  # Ray raises a bare Exception
-            if last or "timed out during startup" not in str(error):
-                raise
-            logger.warning("Ray timed out during its start; trying once more")
-            ray.shutdown()
+        except Exception as error:  # Ray raises many types, for timeouts a bare Exception
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            with contextlib.suppress(Exception):  # what has started of it
+                ray.shutdown()
+        if attempt == _TRIES or time.monotonic() > deadline:
+            raise RolloutError(
+                f"Ray did not start ({attempt} tries; launch.start_timeout_seconds={start_timeout_seconds:g}): {reason}"
+            )
+        logger.warning("Ray did not start (%s); trying again", reason)
 
 
 def _interrupt_on_sigterm() -> None:
