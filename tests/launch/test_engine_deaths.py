@@ -23,6 +23,7 @@ from megatron_hapo.launch.ray.engine_actor import GENERATION
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.types import Prompt, Rollout, Sampling
+from tests.time_limits import patient
 
 SAMPLING = Sampling(samples=2, temperature=1.0, max_response_tokens=8, seed=5)
 PROMPTS = [
@@ -88,7 +89,7 @@ class SimpleSync:
         self.pool, self.replaced = pool, []
 
     def sync(self, *, policy_version: int) -> bool:
-        self.replaced.append(self.pool.replace_dead_engines(patience_seconds=60))
+        self.replaced.append(self.pool.replace_dead_engines(patience_seconds=patient(60)))
         with self.pool.weight_update(policy_version=policy_version):
             pass
         return True
@@ -110,7 +111,7 @@ def running(
     config = Config.model_validate(
         {
             "name": "deaths", "output_dir": folder, "steps": 1, "device": "cpu", "model": {"path": folder},
-            "rollout": {"engines": engines, "max_running_requests": 4, "timeout_seconds": 120},
+            "rollout": {"engines": engines, "max_running_requests": 4, "timeout_seconds": patient(120)},
             "data": {"train": {"type": "arithmetic", "size": 8}},
         }
     )  # fmt: skip
@@ -159,13 +160,13 @@ def test_generation_in_another_thread_waits_for_the_next_sync(tmp_path, monkeypa
         for index in range(2):
             (tmp_path / f"kill_{index}").write_text("x")
         generation = thread.submit(pool.generate, PROMPTS, SAMPLING)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patient(60)
         while not pool.waits_for_sync:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert not generation.done()
         sync.sync(policy_version=2)
-        groups = generation.result(60)
+        groups = generation.result(patient(60))
         assert sync.replaced[-1] == [0, 1]
         assert_complete(groups, versions={rollout.policy_version for group in groups for rollout in group})
         assert groups[-1][-1].policy_version == 2
@@ -176,7 +177,7 @@ def test_two_calls_survive_the_same_death(tmp_path, monkeypatch) -> None:
     with running(monkeypatch, tmp_path, engines=2) as (pool, _), ThreadPoolExecutor(2) as threads:
         (tmp_path / "kill_0").write_text("x")
         for call in [threads.submit(pool.generate, PROMPTS, SAMPLING) for _ in range(2)]:
-            assert_complete(call.result(60), versions={1})
+            assert_complete(call.result(patient(60)), versions={1})
 
 
 def test_engines_that_read_their_weights_are_replaced_at_once(tmp_path, monkeypatch) -> None:
@@ -198,9 +199,9 @@ def test_a_closed_pool_ends_a_call_that_waits_for_a_sync(tmp_path, monkeypatch) 
         with running(monkeypatch, tmp_path, engines=1) as (pool, _):
             ray.kill(pool._engines[0])
             generation = thread.submit(pool.generate, PROMPTS, SAMPLING)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + patient(60)
             while not pool.waits_for_sync:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         with pytest.raises(RolloutError, match="the engines have been closed"):
-            generation.result(60)
+            generation.result(patient(60))

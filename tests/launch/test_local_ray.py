@@ -13,6 +13,7 @@ from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import local_ray as module
 from megatron_hapo.launch.ray.cluster import RayNode, connected
 from megatron_hapo.launch.ray.local_ray import local_ray
+from tests.time_limits import patient
 
 TIMEOUT = "The current node timed out during startup.\nThis could happen because\nthe GCS has become overloaded."
 
@@ -78,7 +79,7 @@ def test_the_head_keeps_no_event_of_a_call() -> None:
 
 @pytest.mark.slow
 def test_the_head_under_torchrun_keeps_no_event_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = RayNode(LaunchConfig(start_timeout_seconds=600), ip="127.0.0.1", head_address=None)
+    head = RayNode(LaunchConfig(start_timeout_seconds=patient(600)), ip="127.0.0.1", head_address=None)
     try:
         with connected(head.address, ip="127.0.0.1"):
             assert events_of_calls() == []

@@ -32,6 +32,7 @@ from tests.sglang_ext.test_engine import (
     load_reference,
     make_prompts,
 )
+from tests.time_limits import patient
 from tests.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def make_config(
                 "max_running_requests": max_running_requests,
                 "kv_cache_tokens": 4096,
                 "memory_fraction": 0.1,
-                "timeout_seconds": 400,
+                "timeout_seconds": patient(400),
             },
             "data": {"train": {"type": "arithmetic", "size": 8}},
             "algorithm": {"importance_correction": {"level": "token"}} if pause else {},
@@ -65,7 +66,7 @@ def make_config(
             "weight_sync": {
                 "verify_every": 1000,
                 "bucket_bytes": 20_000,
-                "timeout_seconds": 60,
+                "timeout_seconds": patient(60),
                 "in_flight": "pause" if pause else "finish",
             },
         }
