@@ -46,13 +46,21 @@ class Driver:
     _prompts_after: dict[int, int] = field(default_factory=dict, init=False)
     """Step -> state of the prompt sampler after that step's generation."""
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint that the driver has read or written; 0: none."""
+        return self._saved_step
+
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
         config, step = self.config, self._resume()
         self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
             self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
-        rollouts = RolloutSource(self._generation, ahead=config.async_.max_staleness, last_step=config.steps)
+        rollouts = RolloutSource(
+            self._generation, ahead=config.async_.max_staleness, last_step=config.steps,
+            is_stuck=lambda: self.pool.waits_for_sync, restore=self.turns.restore_engines,
+        )  # fmt: skip
         while step < config.steps and not self.stop_requested:
             step += 1
             with self.profiler.clock(step) as clock:

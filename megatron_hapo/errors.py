@@ -32,5 +32,9 @@ class TrainingError(HapoError, RuntimeError):
     """Training cannot continue: a loss or gradient is not finite, or a rank failed."""
 
 
+class RankDiedError(TrainingError):
+    """The process of a trainer rank died. The Ray launcher restarts the ranks."""
+
+
 class WeightSyncError(HapoError, RuntimeError):
     """An engine does not hold the trainer's weights after a sync."""

@@ -14,8 +14,10 @@ With placement=disaggregated nothing is released, and the engines' turn only beg
 from __future__ import annotations
 
 import logging
+import threading
 
 from megatron_hapo.config import Config
+from megatron_hapo.errors import RolloutError
 from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ KV_CACHE, WEIGHTS = "kv_cache", "weights"
 """What engines release, under SGLang's names."""
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 """What trainer ranks release."""
+_PATIENCE_SECONDS = 60
+"""An engine that does not answer for this long counts as dead."""
 
 
 def released_by_engines(config: Config) -> tuple[str, ...]:
@@ -56,9 +60,12 @@ def make_room_for_trainer(config: Config, pool: RolloutPool, *, device: str) -> 
 class MemoryTurns:
     """The two turns of a run. It begins in the trainer's turn: the trainer is built, and may load a checkpoint.
 
+    Engines that have died are replaced before they are called. A new engine holds all of its memory, whosever turn it
+    is; the next sync brings its weights.
+
     Args:
         config: of the run.
-        trainer: holds all of its memory.
+        trainer: holds all of its memory. Used by the thread that calls this constructor only.
         pool: has released what `released_by_engines` says.
         weight_sync: brings the trainer's weights into the pool's engines.
     """
@@ -66,13 +73,16 @@ class MemoryTurns:
     def __init__(self, config: Config, trainer: Trainer, pool: RolloutPool, weight_sync: WeightSync):
         self._trainer, self._pool, self._weight_sync = trainer, pool, weight_sync
         self._engine_parts, self._trainer_parts = released_by_engines(config), released_by_trainer(config)
+        self._num_engines = config.rollout.engines
         self._is_trainers_turn = True
+        self._thread, self._policy_version = threading.get_ident(), 0
 
     def to_trainer(self) -> None:
         """After this the trainer may score, update, save and load; does nothing in the trainer's turn."""
         if self._is_trainers_turn:
             return
         if self._engine_parts:
+            self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS)
             self._pool.broadcast(RolloutEngine.release_memory, self._engine_parts)
         if self._trainer_parts:
             self._trainer.broadcast(TrainerWorker.take_memory, self._trainer_parts[::-1])
@@ -81,11 +91,30 @@ class MemoryTurns:
     def to_engines(self, *, policy_version: int) -> None:
         """After this every engine generates with the trainer's weights, under this version."""
         assert self._is_trainers_turn, "it is the engines' turn already"
-        self._is_trainers_turn = False
+        self._is_trainers_turn, self._policy_version = False, policy_version
         if self._trainer_parts:
             self._trainer.broadcast(TrainerWorker.release_memory, self._trainer_parts)
         if WEIGHTS in self._engine_parts:
+            self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS)
             self._pool.broadcast(RolloutEngine.take_memory, (WEIGHTS,))
-        self._weight_sync.sync(policy_version=policy_version)
-        if KV_CACHE in self._engine_parts:
-            self._pool.broadcast(RolloutEngine.take_memory, (KV_CACHE,))
+        for attempt in range(self._num_engines + 1):
+            self._weight_sync.sync(policy_version=policy_version)
+            try:
+                if KV_CACHE in self._engine_parts:
+                    self._pool.broadcast(RolloutEngine.take_memory, (KV_CACHE,))
+                return
+            except RolloutError:
+                replaced = self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS)
+                if not replaced or attempt == self._num_engines:
+                    raise
+
+    def restore_engines(self) -> bool:
+        """In the engines' turn: brings the current weights into engines whose predecessors have died.
+
+        Returns:
+            False, without a sync, outside of the engines' turn or in a thread that may not use the trainer.
+        """
+        if self._is_trainers_turn or threading.get_ident() != self._thread:
+            return False
+        self._weight_sync.sync(policy_version=self._policy_version)
+        return True

@@ -252,7 +252,7 @@ class RolloutPool(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """A group of `sampling.samples` rollouts for each prompt, in the prompts' order."""
+        """A group of `sampling.samples` rollouts for each prompt, in the prompts' order. Survives an engine's death."""
         ...
 
     def broadcast[**P, R](
@@ -283,7 +283,22 @@ class RolloutPool(Protocol):
         ...
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
-        """Start new engines for those that died or do not answer in time; their indices. They know no plan."""
+        """Start new engines for those that died or do not answer in time.
+
+        Returns:
+            Indices of all engines started since the last complete `weight_update`. They know no plan and hold no
+            weights, so `generate` does not use them before the next.
+        """
+        ...
+
+    @property
+    def waits_for_sync(self) -> bool:
+        """Whether a `generate` call in another thread cannot go on before the next sync, since no engine is left."""
+        ...
+
+    def restore_with(self, restore: Callable[[], bool]) -> None:
+        """Set what `generate` calls when no engine is left: it brings the current weights into new engines, or returns
+        False where another thread will."""
         ...
 
 

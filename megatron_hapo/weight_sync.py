@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_hapo.config import Config
-from megatron_hapo.errors import HapoError, WeightSyncError
+from megatron_hapo.errors import HapoError, RankDiedError, WeightSyncError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.private_folder import SHARED_MEMORY, shared_memory_prefix
 from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
@@ -70,7 +70,8 @@ class GatherSync:
         self._num_syncs = 0
 
     def sync(self, *, policy_version: int) -> None:
-        verify = self._num_syncs % self._verify_every == 0
+        replaced = self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
+        verify = self._num_syncs % self._verify_every == 0 or bool(replaced)
         with self._pool.weight_update(policy_version=policy_version):
             self._pool.broadcast(RolloutEngine.begin_weight_update)
             for bucket in self._trainer.weight_buckets(verify=verify):
@@ -83,7 +84,8 @@ class DirectSync:
 
     Phases of a sync: all engine ranks open their parameters and all trainer ranks send, at the same time; on the first
     and every `verify_every`-th sync the engines compare what they hold with the trainer's checksums; only when all
-    have confirmed do they take the new version. An engine that dies meanwhile is replaced, and the sync starts again.
+    have confirmed do they take the new version. An engine that dies meanwhile is replaced, and the sync starts again;
+    one that died since the last sync is replaced before it.
 
     Args:
         folder: an empty folder that all processes of this host can write; it must outlive the sync.
@@ -145,21 +147,32 @@ class DirectSync:
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
+        verify |= bool(self._prepare_new_engines())  # engines that died since the last sync
         for attempt in range(self._rollout.engines + 1):
             try:
                 self._attempt(policy_version, verify=verify)
                 return
             except WeightSyncError as failed:
-                if self._rendezvous is not None:
-                    self._rendezvous = replace(self._rendezvous, generation=self._rendezvous.generation + 1)
+                self._leave_group()
                 # All engines receive everything again: an update that is complete on some of them is of no use.
-                patience = max(_GRACE_SECONDS, self._settings.timeout_seconds)
-                replaced = self._pool.replace_dead_engines(patience_seconds=patience)
+                replaced = self._prepare_new_engines()
                 if not replaced or attempt == self._rollout.engines:
                     raise
                 logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
-                self._pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
                 verify = True
+
+    def _prepare_new_engines(self) -> list[int]:
+        """Replaces dead engines, and gives the plan to all if any are new; the indices of those."""
+        replaced = self._pool.replace_dead_engines(patience_seconds=max(_GRACE_SECONDS, self._settings.timeout_seconds))
+        if replaced:
+            self._leave_group()
+            self._pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
+        return replaced
+
+    def _leave_group(self) -> None:
+        """The next attempt opens a new process group."""
+        if self._rendezvous is not None:
+            self._rendezvous = replace(self._rendezvous, generation=self._rendezvous.generation + 1)
 
     def _attempt(self, policy_version: int, *, verify: bool) -> None:
         self._num_attempts += 1
@@ -223,7 +236,7 @@ def _together(transfer: Transfer, *calls: Callable[[], Any]) -> list[Any]:
         futures = [threads.submit(guarded, call) for call in calls]
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in errors:
-        if not isinstance(error, HapoError):
+        if not isinstance(error, HapoError) or isinstance(error, RankDiedError):
             raise error
     causes = [error for error in errors if not isinstance(error, TransferStoppedError)] or errors
     if causes:

@@ -10,12 +10,16 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from tests.time_limits import patient
+
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
     """Run `fn(rank, *args)` on every rank of a gloo world; returns their results in rank order, raises their errors.
 
     `fn` is defined at module level and may build a ParallelLayout. The rendezvous is a file, so no port can clash.
+    The time limit is that of an idle machine.
     """
+    timeout_seconds = patient(timeout_seconds)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_hapo.cli import _parser
 from megatron_hapo.config import load_config
+from tests.time_limits import patient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
@@ -71,12 +72,12 @@ def test_the_slurm_job_is_requeued_after_its_time_limit(tmp_path: Path, exit_cod
         "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"
     }  # fmt: skip
     with subprocess.Popen(["bash", str(script), "a.yaml"], env=environment) as job:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patient(30)
         while not (tmp_path / "running").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=30) == exit_code
+        assert job.wait(timeout=patient(30)) == exit_code
     assert signals.read_text() == "--signal=TERM 7\n"
     assert ("requeue 7" in (tmp_path / "scontrol.calls").read_text().splitlines()) == requeued
 

@@ -17,6 +17,7 @@ from megatron_hapo.config import dump_config
 from megatron_hapo.launch.run import _graceful_stop
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from tests.test_loop import make_config
+from tests.time_limits import patient
 
 
 def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_path: Path) -> None:
@@ -26,11 +27,11 @@ def test_sigterm_while_the_parts_start_leaves_no_process(tiny_qwen3: Path, tmp_p
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         started = _wait_for_an_actor(run.pid)
         run.send_signal(signal.SIGTERM)
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=patient(120))
     assert run.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
     assert "SIGTERM received" not in errors  # part of the stack that Ray would print
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=patient(60))
     assert not alive
 
 
@@ -55,7 +56,7 @@ def test_a_stop_request_of_another_rank_does_not_count_as_a_second_signal(own_co
 
 def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
     """All descendants of the run, once its first actor has started."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patient(120)
     while time.monotonic() < deadline:
         descendants = psutil.Process(pid).children(recursive=True)
         if any(
@@ -63,7 +64,7 @@ def _wait_for_an_actor(pid: int) -> list[psutil.Process]:
         ):
             return descendants
         time.sleep(0.2)
-    raise AssertionError("no actor has started within 120 s")
+    raise AssertionError(f"no actor has started within {patient(120):g} s")
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -36,6 +36,7 @@ from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 from tests.observe.test_metrics import documented_metrics
+from tests.time_limits import patient
 
 COLOCATED = {"tp": 2, "placement": "colocated"}
 LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2}]
@@ -55,7 +56,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
             "placement": placement,
             "model": {"path": model},
             "parallel": layout,
-            "trainer": {"dtype": "float32", "max_tokens_per_microbatch": 256, "timeout_seconds": 120},
+            "trainer": {"dtype": "float32", "max_tokens_per_microbatch": 256, "timeout_seconds": patient(120)},
             "optimizer": {"lr": 3e-3, "warmup_steps": 0},
             "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "prompts_per_minibatch": 2},
             "rollout": {
@@ -64,7 +65,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
                 "max_response_tokens": 24,
                 "kv_cache_tokens": 4096,
                 "memory_fraction": 0.1,
-                "timeout_seconds": 400,
+                "timeout_seconds": patient(400),
             },
             "algorithm": {"adaptive_temperature": {"tau": TAU}},
             "data": {"train": {"type": "arithmetic", "size": 40}, "eval": {"type": "arithmetic", "size": 4, "seed": 1}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import PromptSampler
 from megatron_hapo.driver import Driver
+from megatron_hapo.errors import RolloutError
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
@@ -55,6 +57,9 @@ class Engines:
 
     def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [getattr(self, verb.__name__)(*arguments)]
+
+    def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
+        return []
 
     def release_memory(self, parts: Sequence[str]) -> None:
         self.books.move("engine", parts, take=False)
@@ -249,3 +254,33 @@ def test_engines_do_not_get_two_turns_in_a_row(tmp_path: Path) -> None:
         turns.to_engines(policy_version=0)
         with pytest.raises(AssertionError, match="it is the engines' turn already"):
             turns.to_engines(policy_version=1)
+
+
+def test_new_engines_are_restored_in_the_engines_turn_by_the_trainers_thread_only(tmp_path: Path) -> None:
+    with opened(make_config(tmp_path, "colocated")) as (books, engines, _, turns), ThreadPoolExecutor(1) as thread:
+        assert not turns.restore_engines()  # the trainer's turn
+        turns.to_engines(policy_version=7)
+        engines.version = 0  # a new engine
+        assert not thread.submit(turns.restore_engines).result()
+        assert engines.version == 0
+        assert turns.restore_engines()
+        assert engines.version == 7
+        assert books.events[-2:] == ["engine takes kv_cache", "sync"]
+
+
+def test_an_engine_that_dies_between_the_sync_and_its_cache_is_synced_again(tmp_path: Path, monkeypatch) -> None:
+    with opened(make_config(tmp_path, "colocated")) as (books, engines, _, turns):
+        dead = [0]
+        take_memory = engines.take_memory
+
+        def dies_once(parts: Sequence[str]) -> None:
+            if dead and "kv_cache" in parts:
+                raise RolloutError("take_memory: engine 0: the process died")
+            take_memory(parts)
+
+        monkeypatch.setattr(engines, "take_memory", dies_once)
+        monkeypatch.setattr(
+            engines, "replace_dead_engines", lambda patience_seconds: [dead.pop()] if "sync" in books.events else []
+        )
+        turns.to_engines(policy_version=7)
+        assert books.events[-3:] == ["sync", "sync", "engine takes kv_cache"]

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_hapo.config import load_config
+from tests.time_limits import patient
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,7 +230,7 @@ def test_the_gpu_set_up_resolves(tmp_path):
     command = [uv, "pip", "compile", "--quiet", "setup.py", "--output-file", out]
     subprocess.run(
         [*map(str, command), "--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_34"],
-        check=True, cwd=ROOT, timeout=600,
+        check=True, cwd=ROOT, timeout=patient(600),
     )  # fmt: skip
     resolved = {canonicalize_name(line.split("==")[0]) for line in out.read_text().splitlines() if "==" in line}
     assert GPU_ONLY.keys() <= resolved

@@ -23,6 +23,7 @@ from megatron_hapo.model.families import (
     placement,
     read_shape,
 )
+from tests.time_limits import patient
 
 CONFIGS = Path(__file__).parent / "fixtures" / "hf_configs"
 
@@ -109,7 +110,10 @@ def megatron_shapes(folder: Path, world_size: int, sizes: dict[str, int]) -> tup
     for rank in (0, world_size - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         layout = parallel_layout.initialize(
-            ParallelSizes.for_world(world_size, **sizes), device=torch.device("cpu"), seed=0, timeout_seconds=60
+            ParallelSizes.for_world(world_size, **sizes),
+            device=torch.device("cpu"),
+            seed=0,
+            timeout_seconds=patient(60),
         )
         (model,) = build_model(read_shape(folder), layout, dtype=torch.bfloat16)
         seen.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -133,7 +137,7 @@ def test_every_element_of_a_large_model_is_placed_exactly_once(
     shape, layout = shape_of(model), MODELS[model]
     sizes = {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
     (first, last), frequencies = fake_world.submit(megatron_shapes, tmp_path, layout.world_size, sizes).result(
-        timeout=300
+        timeout=patient(300)
     )
     assert frequencies == pytest.approx(rotary_frequencies(tmp_path), rel=1e-6)
     layers_of_stage = shape.num_layers // layout.pp

@@ -13,7 +13,7 @@ setting in the same layer as the switch that disables it, or in a later one, is 
 
 Only what the config itself decides is declared. Not declared is what depends on
 
-- the launcher: `launch` is read under torchrun only;
+- the launcher: torchrun and Ray alone read different settings of `launch`;
 - the command: `eval` is read by `megatron-hapo eval` even where eval.every is 0;
 - the model: weight_sync.method=direct falls back to gather for a layout it does not know;
 - the machine: with device=auto, settings for GPUs count as having an effect.

@@ -49,7 +49,8 @@ class CheckpointConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Ray under torchrun. Not read when Ray starts the trainer."""
+    """How the processes are started. Under torchrun all but max_restarts is read; without it start_timeout_seconds and
+    max_restarts."""
 
     engines: Literal["trainer_nodes", "own_nodes"] = "trainer_nodes"
     """`trainer_nodes`: engines run on the nodes of the trainer ranks, on GPUs that these leave free (`placement:
@@ -61,7 +62,12 @@ class LaunchConfig(Section):
     """First and last port for all other connections of Ray, on every node, for use behind a firewall; at least 10 ports
     plus one per engine. `None`: any free ports."""
     start_timeout_seconds: PositiveFloat = 300
-    """The run fails if ranks, Ray nodes or room for the engines take longer to appear."""
+    """The run fails if Ray, ranks, nodes or room for the engines take longer to appear. A start of Ray that times out
+    on a busy machine is repeated within this time."""
+    max_restarts: NonNegativeInt = 3
+    """If a trainer rank dies while the run trains, everything is started again, up to this many times, and continues
+    from the newest checkpoint (see checkpoint.every). A death during the start ends the run, and so does that of Ray.
+    Not read under torchrun, which has --max-restarts."""
 
     def contradictions(self, *, placement: str, num_engines: int) -> Iterator[Fault]:
         """Why Ray cannot place the engines, or lacks ports for them."""

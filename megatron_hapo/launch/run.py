@@ -22,7 +22,7 @@ from megatron_hapo.checks.rehearsal import Finding, hub_findings, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
 from megatron_hapo.driver import Driver
-from megatron_hapo.errors import HapoError
+from megatron_hapo.errors import HapoError, RankDiedError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
@@ -83,13 +83,51 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
     """Trains as a checked config says; continues from the run folder's newest sound checkpoint.
 
     Args:
-        launcher: None: Ray alone.
+        launcher: None: Ray alone, which starts again up to `launch.max_restarts` times if a trainer rank dies.
     Raises:
         ConfigError: all checkpoints are damaged, or the newest does not go with the config; nothing was started.
         HapoError: a part failed, another process owns the run folder, or the disk is full.
     """
     with _full_disk_in_one_line(config.run_dir), owned_run_folder(config.run_dir):
-        _train(config, launcher)
+        _train_with_restarts(config, launcher)
+
+
+def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
+    """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
+    prompts, eval_prompts = _load_data(config)
+    first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
+    checkpoints = _open_checkpoints(config, resume=resume)
+    check_disk_space(
+        num_parameters(read_shape(config.model.path)),
+        config,
+        first_step=checkpoints.newest_step(),
+        existing_bytes=checkpoints.bytes_on_disk(),
+    )
+    dump_config(config, config.run_dir / "config.yaml")
+    while True:
+        prompts.restore(first_prompt)
+        own = launcher or RayLauncher(config, device=resolve_device(config))
+        driver, death = _train(config, own, prompts, eval_prompts, checkpoints)
+        if death is None:
+            break
+        if launcher is not None or driver.stop_requested or restarts == config.launch.max_restarts:
+            raise death
+        restarts += 1
+        resume = resume or driver.saved_step > 0  # not from checkpoints of a previous run that this one replaces
+        checkpoints = _open_checkpoints(config, resume=resume)
+        logger.warning("%s; restart %d of launch.max_restarts=%d", death, restarts, config.launch.max_restarts)
+    if driver.stop_requested:
+        logger.warning("stopped on request; the same command continues from %s", config.run_dir / "checkpoints")
+        return
+    _report(config)
+
+
+def _open_checkpoints(config: Config, *, resume: bool) -> Checkpoints:
+    """The run's checkpoints, checked as far as that is quick."""
+    folder = config.run_dir.absolute() / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, resume=resume, config=config)
+    checkpoints.check()
+    return checkpoints
 
 
 @contextlib.contextmanager
@@ -104,25 +142,19 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
         raise HapoError(f"{place}: cannot be written: {error.strerror}; checkpoints so far are kept") from error
 
 
-def _train(config: Config, launcher: Launcher | None) -> None:
-    prompts, eval_prompts = _load_data(config)
-    checkpoints = Checkpoints(
-        config.run_dir.absolute() / "checkpoints",
-        keep=config.checkpoint.keep,
-        resume=config.checkpoint.resume,
-        config=config,
-    )
-    checkpoints.check()
-    shape = read_shape(config.model.path)
-    check_disk_space(
-        num_parameters(shape),
-        config,
-        first_step=checkpoints.newest_step(),
-        existing_bytes=checkpoints.bytes_on_disk(),
-    )
-    dump_config(config, config.run_dir / "config.yaml")
+def _train(
+    config: Config,
+    launcher: Launcher,
+    prompts: PromptSampler,
+    eval_prompts: list[Prompt],
+    checkpoints: Checkpoints,
+) -> tuple[Driver, RankDiedError | None]:
+    """Opens the parts, trains and exports the model; the driver, and the death of a rank that ended the training.
+
+    A death before the training, while the parts start, is raised: it would most likely happen again.
+    """
     with contextlib.ExitStack() as stack:
-        parts = stack.enter_context(open_parts(config, launcher or RayLauncher(config, device=resolve_device(config))))
+        parts = stack.enter_context(open_parts(config, launcher))
         checkpoints.verify(parts.trainer)
         metrics = stack.enter_context(
             MetricsLogger(
@@ -135,7 +167,7 @@ def _train(config: Config, launcher: Launcher | None) -> None:
         driver = Driver(
             config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
-                config=config, shape=shape, peak_flops=peak_flops(resolve_device(config))
+                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
             ),
             profiler=StepProfiler(
                 config.profile.steps, config.run_dir.absolute() / "profile",
@@ -143,14 +175,14 @@ def _train(config: Config, launcher: Launcher | None) -> None:
             ),
             trainer=parts.trainer, pool=parts.pool, turns=parts.turns, rewards=parts.rewards,
         )  # fmt: skip
-        with _graceful_stop(driver):
-            driver.run()
-        if driver.stop_requested:
-            logger.warning("stopped on request; the same command continues from %s", config.run_dir / "checkpoints")
-            return
-        if config.checkpoint.hf_at_end:
-            parts.trainer.export_hf(config.run_dir.absolute() / "hf")
-    _report(config)
+        try:
+            with _graceful_stop(driver):
+                driver.run()
+            if config.checkpoint.hf_at_end and not driver.stop_requested:
+                parts.trainer.export_hf(config.run_dir.absolute() / "hf")
+        except RankDiedError as death:
+            return driver, death
+    return driver, None
 
 
 def run_evaluation(config: Config) -> dict[str, float]:
@@ -158,7 +190,10 @@ def run_evaluation(config: Config) -> dict[str, float]:
     _, prompts = _load_data(config)
     if not check_manifest(config.model.path):
         HfReader(config.model.path, read_shape(config.model.path)).check(values=True)
-    with local_ray(), open_rollouts(config, read_weights=True) as (pool, rewards):
+    with (
+        local_ray(config.launch.start_timeout_seconds),
+        open_rollouts(config, read_weights=True) as (pool, rewards),
+    ):
         pool.wait_until_ready()
         return evaluate(pool, rewards, prompts, config)
 
@@ -199,6 +234,7 @@ def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
             address = ray.util.get_node_ip_address()
             weight_sync = stack.enter_context(open_weight_sync(config, trainer, pool, address=address))
             turns = MemoryTurns(config, trainer, pool, weight_sync)
+            pool.restore_with(turns.restore_engines)
             yield Parts(trainer=trainer, pool=pool, turns=turns, rewards=rewards)
 
 

@@ -23,6 +23,7 @@ from megatron_hapo import cli
 from megatron_hapo.checkpoint.manifest import MANIFEST
 from megatron_hapo.checkpoint.model_folder import INDEX, atomic_folder, is_megatron_folder
 from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
+from tests.time_limits import patient
 from tests.tiny_families import expected_tensors, write_family
 
 
@@ -69,7 +70,7 @@ def test_torchrun_converts_and_verifies_in_another_dtype(megatron: Path) -> None
     tool = Path(__file__).parents[2] / "tools" / "convert_megatron_to_hf.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(tool)]
     arguments = [str(megatron), str(back), "--ep", "2", "--dtype", "float32", "--verify"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=patient(300))
     assert done.returncode == 0, done.stderr
     assert {str(value.dtype) for value in read_folder(back).values()} == {"torch.float32"}
     assert json.loads((back / "config.json").read_text())["dtype"] == "float32"

@@ -14,6 +14,7 @@ from megatron_hapo.config import LaunchConfig
 from megatron_hapo.launch.ray.cluster import RayNode
 from tests.launch.test_torchrun import run_config
 from tests.launch.torchrun_process import launched, torchrun, train_command, write_config
+from tests.time_limits import patient
 
 LAUNCHERS = ("ray", "torchrun")
 PATIENCE_SECONDS = 300
@@ -86,7 +87,8 @@ def test_a_port_in_use_is_reported(tiny_qwen3: Path, tmp_path: Path, closed_port
 def test_a_wrong_token_is_reported(tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
-    head = RayNode(LaunchConfig(start_timeout_seconds=600), folder=tmp_path / "node", ip="127.0.0.1", head_address=None)
+    settings = LaunchConfig(start_timeout_seconds=patient(600))
+    head = RayNode(settings, folder=tmp_path / "node", ip="127.0.0.1", head_address=None)
     try:
         for launcher in LAUNCHERS:
             # Otherwise Ray would look for the head, which is on loopback, at this host's other address.

@@ -14,6 +14,7 @@ from megatron_hapo.launch.torchrun.control import Commander, ControlGroup, serve
 from megatron_hapo.resharding.transfer import TransferStoppedError
 from megatron_hapo.trainer.over_ranks import RankObject
 from tests.distributed import run_ranks
+from tests.time_limits import patient
 
 
 class Target(RankObject):
@@ -49,23 +50,27 @@ def channel_rank(rank: int) -> None:
     commander = Commander()
     thread = threading.Thread(target=serve_driver, args=(control, target, commander))
     thread.start()
-    doubled = commander.call("double", np.arange(3), plus=100, timeout_seconds=60)
+    doubled = commander.call("double", np.arange(3), plus=100, timeout_seconds=patient(60))
     np.testing.assert_array_equal(doubled, [[100, 102, 104], [101, 103, 105], [102, 104, 106]])
-    assert commander.call_each("own", [("a",), ("b",), ("c",)], timeout_seconds=60) == [[0, "a"], [1, "b"], [2, "c"]]
+    assert commander.call_each("own", [("a",), ("b",), ("c",)], timeout_seconds=patient(60)) == [
+        [0, "a"],
+        [1, "b"],
+        [2, "c"],
+    ]
 
-    stream = commander.stream("stream", timeout_seconds=60)
+    stream = commander.stream("stream", timeout_seconds=patient(60))
     first = next(stream)
     threading.Event().wait(0.5)
     assert target.yielded < 5, "a generator must wait while nobody takes what it yields"
     assert [int(first[0]), *(int(array[0]) for array in stream)] == [0, 1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23, 24]
-    assert commander.call("yielded", timeout_seconds=60) == [5, 3, 5]
+    assert commander.call("yielded", timeout_seconds=patient(60)) == [5, 3, 5]
 
     # The ranks keep serving after a failed sync; its cause is raised, not the errors that followed from it.
     with pytest.raises(WeightSyncError, match=r"^the cause$"):
-        commander.call("sync", timeout_seconds=60)
-    assert commander.call("own", 1, timeout_seconds=60) == [[0, 1], [1, 1], [2, 1]]
+        commander.call("sync", timeout_seconds=patient(60))
+    assert commander.call("own", 1, timeout_seconds=patient(60)) == [[0, 1], [1, 1], [2, 1]]
     commander.stop()
-    thread.join(60)
+    thread.join(patient(60))
     assert not thread.is_alive()
 
 

@@ -14,6 +14,7 @@ from torch.distributed import HashStore
 from megatron_hapo.errors import HapoError, TrainingError
 from megatron_hapo.launch.torchrun import failure_detector as module
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL, FailureDetector
+from tests.time_limits import patient
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_traceback_reaches_the_driver_wherever_it_waits(detectors) -> None:
     report = r"trainer rank 1 .*failed:\n(.|\n)*in fail(.|\n)*in the optimizer"
     with pytest.raises(TrainingError, match=report), driver.raising_failures():
         threading.Event().wait(30)
-    assert third.failed.wait(5)
+    assert third.failed.wait(patient(5))
 
 
 def test_errors_of_our_own_reach_the_driver_unchanged(detectors) -> None:
@@ -68,7 +69,7 @@ def test_the_first_failure_is_raised_not_its_consequences(detectors, monkeypatch
     consequence.start()
     second.fail(TrainingError("the cause"))
     consequence.join()
-    assert driver.failed.wait(5)
+    assert driver.failed.wait(patient(5))
     for detector in (driver, third):
         assert isinstance(detector.error, HapoError)
         assert str(detector.error) == "the cause"
@@ -85,7 +86,7 @@ def test_a_rank_whose_heartbeat_stops_is_named(detectors) -> None:
 def test_the_other_ranks_notice_when_rank_0_is_gone(detectors) -> None:
     driver, second = detectors(2)
     driver.close()
-    assert second.failed.wait(30)
+    assert second.failed.wait(patient(30))
     assert "no heartbeat" in str(second.error)
 
 
@@ -105,7 +106,7 @@ def test_rank_0_waits_for_the_others_to_close(detectors) -> None:
 def test_a_rank_fails_when_its_torchrun_agent_ends(detectors, monkeypatch: pytest.MonkeyPatch) -> None:
     (driver,) = detectors(1)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert driver.failed.wait(5)
+    assert driver.failed.wait(patient(5))
     assert str(driver.error) == "the torchrun agent of trainer rank 0 (host, process 0) has ended"
 
 

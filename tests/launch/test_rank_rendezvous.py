@@ -12,6 +12,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, TrainingError
 from megatron_hapo.launch.torchrun import rank_rendezvous
 from megatron_hapo.launch.torchrun.rank_rendezvous import AttemptCancelledError, RankInfo
+from tests.time_limits import patient
 
 CONFIG = {"seed": 1, "optimizer": {"lr": 1e-6}}
 
@@ -24,7 +25,7 @@ def test_ranks_of_a_second_attempt_do_not_follow_the_firsts_instructions() -> No
     store, joined = HashStore(), []
 
     def join() -> None:
-        joined.append(rank_rendezvous.join(store, info(process=2), rank=1, timeout_seconds=20))
+        joined.append(rank_rendezvous.join(store, info(process=2), rank=1, timeout_seconds=patient(20)))
 
     for number in (1, 2):
         rank = threading.Thread(target=join)
@@ -33,11 +34,11 @@ def test_ranks_of_a_second_attempt_do_not_follow_the_firsts_instructions() -> No
         name = rank_rendezvous.announce(store)
         if number == 1:
             rank.start()
-        infos = rank_rendezvous.gather_infos(store, name, world_size=2, own=info(), timeout_seconds=20)
+        infos = rank_rendezvous.gather_infos(store, name, world_size=2, own=info(), timeout_seconds=patient(20))
         assert [info.process for info in infos] == [1, 2]
         rank_rendezvous.release(store, name, {"number": number})
         rank_rendezvous.attempt_store(store, name).set("key", str(number))
-        rank.join(20)
+        rank.join(patient(20))
         own_store, instructions = joined[-1]
         assert instructions == {"number": number}
         assert own_store.get("key") == str(number).encode()
@@ -47,7 +48,7 @@ def test_no_rank_joins_a_cancelled_attempt() -> None:
     store = HashStore()
     rank_rendezvous.cancel(store, rank_rendezvous.announce(store))
     with pytest.raises(AttemptCancelledError):
-        rank_rendezvous.join(store, info(), rank=1, timeout_seconds=20)
+        rank_rendezvous.join(store, info(), rank=1, timeout_seconds=patient(20))
 
 
 def test_ranks_that_do_not_join_are_named() -> None:

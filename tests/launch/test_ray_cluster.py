@@ -21,6 +21,7 @@ from megatron_hapo.launch.ray.cluster import (
     prepare_environment,
 )
 from megatron_hapo.private_folder import run_time_folder
+from tests.time_limits import patient
 
 
 def test_a_busy_port_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,8 @@ def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pyte
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
     settings = LaunchConfig(start_timeout_seconds=600)
     head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
+    settings = LaunchConfig(start_timeout_seconds=patient(600))
+    head = RayNode(settings, ip="127.0.0.1", head_address=None)
     try:
         monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
         with pytest.raises(RolloutError, match="token"):
@@ -88,5 +91,5 @@ def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pyte
         processes = psutil.Process(head._process.pid).children(recursive=True)
         head.close()
     assert len(processes) > 2
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=patient(30))
     assert not alive

@@ -17,6 +17,7 @@ import psutil
 
 from megatron_hapo.config import Config, dump_config
 from tests.test_loop import is_timed
+from tests.time_limits import patient
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": None, "RAY_ADDRESS": None}
@@ -43,12 +44,13 @@ class Launch:
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout_seconds: float) -> int:
-        """The exit code, once the command has ended."""
+        """The exit code, once the command has ended. All limits here are those of an idle machine."""
         self.until(lambda: self.process.poll() is not None, "end", timeout_seconds)
         return self.process.wait()
 
     def until(self, condition: Callable[[], Any], what: str, timeout_seconds: float) -> None:
         """Wait for a condition while the command runs, and note all of its descendants."""
+        timeout_seconds = patient(timeout_seconds)
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             self.note()
@@ -59,7 +61,7 @@ class Launch:
 
     def until_gone(self, timeout_seconds: float) -> None:
         """Wait until every noted process of the ended command has ended too."""
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + patient(timeout_seconds)
         while not self.all_gone():
             assert time.monotonic() < deadline, f"still running: {[p for p in self.seen if p.is_running()]}"
             time.sleep(0.3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_hapo.logprobs import row_statistics
+from tests.time_limits import patient
 
 
 def compare_with_twin(device: str) -> None:
@@ -48,7 +49,7 @@ def test_the_kernel_equals_its_torch_counterpart(monkeypatch: pytest.MonkeyPatch
     """In a process of its own, since Triton reads the variable on import."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        executor.submit(compare_interpreted).result(timeout=120)
+        executor.submit(compare_interpreted).result(timeout=patient(120))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -15,6 +15,7 @@ from megatron_hapo import cli
 from megatron_hapo.checkpoint.model_folder import INDEX
 from megatron_hapo.config import dump_config
 from tests.test_loop import make_config
+from tests.time_limits import patient
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -30,7 +31,7 @@ def test_a_run_starts_from_a_megatron_folder_and_exports_while_training(tiny_qwe
     assert cli.main(["convert", "hf-to-megatron", str(tiny_qwen3), str(megatron)]) == 0
     dump_config(make_config(megatron, tmp_path / "runs", {"tp": 2}), tmp_path / "run.yaml")
     command = [sys.executable, "-m", "megatron_hapo", "train", str(tmp_path / "run.yaml"), "checkpoint.hf_every=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(900))
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "tp2"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
@@ -53,7 +54,7 @@ def test_a_run_starts_from_a_megatron_folder_and_exports_while_training(tiny_qwe
     assert torch.equal(model.model.norm.weight, first["model.norm.weight"])
 
     command = [sys.executable, "-m", "megatron_hapo", "eval", str(tmp_path / "run.yaml"), f"model.path={run / 'hf'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(600))
     assert done.returncode == 0, done.stderr[-3000:]
     printed = dict(line.split(":") for line in done.stdout.splitlines() if line.startswith("eval/"))
     evaluated = {name: value for name, value in steps[-1].items() if name.startswith("eval/")}

@@ -18,6 +18,7 @@ from megatron_hapo.weight_sync import DirectSync
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import assert_greedy_equals, load_reference
+from tests.time_limits import patient
 from tests.tiny_families import FAMILIES, write_family
 from tests.tiny_model import write_tiny_qwen3
 
@@ -54,9 +55,11 @@ class OneEngine:
         self.version = policy_version
 
 
-def make_settings(*, verify_every: int = 1, timeout_seconds: float = 60) -> SimpleNamespace:
+def make_settings(*, verify_every: int = 1, timeout_seconds: float | None = None) -> SimpleNamespace:
     """The settings of `config.weight_sync` that DirectSync reads; unlike those, they may change between syncs."""
-    return SimpleNamespace(bucket_bytes=20_000, verify_every=verify_every, timeout_seconds=timeout_seconds)
+    return SimpleNamespace(
+        bucket_bytes=20_000, verify_every=verify_every, timeout_seconds=timeout_seconds or patient(60)
+    )
 
 
 def make_sync(

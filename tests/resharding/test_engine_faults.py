@@ -32,6 +32,7 @@ from tests.sglang_ext.test_engine import (
     load_reference,
     make_prompts,
 )
+from tests.time_limits import patient
 from tests.tiny_model import write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def make_config(
                 "max_running_requests": max_running_requests,
                 "kv_cache_tokens": 4096,
                 "memory_fraction": 0.1,
-                "timeout_seconds": 400,
+                "timeout_seconds": patient(400),
             },
             "data": {"train": {"type": "arithmetic", "size": 8}},
             "algorithm": {"importance_correction": {"level": "token"}} if pause else {},
@@ -65,7 +66,7 @@ def make_config(
             "weight_sync": {
                 "verify_every": 1000,
                 "bucket_bytes": 20_000,
-                "timeout_seconds": 60,
+                "timeout_seconds": patient(60),
                 "in_flight": "pause" if pause else "finish",
             },
         }
@@ -210,6 +211,28 @@ def test_an_engine_killed_in_a_sync_gives_its_unfinished_responses_to_the_others
     assert_log_probs_are_at_recorded_temperatures(
         load_reference(case.new), rollouts
     )  # both versions are of these weights
+
+
+def test_engines_killed_in_rollouts_lose_and_double_no_sample(tmp_path) -> None:
+    """First one of two, whose groups the other takes over; then, with nothing left, both."""
+    sampling = Sampling(samples=4, temperature=1.2, max_response_tokens=64, seed=3, stop_token_ids=(7,))
+    prompts = make_prompts(48)
+    with running_case(tmp_path, max_running_requests=14) as case, ThreadPoolExecutor(1) as thread:
+        undisturbed = case.pool.generate(prompts, sampling)
+        for version, engines in ((2, [1]), (3, [0, 1])):
+            generation = thread.submit(case.pool.generate, prompts, sampling)
+            time.sleep(0.5)  # of several seconds
+            for victim in [process for engine in engines for process in rank_processes(case.pool, engine)]:
+                victim.send_signal(signal.SIGKILL)
+            while not (case.pool.waits_for_sync or generation.done()):
+                time.sleep(0.1)
+            assert generation.done() == (engines == [1])
+            case.sync.sync(policy_version=version)
+            groups = generation.result()
+            assert [group[0].prompt.uid for group in groups] == [prompt.uid for prompt in prompts]
+            for one, other in zip(groups, undisturbed, strict=True):
+                assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in other]
+            assert_greedy_equals(case.pool, load_reference(case.new), version=version)
 
 
 def take_weights_of_every_layout(pool: RayRolloutPool, folder: Path, *, tied: bool) -> None:

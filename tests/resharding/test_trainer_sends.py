@@ -18,6 +18,7 @@ from megatron_hapo.resharding.transports import Receiver
 from megatron_hapo.resharding.weight_buckets import engine_cut
 from tests.distributed import run_ranks
 from tests.resharding.test_plan import cut
+from tests.time_limits import patient
 from tests.tiny_families import write_family
 from tests.trainer.test_trainer import make_config, make_grid
 
@@ -66,7 +67,7 @@ def send_everything(rank: int, model: Path, layouts: list[dict[str, Any]], folde
         sums: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(sums, trainer.send_weights(transfer, verify=True))
         if rank == 0:
-            engine_rank.join(120)
+            engine_rank.join(patient(120))
             whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
             for name, want in cut(whole, engine[0]).items():
                 torch.testing.assert_close(

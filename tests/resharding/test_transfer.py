@@ -30,6 +30,7 @@ from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.resharding.weight_buckets import engine_cut
 from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE, cut, random_tensors
+from tests.time_limits import patient
 
 _numbers = itertools.count()
 
@@ -236,7 +237,7 @@ def test_ranks_with_different_plans_fail(tmp_path) -> None:
     sender.start()
     with pytest.raises(WeightSyncError, match=r"trainer rank 0 to engine 0, rank 0: .*have different resharding plans"):
         receive(sides.incoming[0, 0], sides.targets[0, 0], transfer, {}, engine=0, engine_rank=0)
-    sender.join(30)
+    sender.join(patient(30))
 
 
 def test_a_parameter_that_is_not_contiguous_is_an_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from megatron_hapo.errors import RolloutError
@@ -65,3 +67,22 @@ def test_a_generation_that_failed_raises_where_it_is_waited_for() -> None:
     source.take(1, StepClock())
     with pytest.raises(RolloutError, match="engine 0"):
         source.wait(StepClock())
+
+
+def test_generation_that_has_lost_its_engines_is_restored_where_it_is_taken_and_not_awaited_before_a_sync() -> None:
+    restored, clock = threading.Event(), StepClock()
+
+    def prepare(step: int) -> Generation:
+        def generate(clock: StepClock) -> Collected:
+            assert restored.wait(60)
+            return Collected(groups=[], kept_share=float(step))
+
+        return generate
+
+    source = RolloutSource(prepare, ahead=1, last_step=2, is_stuck=lambda: not restored.is_set(), restore=restored.set)
+    assert source.take(1, clock).kept_share == 1  # a sync of the same weights
+    restored.clear()
+    source._next = source._start(2)
+    source.wait(clock)  # returns: the sync that follows brings engines
+    restored.set()
+    assert source.take(2, clock).kept_share == 2

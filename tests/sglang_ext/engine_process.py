@@ -17,6 +17,7 @@ from unittest import mock
 
 from megatron_hapo.types import Prompt, Rollout, Sampling
 from sglang_ext import cpu
+from tests.time_limits import patient
 
 TIMEOUT_SECONDS = 400  # imports alone take half a minute of CPU time, more on a busy machine
 
@@ -85,7 +86,7 @@ def running_engine(
     finally:
         with suppress(OSError):  # the process may have ended already; its error has been received
             ours.send(None)
-        process.join(60)
+        process.join(patient(60))
         if process.is_alive():
             process.kill()
 

@@ -21,6 +21,7 @@ from megatron_hapo.sizing.search import Cluster, LayoutPlan, Limits, Placement, 
 from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
 from tests.sizing.test_sizing_memory import QWEN3_8B
 from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
+from tests.time_limits import patient
 
 HF_CONFIGS = Path(__file__).parents[1] / "fixtures/hf_configs"
 QWEN3_8B_CONFIG = str(HF_CONFIGS / "Qwen--Qwen3-8B.json")
@@ -375,7 +376,7 @@ def test_planning_imports_no_torch() -> None:
         f"assert cli.main(['plan', '--model', {QWEN3_8B_CONFIG!r}, '--gpus', '8', '--json']) == 0\n"
         "assert not {'torch', 'megatron', 'sglang', 'ray', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=patient(120))
 
 
 def test_an_automatic_layout_is_resolved_for_the_gpus_of_this_machine(

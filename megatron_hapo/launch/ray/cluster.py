@@ -98,6 +98,7 @@ class RayNode:
             "ports": settings.ray_worker_ports,
             "num_gpus": len(gpus),
             "folder": str(folder / "ray"),
+            "timeout_seconds": settings.start_timeout_seconds,
         }
         deadline = time.monotonic() + settings.start_timeout_seconds
         answer: dict[str, Any] = {"fault": "", "late": True}

@@ -1,9 +1,15 @@
-"""All rollout engines, as Ray actors."""
+"""All rollout engines, as Ray actors.
+
+An engine that dies while it generates is marked as dead, and its unfinished groups go to the others. The next weight
+sync replaces it (`replace_dead_engines`): only the sync's thread may use the trainer, from which a new engine gets its
+weights. If no engine is left, generation asks for a sync (`restore_with`), or waits for one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +27,12 @@ from megatron_hapo.protocols import Finished, RolloutEngine, engine_failure
 from megatron_hapo.rollout.dispatch import Dispatch
 from megatron_hapo.types import Prompt, Rollout, Sampling
 
+logger = logging.getLogger(__name__)
+
 _SHUTDOWN_SECONDS = 30
+_DEATHS_PER_ENGINE = 2
+"""Deaths that one generation call survives, for each engine of the pool: whatever kills engines may be in its prompts.
+"""
 
 
 class RayRolloutPool:
@@ -43,7 +54,7 @@ class RayRolloutPool:
         read_weights: bool = False,
     ):
         rollout = config.rollout
-        self._timeout_seconds = rollout.timeout_seconds
+        self._timeout_seconds, self._read_weights = rollout.timeout_seconds, read_weights
         self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
         options = [
             actor_options(rollout.tp, device, None if placements is None else placements[index])
@@ -58,6 +69,12 @@ class RayRolloutPool:
         self._calls = itertools.count()
         self._synced = threading.Event()  # cleared while a sync is under way
         self._synced.set()
+        self._state = threading.Condition()  # guards the following, and which actor an engine has
+        self._dead: set[int] = set()  # engines that died while they generated
+        self._without_weights: set[int] = set()  # replaced since the last sync
+        self._waiting_for_sync = 0  # generation calls
+        self._closed = False
+        self._restore: Callable[[], bool] = lambda: False
 
     def wait_until_ready(self) -> None:
         """Returns when every engine has started and proved its sampling."""
@@ -99,9 +116,11 @@ class RayRolloutPool:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
         """A group of `sampling.samples` rollouts for each prompt, in the prompts' order.
 
+        Groups that an engine's death leaves unfinished are generated again as a whole, from the same seeds.
+
         Raises:
-            RolloutError: an engine died outside of a sync, did not answer in time, or returned tokens of weights that
-                not all engines had confirmed.
+            RolloutError: engines kept dying, one did not answer in time, or returned tokens of weights that not all
+                engines had confirmed.
         """
         call, first_version = next(self._calls), len(self._versions) - 1
         dispatch = Dispatch(
@@ -110,15 +129,28 @@ class RayRolloutPool:
         )  # fmt: skip
         rollouts: dict[tuple[int, int], Rollout] = {}
         working: dict[ray.ObjectRef, tuple[int, Any]] = {}  # to the engine and its actor
-        deadline = time.monotonic() + self._timeout_seconds
+        holders: dict[int, Any] = {}  # the actor that generates an engine's groups
+        deadline, deaths = time.monotonic() + self._timeout_seconds, 0
         while not dispatch.done:
-            idle = sorted(set(range(len(self._engines))) - {engine for engine, _ in working.values()})
+            waited_for = {engine for engine, _ in working.values()}
+            idle = {engine: actor for engine, actor in self._usable().items() if engine not in waited_for}
+            for engine, holder in holders.items():
+                if engine not in waited_for and idle.get(engine) is not holder:
+                    dispatch.lost(engine)  # another call has noticed the death
+            if not idle and not working:
+                self._wait_for_weights()
+                deadline = time.monotonic() + self._timeout_seconds
+                continue
             for engine, groups in dispatch.assign(idle).items():
                 if dispatch.busy(engine):
-                    actor, given = self._engines[engine], {group: prompts[group] for group in groups}
+                    actor = holders[engine] = idle[engine]
+                    given = {group: prompts[group] for group in groups}
                     working[_advance(actor, call, given, sampling)] = engine, actor
             engine, finished = self._first_finished(working, deadline)
-            if finished is None:
+            if isinstance(finished, RayActorError):
+                deaths += 1
+                if deaths > _DEATHS_PER_ENGINE * len(self._engines):
+                    raise RolloutError(death(f"generating: death {deaths} in one step: engine {engine}", finished))
                 dispatch.lost(engine)
                 continue
             for group, sample, rollout in finished:
@@ -129,9 +161,9 @@ class RayRolloutPool:
 
     def _first_finished(
         self, working: dict[ray.ObjectRef, tuple[int, Any]], deadline: float
-    ) -> tuple[int, list[Finished] | None]:
-        """The first engine that answers, which is then removed from `working`, and the responses that it has finished;
-        None if it died in a sync that has replaced it."""
+    ) -> tuple[int, list[Finished] | RayActorError]:
+        """The first engine that answers, which is then removed from `working`, and the responses that it has finished,
+        or its death."""
         done, _ = ray.wait(list(working), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             late = ", ".join(f"engine {engine}" for engine in sorted(engine for engine, _ in working.values()))
@@ -140,10 +172,56 @@ class RayRolloutPool:
         try:
             return engine, result(done[0])
         except RayActorError as failure:
-            self._synced.wait()
-            if self._engines[engine] is actor:
-                raise RolloutError(death(f"generating: engine {engine}", failure)) from None
-            return engine, None
+            self._synced.wait()  # a sync that is under way replaces the engine itself
+            self._mark_dead(engine, actor, failure)
+            return engine, failure
+
+    def _mark_dead(self, engine: int, actor: Any, failure: RayActorError) -> None:
+        """Notes that this actor of the engine has died, unless it has been replaced already."""
+        with self._state:
+            if self._engines[engine] is not actor or engine in self._dead or self._closed:
+                return
+            self._dead.add(engine)
+        then = "it is replaced" if self._read_weights else "its groups start again, and the next sync replaces it"
+        logger.warning("%s; %s", death(f"generating: engine {engine}", failure), then)
+
+    def _usable(self) -> dict[int, Any]:
+        """The actors of the engines that hold weights and are not known to be dead."""
+        with self._state:
+            unusable = self._dead | self._without_weights
+            return {engine: actor for engine, actor in enumerate(self._engines) if engine not in unusable}
+
+    def _wait_for_weights(self) -> None:
+        """Returns when an engine can generate: from here a sync is asked for, or another thread's is awaited.
+
+        Raises:
+            RolloutError: the pool has been closed.
+        """
+        if self._read_weights:
+            self.replace_dead_engines(patience_seconds=self._timeout_seconds)
+            return
+        with self._state:
+            self._waiting_for_sync += 1
+        try:
+            if not self._restore():
+                with self._state:
+                    self._state.wait_for(lambda: self._closed or self._usable())
+            if self._closed:
+                raise RolloutError("generating: the engines have been closed")
+        finally:
+            with self._state:
+                self._waiting_for_sync -= 1
+
+    @property
+    def waits_for_sync(self) -> bool:
+        """Whether a generation call cannot go on before the next sync, because no engine is left."""
+        with self._state:
+            return self._waiting_for_sync > 0 and not self._usable()
+
+    def restore_with(self, restore: Callable[[], bool]) -> None:
+        """What `generate` calls when no engine is left: it syncs the current weights, or returns False where only
+        another thread can do so."""
+        self._restore = restore
 
     def _check_versions(self, engine: int, rollout: Rollout, versions: Sequence[int]) -> None:
         """Only tokens of weights that all engines had confirmed go into training."""
@@ -163,26 +241,40 @@ class RayRolloutPool:
         self.broadcast(RolloutEngine.end_weight_update, policy_version)
         self._versions.append(policy_version)
         self.broadcast(RolloutEngine.resume)
+        with self._state:
+            self._without_weights.clear()
+            self._state.notify_all()
         self._synced.set()
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
         """Replaces every engine that has died, or does not answer in time.
 
         Returns:
-            Their indices. The new engines hold random weights, under version 0, and know no plan.
+            Indices of all engines that were replaced since the last sync. They hold random weights (unless engines of
+            this pool read them), under version 0, and know no plan.
         """
         deadline = time.monotonic() + patience_seconds
         answers = [engine.ready.remote() for engine in self._engines]
-        dead = [index for index, answer in enumerate(answers) if not _answers_in_time(answer, deadline)]
-        for index in dead:
-            ray.kill(self._engines[index])
-            self._engines[index] = self._start(index)
+        silent = {index for index, answer in enumerate(answers) if not _answers_in_time(answer, deadline)}
+        with self._state:
+            dead = sorted(silent | self._dead)
+            for index in dead:
+                ray.kill(self._engines[index])
+                self._engines[index] = self._start(index)
+            if not self._read_weights:
+                self._without_weights.update(dead)
+            self._dead.clear()
         if dead:
+            logger.warning("replacing %s", ", ".join(f"engine {index}" for index in dead))
             self.wait_until_ready()
-        return dead
+        with self._state:
+            return sorted(self._without_weights)
 
     def close(self) -> None:
         """Ends all engines, and generation that waits for a sync."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
         self._synced.set()
         for engine in self._engines:
             # shutdown first: it ends SGLang's own processes

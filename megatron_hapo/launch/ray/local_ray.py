@@ -8,25 +8,37 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # in a compiled module
 
+from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import cluster
+from megatron_hapo.launch.ray.node import start_environment, system_config
+from megatron_hapo.launch.ray.ray_death import NAMES, exit_with_ray
 from megatron_hapo.private_folder import run_time_folder
 
 logger = logging.getLogger(__name__)
 
+_TRIES = 5
+"""Starts of Ray that fail before the run does."""
+
 
 @contextlib.contextmanager
-def local_ray() -> Iterator[None]:
+def local_ray(start_timeout_seconds: float = 300) -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names, while the context is open.
 
     Temporary files of this process, and of a Ray of our own, are in a private folder meanwhile.
+
+    Args:
+        start_timeout_seconds: launch.start_timeout_seconds.
+    Raises:
+        RolloutError: Ray did not start, or the cluster cannot be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -34,13 +46,16 @@ def local_ray() -> Iterator[None]:
     if address is not None:  # where Ray looks for the cluster `auto`
         os.environ.setdefault("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     _interrupt_on_sigterm()
-    with run_time_folder() as folder, _own_ray(folder) if address is None else cluster.connected(address):
+    with (
+        run_time_folder() as folder,
+        _own_ray(folder, start_timeout_seconds) if address is None else cluster.connected(address),
+    ):
         _interrupt_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
         yield
 
 
 @contextlib.contextmanager
-def _own_ray(folder: Path) -> Iterator[None]:
+def _own_ray(folder: Path, start_timeout_seconds: float) -> Iterator[None]:
     # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
     # this process, the variable for those that it starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
@@ -50,6 +65,8 @@ def _own_ray(folder: Path) -> Iterator[None]:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         AuthenticationTokenLoader.instance().reset_cache()
+    os.environ |= start_environment(start_timeout_seconds)
+    _log_rays_messages()
     # No actor asks for a CPU, and Ray would start an idle worker for each.
     _start_ray(
         {
@@ -57,25 +74,56 @@ def _own_ray(folder: Path) -> Iterator[None]:
             "log_to_driver": False, "logging_level": logging.ERROR,
             # Ray gives its own folder mode 0777, so it must be inside a private one.
             "_temp_dir": str(folder / "ray"),
-        }
+            "_system_config": system_config(start_timeout_seconds),
+        },
+        start_timeout_seconds,
     )  # fmt: skip
     try:
-        yield
+        with exit_with_ray(_core_processes()):
+            yield
     finally:
         ray.shutdown()
 
 
-def _start_ray(options: dict[str, Any]) -> None:
-    """Ray's processes wait half a minute for each other, which a busy machine may exceed: a timeout is retried once."""
-    for last in (False, True):
+def _core_processes() -> dict[str, int]:
+    """Process ids of the Ray that this process has started."""
+    node = worker._global_node
+    assert node is not None, "Ray has started"
+    return {name: info.process.pid for name in NAMES for info in node.all_processes[name]}
+
+
+def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
+    """Starts Ray. Its processes wait half a minute for each other, which a busy machine may exceed: so it tries again.
+
+    Raises:
+        RolloutError: no try succeeded.
+    """
+    deadline = time.monotonic() + start_timeout_seconds
+    for attempt in range(1, _TRIES + 1):
         try:
             ray.init(**options)
             return
-        except Exception as error:  # Ray raises a bare Exception
-            if last or "timed out during startup" not in str(error):
-                raise
-            logger.warning("Ray timed out during its start; trying once more")
-            ray.shutdown()
+        except Exception as error:  # Ray raises many types, for timeouts a bare Exception
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            with contextlib.suppress(Exception):  # what has started of it
+                ray.shutdown()
+        if attempt == _TRIES or time.monotonic() > deadline:
+            raise RolloutError(
+                f"Ray did not start ({attempt} tries; launch.start_timeout_seconds={start_timeout_seconds:g}): {reason}"
+            )
+        logger.warning("Ray did not start (%s); trying again", reason)
+
+
+def _log_rays_messages() -> None:
+    """Ray prints a paragraph for each process that dies; from now on they are logged, below the level that is shown.
+
+    Who died, and why, is in the error of the call that the process was to answer.
+    """
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        logger.debug("Ray: %s", " ".join(data["lines"]))
+
+    worker.print_to_stdstream = log  # Ray 2.60; log_to_driver does not affect it
 
 
 def _interrupt_on_sigterm() -> None:

@@ -23,7 +23,35 @@ class FaultError(Exception):
     """The reason why the node cannot start, in one line for the user."""
 
 
-def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | None, num_gpus: int, folder: str) -> Any:
+def start_environment(timeout_seconds: float) -> dict[str, str]:
+    """Environment variables for a Ray that may take this long to start, with some tries of 30 s (Ray's own) or more."""
+    return {"RAY_gcs_server_port_wait_time_s": str(max(30, int(timeout_seconds / 3)))}
+
+
+def system_config(timeout_seconds: float) -> dict[str, Any]:
+    """Ray's internal settings for a head that may take this long to start. Other nodes get them from the head.
+
+    Without the first, the head's GCS keeps an event of every call, 3.3 kB each and up to 100,000 of them, which nothing
+    of ours reads (Ray 2.60).
+    """
+    return {
+        "task_events_report_interval_ms": 0,
+        "worker_register_timeout_seconds": max(60, int(timeout_seconds)),
+        "agent_register_timeout_ms": 1000 * max(100, int(timeout_seconds)),
+    }
+
+
+def start(
+    *,
+    head: bool,
+    address: str,
+    ip: str,
+    port: int,
+    ports: list[int] | None,
+    num_gpus: int,
+    folder: str,
+    timeout_seconds: float = 300,
+) -> Any:
     """The started node.
 
     Args:
@@ -34,6 +62,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         ports: first and last of the ports for everything else; None: any free ones.
         num_gpus: GPUs that Ray may give to engines.
         folder: for the node's sockets and logs. Ray gives it mode 0777, so it must be inside a private one.
+        timeout_seconds: Ray's processes wait for each other at least this long, where Ray lets us choose.
     Raises:
         FaultError: a port is in use, or the head cannot be reached.
     """
@@ -41,6 +70,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         _wait_until_free(ip, port)
     if not head:
         check_reachable(address)
+    os.environ |= start_environment(timeout_seconds)
     import ray._private.node
     import ray._private.parameter
 
@@ -62,6 +92,7 @@ def start(*, head: bool, address: str, ip: str, port: int, ports: list[int] | No
         max_worker_port=0 if last is None else last,
         dashboard_agent_listen_port=None,
         include_dashboard=False,
+        _system_config=system_config(timeout_seconds) if head else None,
     )
     return ray._private.node.Node(parameters, head=head, shutdown_at_exit=True, spawn_reaper=True)
 

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_hapo.config import Config
-from megatron_hapo.errors import TrainingError
+from megatron_hapo.errors import RankDiedError, TrainingError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.remote import gather, shared
 from megatron_hapo.model import rank_environment
@@ -59,9 +59,9 @@ class RankProcesses:
         self._timeout_seconds = config.trainer.timeout_seconds
 
     def gather(self, references: list[ray.ObjectRef], what: str) -> list[Any]:
-        """The result of each rank's call; TrainingError if a rank died or is late."""
+        """The result of each rank's call; RankDiedError if a rank died, TrainingError if one is late."""
         calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
-        return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError)
+        return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError, died=RankDiedError)
 
     def placements(self) -> list[GpuPlacement]:
         """The placement of each rank."""

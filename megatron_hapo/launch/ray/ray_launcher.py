@@ -28,7 +28,7 @@ class RayLauncher:
     @contextlib.contextmanager
     def ray_cluster(self) -> Iterator[None]:
         """Ray, with the processes of the trainer's ranks, while the context is open."""
-        with local_ray():
+        with local_ray(self._config.launch.start_timeout_seconds):
             if self.device == "cuda":
                 everywhere = int(ray.cluster_resources().get("GPU", 0))
                 check_gpus(self._config, here=_gpus_of_this_node(), everywhere=everywhere)

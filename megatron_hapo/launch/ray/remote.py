@@ -21,14 +21,20 @@ def shared(value: Any) -> Any:
 
 
 def gather(
-    calls: Mapping[str, ray.ObjectRef], *, timeout_seconds: float, what: str, error: type[HapoError]
+    calls: Mapping[str, ray.ObjectRef],
+    *,
+    timeout_seconds: float,
+    what: str,
+    error: type[HapoError],
+    died: type[HapoError] | None = None,
 ) -> list[Any]:
     """Results of these calls, in their order; `calls` maps the name of each process to the reference.
 
     A failed rank makes the others hang in their collectives, so errors are raised as they come, not in order.
 
     Raises:
-        error: a process died, or some did not answer in time. An exception of the call itself is raised unchanged.
+        error: some processes did not answer in time.
+        died: a process died; None: `error` in this case too. An exception of the call itself is raised unchanged.
     """
     names = {reference: name for name, reference in calls.items()}
     waiting = list(names)
@@ -42,7 +48,7 @@ def gather(
             try:
                 result(reference)
             except RayActorError as failure:
-                raise error(death(f"{what}: {names[reference]}", failure)) from None
+                raise (died or error)(death(f"{what}: {names[reference]}", failure)) from None
     return [ray.get(reference) for reference in calls.values()]
 
 

@@ -1,0 +1,120 @@
+"""Ray without torchrun: its start is repeated, its failure is one line, and its head does not grow with every call."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from megatron_hapo.config import LaunchConfig
+from megatron_hapo.errors import RolloutError
+from megatron_hapo.launch.ray import local_ray as module
+from megatron_hapo.launch.ray.cluster import RayNode, connected
+from megatron_hapo.launch.ray.local_ray import local_ray
+from tests.time_limits import patient
+
+TIMEOUT = "The current node timed out during startup.\nThis could happen because\nthe GCS has become overloaded."
+
+
+class Starts:
+    """Stands for ray.init: fails some times."""
+
+    def __init__(self, failures: int):
+        self.failures, self.number = failures, 0
+
+    def __call__(self, **options: Any) -> None:
+        self.number += 1
+        if self.number <= self.failures:
+            raise Exception(TIMEOUT)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(module, "_core_processes", dict)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_start_that_times_out_is_repeated(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = Starts(4)
+    monkeypatch.setattr(module.ray, "init", starts)
+    with local_ray(300):
+        assert starts.number == 5
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(300, 5), (0, 1)])
+def test_starts_that_fail_are_one_line(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, seconds: float, tries: int
+) -> None:
+    starts = Starts(9)
+    monkeypatch.setattr(module.ray, "init", starts)
+    with pytest.raises(RolloutError) as error, local_ray(seconds):
+        pass
+    assert starts.number == tries
+    assert str(error.value) == (
+        f"Ray did not start ({tries} tries; launch.start_timeout_seconds={seconds}): Exception: "
+        + TIMEOUT.replace("\n", " ")
+    )
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_ray_is_one_line(name: str) -> None:
+    code = (
+        "import os, signal, time, ray\n"
+        "from megatron_hapo.launch.ray import local_ray as module\n"
+        "with module.local_ray():\n"
+        "    actor = ray.remote(type('Idle', (), {'ready': lambda self: None})).options(num_cpus=0).remote()\n"
+        "    ray.get(actor.ready.remote())\n"
+        f"    os.kill(module._core_processes()['{name}'], signal.SIGKILL)\n"
+        "    while True:\n"
+        "        ray.get(actor.ready.remote())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        started: set[psutil.Process] = set()
+        while run.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started |= set(psutil.Process(run.pid).children(recursive=True))
+            time.sleep(0.1)
+        assert run.stdout is not None
+        output = run.stdout.read()
+    assert output == f"Ray's {name} died; the same command continues from the newest checkpoint\n"
+    assert run.returncode == 2
+    _, alive = psutil.wait_procs(started, timeout=patient(60))
+    assert not alive
+
+
+class Echo:
+    def call(self, value: int) -> int:
+        return value
+
+
+def events_of_calls() -> list[Any]:
+    """The events of calls that Ray's head keeps, after some calls of an actor."""
+    remote: Any = ray.remote
+    actor = remote(Echo).options(num_cpus=0).remote()
+    assert ray.get([actor.call.remote(number) for number in range(20)]) == list(range(20))
+    time.sleep(2.5)  # Ray reports every second
+    return ray.timeline() or []
+
+
+def test_the_head_keeps_no_event_of_a_call() -> None:
+    with local_ray():
+        assert events_of_calls() == []
+
+
+@pytest.mark.slow
+def test_the_head_under_torchrun_keeps_no_event_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = RayNode(LaunchConfig(start_timeout_seconds=patient(600)), ip="127.0.0.1", head_address=None)
+    try:
+        with connected(head.address, ip="127.0.0.1"):
+            assert events_of_calls() == []
+    finally:
+        head.close()
