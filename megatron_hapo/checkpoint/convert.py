@@ -25,6 +25,7 @@ from megatron_hapo.checkpoint.model_folder import (
 )
 from megatron_hapo.checkpoint.progress import folder_growth_bar, progress_bar
 from megatron_hapo.config import ParallelSizes
+from megatron_hapo.config.output_paths import folder_fault
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 from megatron_hapo.model.rank_environment import environment, importing, quieten, rendezvous_file
@@ -148,6 +149,9 @@ def check(job: Conversion) -> None:
 
 def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
     """Why a folder of this size cannot be written to `target`; empty if it can."""
+    if (fault := folder_fault(partial_folder(target))) is not None:  # an existing file is in the way too
+        yield f"{target}: {fault}"
+        return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         yield f"{target}: exists and is not empty; choose another folder or remove it"
         return

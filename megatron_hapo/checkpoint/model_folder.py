@@ -20,7 +20,7 @@ def is_megatron_folder(folder: Path) -> bool:
     """Whether the folder holds a torch_dist checkpoint: a converted model, or a checkpoint of a run."""
     try:
         return json.loads((folder / "metadata.json").read_text()).get("sharded_backend") == "torch_dist"
-    except (OSError, json.JSONDecodeError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
