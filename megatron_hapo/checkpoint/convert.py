@@ -149,12 +149,13 @@ def check(job: Conversion) -> None:
 
 def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
     """Why a folder of this size cannot be written to `target`; empty if it can."""
-    if (fault := folder_fault(partial_folder(target))) is not None:  # an existing file is in the way too
-        yield f"{target}: {fault}"
-        return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         yield f"{target}: exists and is not empty; choose another folder or remove it"
         return
+    for folder in (target, partial_folder(target)):
+        if (fault := folder_fault(folder)) is not None:
+            yield f"{target}: {fault}"
+            return
     existing = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

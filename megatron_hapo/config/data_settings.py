@@ -18,7 +18,8 @@ class FileData(Section):
     type: Literal["file"]
     """`file`: prompts from a file."""
     path: FilePath
-    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth, data_source."""
+    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth (a string or a number),
+    data_source. Rows that cannot be used are dropped, counted and reported with the reason for the first."""
     limit: PositiveInt | None = None
     """Use only this many rows, from the start. `None`: all."""
 

@@ -9,13 +9,18 @@ from pathlib import Path
 def folder_fault(folder: Path) -> str | None:
     """Why files cannot be written into a folder, which need not exist yet; None if they can."""
     try:
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
         if not existing.is_dir():
             return f"cannot be written: {existing} is not a folder"
         with tempfile.TemporaryDirectory(prefix=".megatron-hapo-", dir=existing):
             return None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of symbolic links
         return f"cannot be written: {getattr(error, 'strerror', None) or 'not a usable path'}"
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name; a symbolic link to nothing counts, since no folder can be made there."""
+    return path.is_symlink() or path.exists()
 
 
 def content_faults(folder: Path, *, files: tuple[str, ...], folders: tuple[str, ...]) -> list[str]:

@@ -77,7 +77,10 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # imports torch
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if type(tokenizer.model_max_length) not in (int, float):
+            raise TypeError(f"model_max_length must be a number, not a {type(tokenizer.model_max_length).__name__}")
+        return tokenizer
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # Damaged files raise whatever the parsers run into; a panic in Rust is a BaseException.
@@ -170,7 +173,10 @@ def _encode_valid(
     else:
         texts = render_chat_template(tokenizer, conversations)
     valid = [rendered.text for rendered in texts if rendered.fault is None]
-    ids = iter(tokenizer(valid, add_special_tokens=not chat_template)["input_ids"] if valid else ())  # pyright: ignore
+    try:
+        ids = iter(tokenizer(valid, add_special_tokens=not chat_template)["input_ids"] if valid else ())  # pyright: ignore
+    except Exception as error:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path} fails: {type(error).__name__}: {error}") from error
     return [next(ids) if rendered.fault is None else rendered.fault for rendered in texts]  # pyright: ignore
 
 

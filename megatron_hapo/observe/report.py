@@ -76,7 +76,6 @@ def _read(run_dir: Path, color: str) -> Run:
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
         raise DataError(f"{run_dir}: no metrics in {METRICS_FILE}; it must be the folder of a run")
-    rows = [row for row in rows if _can_be_drawn(row["step"])]
     # A dollar sign would begin a formula.
     return Run(name=one_line(run_dir.resolve().name).replace("$", r"\$"), rows=rows, color=color)
 

@@ -140,6 +140,8 @@ def _unsupported(config: ModelConfig) -> Iterator[str]:
     for switch in ("attention_bias", "mlp_bias"):
         if config.flag(switch, default=False):
             yield f"{switch} is not supported"
+    for key in ("dtype", "torch_dtype"):  # the engine and transformers read them
+        config.text(key, "float32")
     if config.section("quantization_config"):
         yield "quantization_config: quantized weights cannot be trained; use the original checkpoint"
     rope, kind = _rope(config)
