@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.config import ParallelConfig, load_config
-from megatron_hapo.model.families import FAMILIES
+from megatron_hapo.model.families import read_model_config, shape_of
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import make_plan
 from tests.resharding.planned_grid import traffic, trainer_shards
@@ -100,8 +100,7 @@ def main() -> None:
 def figures(case: Case) -> dict[str, float]:
     """The numeric columns of the case's row."""
     start = time.process_time()
-    config = json.loads((ROOT / f"tests/fixtures/hf_configs/Qwen--{case.model}.json").read_text())
-    shape = FAMILIES[config["model_type"]](config)
+    shape = shape_of(read_model_config(ROOT / f"tests/fixtures/hf_configs/Qwen--{case.model}.json"))
     plan = make_plan(
         trainer_shards(shape, case.parallel),
         engine_parameters(shape, case.engine_tp, case.engine_ep),

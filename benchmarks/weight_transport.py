@@ -29,7 +29,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_hapo.config import ParallelSizes
-from megatron_hapo.model.families import FAMILIES, Shape
+from megatron_hapo.model.families import ModelConfig, Shape, shape_of
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Channel, Parameter, make_plan
 from megatron_hapo.resharding.process_group import open_store
@@ -51,11 +51,11 @@ class Measured:
 def main() -> None:
     """Measure, and print the results; see the top of the file."""
     arguments = parse_arguments()
-    shape = FAMILIES["qwen3"]({
+    shape = shape_of(ModelConfig({
         "model_type": "qwen3", "num_hidden_layers": arguments.layers, "hidden_size": 1024, "intermediate_size": 3072,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 65536,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 1e6,
-    })  # fmt: skip
+    }, Path("config.json")))  # fmt: skip
     shards, engine = (
         trainer_shards(shape, ParallelSizes(tp=arguments.trainer_tp, pp=1, dp=1)),
         engine_parameters(shape, arguments.engine_tp),

@@ -6,12 +6,13 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
-from megatron_hapo.errors import ConfigError, HapoError
+from megatron_hapo.config.section import MAX_RANKS
+from megatron_hapo.errors import ConfigError, HapoError, one_line
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
+from megatron_hapo.sizing.command import path_argument
 from megatron_hapo.sizing.command import run as plan_command
 
 type _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except HapoError as error:
         for line in str(error).splitlines():
-            print(line, file=sys.stderr)
+            print(one_line(line), file=sys.stderr)
         return EXIT_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -64,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a config, start every part of its run and use each part once. Nothing is trained.",
     )
     _add_config(check)
-    check.add_argument("--prompts", type=_positive, default=8, help="number of prompts to try (default: %(default)s)")
+    check.add_argument(
+        "--prompts", type=_up_to(100_000), default=8, help="number of prompts to try (default: %(default)s)"
+    )
     check.set_defaults(run=_check)
 
     evaluation = commands.add_parser(
@@ -91,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         help="draw the curves of one or more runs",
         description="Draw the curves of one or more runs into one picture.",
     )
-    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu")
+    report.add_argument(
+        "run_dirs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu"
+    )
     report.set_defaults(run=_report)
     return parser
 
@@ -112,11 +117,11 @@ def _add_convert(commands: _Commands) -> None:
         ),
     ):
         parser = directions.add_parser(direction, help=f"write a {target}")
-        parser.add_argument("source", type=Path, metavar="SRC", help=source)
-        parser.add_argument("target", type=Path, metavar="DST", help=f"folder to write: {target}")
+        parser.add_argument("source", type=path_argument, metavar="SRC", help=source)
+        parser.add_argument("target", type=path_argument, metavar="DST", help=f"folder to write: {target}")
         for axis in ("tp", "pp", "ep"):
             parser.add_argument(
-                f"--{axis}", type=_positive, default=1, help=f"{axis} size of the processes that convert"
+                f"--{axis}", type=_up_to(MAX_RANKS), default=1, help=f"{axis} size of the processes that convert"
             )
         parser.add_argument(
             "--dtype",
@@ -133,12 +138,14 @@ def _add_quantize(commands: _Commands) -> None:
         help="write a quantized copy of a model for serving",
         description="Quantize a model with nvidia-modelopt into a folder that SGLang can serve, and compare the two.",
     )
-    quantize.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder or Megatron checkpoint")
-    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    quantize.add_argument(
+        "source", type=path_argument, metavar="SRC", help="Hugging Face folder or Megatron checkpoint"
+    )
+    quantize.add_argument("target", type=path_argument, metavar="DST", help="folder to write")
     quantize.add_argument("--format", choices=["fp8", "int8", "nvfp4"], required=True, help="nvfp4 needs a GPU")
     quantize.add_argument(
         "--calibration",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="DATA",
         help="Parquet or JSONL file with prompts, as for training",
@@ -147,7 +154,7 @@ def _add_quantize(commands: _Commands) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file, e.g. configs/demo_cpu.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -175,7 +182,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from megatron_hapo.checks.preflight import load_checked_config
 
-    config = load_checked_config(arguments.config, arguments.overrides)
+    config = load_checked_config(arguments.config, arguments.overrides, writes=False)
 
     from megatron_hapo.launch.run import run_check
 
@@ -189,7 +196,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from megatron_hapo.checks.preflight import load_checked_config
 
-    config = load_checked_config(arguments.config, arguments.overrides)
+    config = load_checked_config(arguments.config, arguments.overrides, writes=False)
     if config.data.eval is None:
         raise ConfigError([f"{arguments.config}: data.eval: must be set to evaluate"])
     if is_megatron_folder(config.model.path):
@@ -206,11 +213,17 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"{name + ':':<21} {value:.4g}")
 
 
-def _positive(text: str) -> int:
-    """The number in an argument that must be a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def _up_to(limit: int) -> Callable[[str], int]:
+    """The type of an argument that must be a whole number from 1 to a limit."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text[:20]) < 1:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text[:100]!r}")
+        if int(text[:20]) > limit:
+            raise argparse.ArgumentTypeError(f"must be at most {limit}, got {text[:100]}")
+        return int(text)
+
+    return convert
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,15 @@
 """The errors that this project raises on purpose. All can be pickled, since Ray sends them between processes."""
 
+_LONGEST_LINE = 2000
+
+
+def one_line(text: object) -> str:
+    """The text as one printable line: control characters and lone surrogates are escaped, and a long text is cut."""
+    line = " ".join(str(text).split())
+    if len(line) > _LONGEST_LINE:
+        line = line[:_LONGEST_LINE] + " ..."
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
 
 class HapoError(Exception):
     """Base class of all errors that a user can act on."""
@@ -9,8 +19,8 @@ class ConfigError(HapoError, ValueError):
     """A config that cannot work. `faults` has one line per fault, so that all are shown at once."""
 
     def __init__(self, faults: list[str]):
-        super().__init__("\n".join(faults))
-        self.faults = faults
+        self.faults = [one_line(fault) for fault in faults]
+        super().__init__("\n".join(self.faults))
 
     def __reduce__(self):
         return (type(self), (self.faults,))

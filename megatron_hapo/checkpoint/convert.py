@@ -27,6 +27,7 @@ from megatron_hapo.checkpoint.model_folder import (
 )
 from megatron_hapo.checkpoint.progress import folder_growth_bar, progress_bar
 from megatron_hapo.config import ParallelSizes
+from megatron_hapo.config.output_paths import folder_fault
 from megatron_hapo.errors import ConfigError, HapoError
 from megatron_hapo.model.families import layout_faults, num_parameters, read_shape
 from megatron_hapo.model.rank_environment import environment, importing, quieten, rendezvous_file
@@ -155,6 +156,10 @@ def target_faults(target: Path, num_bytes: int) -> Iterator[str]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         yield f"{target}: exists and is not empty; choose another folder or remove it"
         return
+    for folder in (target, partial_folder(target)):
+        if (fault := folder_fault(folder)) is not None:
+            yield f"{target}: {fault}"
+            return
     existing = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -176,9 +176,14 @@ class HfReader:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                files = dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                files = json.loads(index.read_text())["weight_map"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise self._fault(f"{index} is not an index of safetensors files: {error!r}") from error
+            if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
+                raise self._fault(
+                    f"{index} is not an index of safetensors files: weight_map must give each tensor the name of a "
+                    "file in the folder"
+                )
             missing = sorted(name for name in set(files.values()) if not (self.folder / name).is_file())
             if missing:
                 raise self._fault(f"{index} names {_some(missing)}, which {_is_or_are(missing)} missing")
@@ -199,6 +204,10 @@ class HfReader:
 
     def _fault(self, message: str) -> ConfigError:
         return ConfigError([f"model.path: {' '.join(message.split())}"])
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name != "" and Path(name).name == name
 
 
 def _some(names: Iterable[str]) -> str:

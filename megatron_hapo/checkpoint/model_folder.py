@@ -27,7 +27,7 @@ def is_megatron_folder(folder: Path) -> bool:
     """Whether the folder holds a torch_dist checkpoint: a converted model, or a checkpoint of a run."""
     try:
         return json.loads((folder / "metadata.json").read_text()).get("sharded_backend") == "torch_dist"
-    except (OSError, json.JSONDecodeError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -112,7 +112,7 @@ def copy_companions(source: Path, folder: Path, dtype: str) -> None:
 def config_dtype(folder: Path) -> str:
     """The dtype that a model's config names: float32, bfloat16 or float16."""
     config = json.loads((folder / "config.json").read_text())
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError([f"{folder / 'config.json'}: dtype {dtype!r} is not supported"])
     return dtype

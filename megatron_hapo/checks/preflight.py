@@ -12,10 +12,12 @@ from typing import assert_never
 from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config import Config, DataSource, Fault, FileData, ParallelSizes, TaskData, read_config
+from megatron_hapo.config.output_paths import content_faults, folder_fault
 from megatron_hapo.data.prompts import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
+from megatron_hapo.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 from megatron_hapo.resharding.layouts import unsupported_by_engine
 from megatron_hapo.sizing import from_config
 from megatron_hapo.sizing.memory import (
@@ -34,8 +36,11 @@ _OWN_FOLDERS = ("models", "runs")
 """Folders where the shipped configs expect models and where runs write."""
 
 
-def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writes: bool = True) -> Config:
     """The config of a run, checked against its files, with `parallel: auto` resolved.
+
+    Args:
+        writes: whether the run will write into its folder, which is then tried.
 
     Raises:
         ConfigError: all faults of the config and of the files at once.
@@ -44,18 +49,34 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = ()) -> Conf
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
         draft = draft.with_checks(check_run(draft.config))
+        if writes:
+            draft = draft.with_checks([*_output_faults(draft.config)])
     return draft.accept()
 
 
 def check_run(config: Config) -> list[Fault]:
     """What is wrong with the model folder, the data, the packages and the layout; empty if nothing is."""
-    faults = [*_model_faults(config)]
+    faults: list[Fault] = []
+    try:
+        faults += _model_faults(config)
+    except OSError as error:  # e.g. no permission to look into the folder
+        faults.append(Fault("model.path", f"{config.model.path} cannot be read: {error.strerror}"))
     for name, source in (("train", config.data.train), ("eval", config.data.eval)):
         if source is not None:
             faults += _data_faults(f"data.{name}", source)
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
+
+
+def _output_faults(config: Config) -> Iterator[Fault]:
+    """Why the run folder cannot be written; nothing is left behind."""
+    if (fault := folder_fault(config.run_dir)) is not None:
+        yield Fault("output_dir", fault, ("name",))
+        return
+    files, folders = ("config.yaml", METRICS_FILE, "curves.png"), (TENSORBOARD_FOLDER, "checkpoints", "hf", "hf_steps")
+    for message in content_faults(config.run_dir, files=files, folders=(*folders, "profile")):
+        yield Fault("output_dir", message, ("name",))
 
 
 def is_installed(package: str) -> bool:

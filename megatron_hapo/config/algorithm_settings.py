@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from megatron_hapo.config.effects import any_of, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Fraction, Section
+from megatron_hapo.config.section import Fraction, Section, Strength
 
 _TEMPERATURE = only_with("algorithm.adaptive_temperature.enabled", True)
 _CLIP = only_with("algorithm.adaptive_clip.enabled", True)
@@ -17,6 +17,8 @@ _REDISTRIBUTION = only_with("algorithm.redistribution.enabled", True)
 _FORKING_TOKENS = only_with("algorithm.forking_tokens.enabled", True)
 _DUAL_CONSTRAINT = only_with("algorithm.dual_constraint.enabled", True)
 _CORRECTION = only_with("algorithm.importance_correction.level", "token", "sequence")
+
+ClipHigh = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class AdaptiveTemperatureConfig(Section):
@@ -33,7 +35,7 @@ class AdaptiveClipConfig(Section):
 
     enabled: bool = True
     """Adapt the clip range of each token to its entropy."""
-    alpha: Annotated[float, Field(ge=0), _CLIP] = 1.0
+    alpha: Annotated[Strength, _CLIP] = 1.0
     """Strength: the range is 1 + alpha times as wide at |h| = 1."""
 
 
@@ -42,7 +44,7 @@ class RedistributionConfig(Section):
 
     enabled: bool = True
     """Amplify advantages of uncertain tokens whose ratio moves, and damp those of certain tokens whose ratio stays."""
-    beta: Annotated[float, Field(ge=0), _REDISTRIBUTION] = 1.0
+    beta: Annotated[Strength, _REDISTRIBUTION] = 1.0
     """Strength: such an advantage is scaled by 1 + beta h."""
 
 
@@ -54,7 +56,7 @@ class EntropyConfig(Section):
     sign: Literal["signed", "reference"] = "signed"
     """`signed`: h in [-1, 1], as the method is described. `reference`: h is positive at low entropy, as in the
     authors' released code."""
-    floor: Annotated[float, Field(ge=1e-30)] = 1e-6
+    floor: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6
     """Entropies are raised to at least this value (nats) before the logarithm, in trainer and sampler alike."""
     source: Annotated[Literal["old", "current", "micro_batch"], any_of(_CLIP, _REDISTRIBUTION)] = "old"
     """Entropies from which h in the loss is computed. `old`: the policy before the step's first update. `current`: the
@@ -84,9 +86,9 @@ class DualConstraintConfig(Section):
     """Entropy quantile that separates the two kinds of tokens."""
     clip_low: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.5
     """Lower clip range of reasoning tokens."""
-    clip_high: Annotated[PositiveFloat, _DUAL_CONSTRAINT] = 0.5
+    clip_high: Annotated[ClipHigh, _DUAL_CONSTRAINT] = 0.5
     """Upper clip range of reasoning tokens."""
-    kl: Annotated[float, Field(ge=0), _DUAL_CONSTRAINT] = 0.001
+    kl: Annotated[Strength, _DUAL_CONSTRAINT] = 0.001
     """Coefficient of the KL divergence of knowledge tokens from the policy before the step's first update."""
 
 
@@ -97,7 +99,7 @@ class ImportanceCorrectionConfig(Section):
     """`none`: no correction. `token`: one weight for each token. `sequence`: one weight for each response."""
     mode: Annotated[Literal["clip", "mask"], _CORRECTION] = "clip"
     """`clip`: weights are at most max_weight. `mask`: weights outside [1 / max_weight, max_weight] become 0."""
-    max_weight: Annotated[float, Field(ge=1), _CORRECTION] = 2.0
+    max_weight: Annotated[float, Field(ge=1, le=1e6), _CORRECTION] = 2.0
     """Bound on the weights."""
 
 
@@ -109,7 +111,7 @@ class AlgorithmConfig(Section):
     norm_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     advantage_fallback: Annotated[
-        PositiveFloat,
+        Annotated[float, Field(gt=0, le=1e6)],
         only_with("algorithm.advantage", "token_level_group_average"),
         only_with("algorithm.norm_by_std", True),
     ] = 5.0
@@ -122,9 +124,9 @@ class AlgorithmConfig(Section):
     token sums / rollout.max_response_tokens (Dr.GRPO)."""
     clip_low: Fraction = 0.2
     """The importance ratio is clipped to at least 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
+    clip_high: ClipHigh = 0.2
     """The importance ratio is clipped to at most 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1)] = 10.0
+    dual_clip: Annotated[float, Field(gt=1, le=1e6)] = 10.0
     """Bound c on the loss of tokens with a negative advantage."""
     entropy: Annotated[EntropyConfig, any_of(_TEMPERATURE, _CLIP, _REDISTRIBUTION)] = EntropyConfig()
     adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()

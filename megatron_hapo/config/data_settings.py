@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from megatron_hapo.config.effects import not_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import NonNegativeInt, Section
+from megatron_hapo.config.section import Bytes, Examples, FilePath, NonNegativeInt, PositiveInt, Seconds, Section, Seed
 
 
 class FileData(Section):
@@ -18,8 +17,9 @@ class FileData(Section):
 
     type: Literal["file"]
     """`file`: prompts from a file."""
-    path: Path
-    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth, data_source."""
+    path: FilePath
+    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth (a string or a number),
+    data_source. Rows that cannot be used are dropped, counted and reported with the reason for the first."""
     limit: PositiveInt | None = None
     """Use only this many rows, from the start. `None`: all."""
 
@@ -31,9 +31,9 @@ class TaskData(Section):
     """`reasoning_gym`: prompts from a task of reasoning-gym."""
     name: str
     """A dataset of reasoning-gym, e.g. chain_sum."""
-    size: PositiveInt
+    size: Examples
     """Number of prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the prompts."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the dataset, e.g. {min_terms: 2, max_terms: 4}."""
@@ -44,15 +44,15 @@ class ArithmeticData(Section):
 
     type: Literal["arithmetic"]
     """`arithmetic`: generated sums."""
-    size: PositiveInt
+    size: Examples
     """Number of prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the prompts."""
-    min_terms: Annotated[int, Field(ge=2)] = 3
+    min_terms: Annotated[int, Field(ge=2, le=1000)] = 3
     """Fewest terms of a sum."""
-    max_terms: Annotated[int, Field(ge=2)] = 5
+    max_terms: Annotated[int, Field(ge=2, le=1000)] = 5
     """Most terms of a sum."""
-    max_number: PositiveInt = 9
+    max_number: Annotated[int, Field(gt=0, le=10**9)] = 9
     """Largest term of a sum."""
 
 
@@ -89,13 +89,16 @@ class DataConfig(Section):
                 )
 
 
+Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
 class OverlongConfig(Section):
     """DAPO's soft overlong penalty (arXiv:2503.14476, equation 13)."""
 
     buffer_tokens: NonNegativeInt = 0
     """Length of the zone before rollout.max_response_tokens in which the penalty rises linearly to `factor`; 0: no
     penalty."""
-    factor: Annotated[PositiveFloat, not_with("reward.overlong.buffer_tokens", 0)] = 1.0
+    factor: Annotated[float, Field(gt=0, le=1e6), not_with("reward.overlong.buffer_tokens", 0)] = 1.0
     """Largest penalty."""
 
 
@@ -105,15 +108,15 @@ class RewardConfig(Section):
     scorer: Literal["auto", "math", "exact", "reasoning_gym"] = "auto"
     """`auto`: chosen by the data source. `math`: math-verify. `exact`: the text after the last 'answer' must match.
     `reasoning_gym`: the task's own scorer."""
-    correct: float = 1.0
+    correct: Reward = 1.0
     """Reward of a correct response."""
-    wrong: float = -1.0
+    wrong: Reward = -1.0
     """Reward of a wrong response."""
-    workers: PositiveInt = 2
+    workers: Annotated[int, Field(gt=0, le=1024)] = 2
     """Number of reward processes."""
-    timeout_seconds: PositiveFloat = 10.0
+    timeout_seconds: Seconds = 10.0
     """A response that takes longer to score counts as wrong; its process is replaced."""
-    memory_bytes: PositiveInt = 2 << 30
+    memory_bytes: Bytes = 2 << 30
     """Address space limit of a reward process."""
     allow_unisolated: bool = False
     """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A

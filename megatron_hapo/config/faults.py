@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import inspect
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,16 +30,20 @@ class Fault:
         return f"{self.key}: {self.message}"
 
 
+_LONGEST_VALUE = 100
+
 _MESSAGES = {
     "missing": "is required",
     "literal_error": "must be {expected}, got {given!r}",
-    "greater_than": "must be greater than {gt:g}, got {given}",
-    "greater_than_equal": "must be at least {ge:g}, got {given}",
-    "less_than": "must be less than {lt:g}, got {given}",
-    "less_than_equal": "must be at most {le:g}, got {given}",
+    "greater_than": "must be greater than {gt}, got {given}",
+    "greater_than_equal": "must be at least {ge}, got {given}",
+    "less_than": "must be less than {lt}, got {given}",
+    "less_than_equal": "must be at most {le}, got {given}",
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number, got {given!r}"),
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number, got {given!r}"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false, got {given!r}"),
+    "finite_number": "must be a finite number, got {given!r}",
+    "int_parsing_size": "must be a whole number of at most 64 bits, got {given!r}",
     "tuple_type": "must be a list, e.g. [{given}]",
     **dict.fromkeys(
         ("model_type", "model_attributes_type", "dict_type"), "must be a section of settings, got {given!r}"
@@ -52,20 +58,71 @@ def schema_faults(invalid: ValidationError, schema: type[BaseModel]) -> list[Fau
     return list({fault.key: fault for fault in faults}.values())
 
 
+def boolean_faults(settings: Mapping[str, Any], schema: type[BaseModel], prefix: str = "") -> Iterator[Fault]:
+    """The switches that are given as 1 or "yes", and the numbers that are given as true: pydantic converts both."""
+    for key, info in fields_by_key(schema).items():
+        value, inner = settings.get(key), list(section_types(info.annotation))
+        if isinstance(value, Mapping):
+            for section in inner:
+                if len(inner) == 1 or value.get("type") in get_args(section.model_fields["type"].annotation):
+                    yield from boolean_faults(value, section, f"{prefix}{key}.")
+        elif info.annotation is bool:
+            if value is not None and not isinstance(value, bool):
+                yield Fault(prefix + key, _MESSAGES["bool_type"].format(given=_Given(value)))
+        elif _has_boolean(value) and _has_number(info.annotation):
+            yield Fault(prefix + key, _MESSAGES["float_type"].format(given=_Given(value)))
+
+
+def _has_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list) and any(isinstance(item, bool) for item in value))
+
+
+def _has_number(annotation: Any) -> bool:
+    """Whether a setting of this type can be a number, or hold numbers."""
+    if annotation in (int, float) or isinstance(annotation, int):  # an int is one value of a Literal
+        return True
+    return not inspect.isclass(annotation) and any(map(_has_number, get_args(annotation)))
+
+
 def _fault(error: ErrorDetails, schema: type[BaseModel]) -> Fault:
     key, owner = _locate(error["loc"], schema)
-    given, context = error["input"], error.get("ctx", {})
+    given = _Given(error["input"])
+    context = {
+        name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()
+    }
     match error["type"]:
         case "extra_forbidden":
             return Fault(key, f"unknown key; {_suggestion(key, owner, schema)}")
         case "union_tag_not_found":
             return Fault(f"{key}.type", "is required")
         case "union_tag_invalid":
-            return Fault(f"{key}.type", f"must be one of {context['expected_tags']}, got {context['tag']!r}")
+            return Fault(f"{key}.type", f"must be one of {context['expected_tags']}, got {_Given(context['tag'])!r}")
         case known if known in _MESSAGES:
             return Fault(key, _MESSAGES[known].format(given=given, **context))
         case _:
             return Fault(key, f"{error['msg'].removeprefix('Input ')}, got {given!r}")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value that the user gave, cut to a length that an error message can show."""
+
+    value: object
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, str):
+            return _shortened(repr(self.value))
+        try:
+            return reprlib.repr(self.value)
+        except ValueError:  # Python refuses to write whole numbers of more than 4300 digits
+            return "a number of thousands of digits"
+
+    def __str__(self) -> str:
+        return _shortened(self.value) if isinstance(self.value, str) else repr(self)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

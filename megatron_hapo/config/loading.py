@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from megatron_hapo.config.effects import Condition, settings_without_effect
-from megatron_hapo.config.faults import Fault, schema_faults
+from megatron_hapo.config.faults import Fault, boolean_faults, schema_faults
 from megatron_hapo.config.settings import Config
 from megatron_hapo.config.sources import Origin, read_sources
 from megatron_hapo.errors import ConfigError
@@ -123,10 +123,14 @@ def _overlap(key: str, other: str) -> bool:
 
 def _validate(path: Path, raw: dict[str, Any], origins: Mapping[str, Origin]) -> Draft:
     """The draft with the faults of single settings, which are removed from `raw`."""
+    faults = list(boolean_faults(raw, Config))
     try:
-        return Draft(path, Config.model_validate(raw), [], origins)
+        config = Config.model_validate(raw)
+        if not faults:
+            return Draft(path, config, [], origins)
     except ValidationError as invalid:
-        faults = schema_faults(invalid, Config)
+        known = {fault.key for fault in faults}
+        faults += [fault for fault in schema_faults(invalid, Config) if fault.key not in known]
     for fault in faults:
         _remove(raw, fault.key.split("."))
     try:

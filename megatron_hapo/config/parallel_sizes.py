@@ -8,35 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Self
 
-from pydantic import PositiveInt
-
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Section
+from megatron_hapo.config.section import Ranks, Section
 
 
 class ParallelSizes(Section):
     """Sizes of the trainer's process grid."""
 
-    tp: PositiveInt = 1
+    tp: Ranks = 1
     """Tensor parallel size."""
-    pp: PositiveInt = 1
+    pp: Ranks = 1
     """Pipeline parallel size."""
-    vpp: PositiveInt = 1
+    vpp: Ranks = 1
     """Interleaved pipeline: the layers are cut into pp * vpp chunks, of which stage s holds s, s + pp, s + 2 pp and so
     on. This shrinks the pipeline's bubble to 1 / vpp and sends vpp times as many messages."""
-    first_stage_layers: PositiveInt | None = None
+    first_stage_layers: Ranks | None = None
     """Layers of the first pipeline stage, which also holds the embedding. `None`: as many as each middle stage."""
-    last_stage_layers: PositiveInt | None = None
+    last_stage_layers: Ranks | None = None
     """Layers of the last pipeline stage, which also holds the output head and the loss. `None`: as many as each middle
     stage."""
-    cp: PositiveInt = 1
+    cp: Ranks = 1
     """Context parallel size: each sequence is split over this many ranks."""
-    dp: PositiveInt = 1
+    dp: Ranks = 1
     """Data parallel size."""
-    ep: PositiveInt = 1
+    ep: Ranks = 1
     """Expert parallel size: the experts of a mixture-of-experts model are distributed over this many groups of the
     tp * dp ranks of a pipeline stage."""
-    etp: PositiveInt = 1
+    etp: Ranks = 1
     """Expert tensor parallel size: each expert is sharded over this many neighbouring ranks of a tp group, which then
     also share its tokens. 1 keeps experts whole: small experts compute faster that way, and need ep to fit in memory.
     """

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Fraction, NonNegativeInt, Section
+from megatron_hapo.config.section import Bytes, Fraction, NonNegativeInt, PositiveInt, Ranks, Seconds, Section
 
 
 class RolloutConfig(Section):
     """The SGLang engines and the responses that they generate for training."""
 
-    engines: PositiveInt = 1
+    engines: Ranks = 1
     """Number of SGLang engines."""
-    tp: PositiveInt = 1
+    tp: Ranks = 1
     """Tensor parallel size of one engine."""
-    ep: PositiveInt = 1
+    ep: Ranks = 1
     """Expert parallel size of one engine: 1 shards every expert over its tp ranks, tp gives each rank whole experts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs."""
@@ -27,9 +27,9 @@ class RolloutConfig(Section):
     """Longer prompts are dropped, counted and reported."""
     max_response_tokens: PositiveInt = 10240
     """Longer responses are truncated."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Base temperature T of training rollouts; the trainer computes log-probs at this temperature too."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a response, besides the end-of-sequence tokens of the model's generation config."""
     max_running_requests: PositiveInt = 256
     """Requests that one engine decodes at once. It is given about an eighth more, which wait in its queue; all others
@@ -38,7 +38,7 @@ class RolloutConfig(Section):
     """Share of a GPU's memory for weights and KV cache."""
     kv_cache_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens. `None`: as large as memory_fraction allows; a CPU needs a number."""
-    timeout_seconds: PositiveFloat = 3600
+    timeout_seconds: Seconds = 3600
     """A generation call that takes longer fails the run with the name of the engine."""
 
     def contradictions(self, *, device: str) -> Iterator[Fault]:
@@ -105,9 +105,9 @@ class EvalConfig(Section):
     every: NonNegativeInt = 5
     """Steps between evaluations during training; there is also one before the first step and one after the last.
     0: none."""
-    samples: PositiveInt = 1
+    samples: Annotated[int, Field(gt=0, le=1_000_000)] = 1
     """Responses to each evaluation prompt; the accuracy is their mean."""
-    temperature: Annotated[float, Field(ge=0)] = 0.5
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.5
     """Sampling temperature; 0 is greedy. Evaluation never uses the adaptive temperature."""
     top_p: Annotated[float, Field(gt=0, le=1), not_with("eval.temperature", 0)] = 0.7
     """Sample from the most likely tokens whose probabilities add up to this."""
@@ -128,7 +128,7 @@ class WeightSyncConfig(Section):
     method: Literal["direct", "gather"] = "direct"
     """`direct`: from the trainer's shards straight into the engines' own parameters. Falls back to gather, and logs the
     reason, if the engine's layout of the model is not known. `gather`: whole tensors under their Hugging Face names."""
-    bucket_bytes: PositiveInt = 512 << 20
+    bucket_bytes: Bytes = 512 << 20
     """With `gather`, weights are sent in buckets of at most this size (a larger parameter is a bucket of its own). With
     `direct`, all buckets in flight take at most twice this size."""
     verify_every: PositiveInt = 10
@@ -137,7 +137,7 @@ class WeightSyncConfig(Section):
     """What happens to responses of the next step that are unfinished when the weights change. `finish`: the sync waits
     for them. `pause`: they wait and continue with the new weights, with their prefix recomputed (partial rollouts; each
     token records the version of its weights). `abort`: they are generated again from the start."""
-    timeout_seconds: Annotated[PositiveFloat, only_with("weight_sync.method", "direct")] = 600
+    timeout_seconds: Annotated[Seconds, only_with("weight_sync.method", "direct")] = 600
     """A phase of a direct sync that takes longer fails the run, naming the ranks and the parameter it waits for."""
 
 

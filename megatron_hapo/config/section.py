@@ -4,20 +4,59 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Every number has bounds, wide enough for any real run: what lies outside is a typing error, found before it costs
+# memory or time.
+PositiveInt = Annotated[int, Field(gt=0, le=2**31 - 1)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_RANKS = 2**14
+Ranks = Annotated[int, Field(gt=0, le=MAX_RANKS)]
+"""A number of processes over all nodes, or a factor of it."""
+Bytes = Annotated[int, Field(gt=0, le=2**50)]
+Examples = Annotated[int, Field(gt=0, le=10_000_000)]
+"""A number of prompts that are generated and held in memory."""
+Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+Strength = Annotated[float, Field(ge=0, le=1e3)]
+"""A factor that scales an effect; 0 disables it."""
+
+
+def path_fault(path: str) -> str | None:
+    """Why no file can have this path; None if one can. Nothing is looked up."""
+    if not path.isprintable():
+        return "must not contain control characters or invalid Unicode"
+    if not path:
+        return "must not be empty"
+    encoded = path.encode()
+    if len(encoded) > 4000 or any(len(part) > 255 for part in encoded.split(b"/")):
+        return "is too long for a path"
+    return None
+
+
+def _usable_path(path: Path) -> Path:
+    if (fault := path_fault(str(path))) is not None:
+        raise PydanticCustomError("path", fault)  # pyright: ignore[reportArgumentType]  # a literal, for translations
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_usable_path)]
+"""A path of a file or folder, which need not exist."""
 
 
 class Section(BaseModel):
     """A section of a config file: frozen, and unknown keys are rejected. The docstring below a field describes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True, allow_inf_nan=False
+    )
 
 
 def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:

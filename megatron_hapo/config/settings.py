@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from megatron_hapo.config.algorithm_settings import AlgorithmConfig
 from megatron_hapo.config.data_settings import DataConfig, RewardConfig
@@ -20,7 +21,7 @@ from megatron_hapo.config.rollout_settings import (
     RolloutConfig,
     WeightSyncConfig,
 )
-from megatron_hapo.config.section import NonNegativeInt, Port, Section
+from megatron_hapo.config.section import FilePath, NonNegativeInt, Port, PositiveInt, Seconds, Section, Seed
 from megatron_hapo.config.trainer_settings import (
     BatchConfig,
     ModelConfig,
@@ -61,7 +62,7 @@ class LaunchConfig(Section):
     ray_worker_ports: tuple[Port, Port] | None = None
     """First and last port for all other connections of Ray, on every node, for use behind a firewall; at least 10 ports
     plus one per engine. `None`: any free ports."""
-    start_timeout_seconds: PositiveFloat = 300
+    start_timeout_seconds: Seconds = 300
     """The run fails if Ray, ranks, nodes or room for the engines take longer to appear. A start of Ray that times out
     on a busy machine is repeated within this time."""
     max_restarts: NonNegativeInt = 3
@@ -105,14 +106,20 @@ class ProfileConfig(Section):
             yield Fault("profile.steps", f"must be steps of the run, 1 to steps={last_step}, got {beyond}", ("steps",))
 
 
+def _folder_name(name: str) -> str:
+    if name in (".", "..") or len(name.encode()) > 200:
+        raise PydanticCustomError("folder_name", "must be the name of a folder, of at most 200 bytes, and not . or ..")
+    return name
+
+
 class Config(Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(_folder_name)]
     """Name of the run; its folder is `output_dir/name`."""
-    output_dir: Path = Path("runs")
+    output_dir: FilePath = Path("runs")
     """Where the folders of runs are."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random in the run."""
     steps: PositiveInt
     """Number of steps to train."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_hapo.errors import ConfigError
+from megatron_hapo.config.section import path_fault
+from megatron_hapo.config.time_limit import time_limit
+from megatron_hapo.config.yaml_text import MAX_DEPTH, UnreadableYamlError, parse_yaml, read_yaml
+from megatron_hapo.errors import ConfigError, one_line
 
 COMMAND_LINE = "command line"
 """Name of the origin of `key=value` arguments."""
+MAX_BASES = 20
+"""Files that may build on each other, from the first to the last."""
+RESOLVE_SECONDS = 5.0
 
 
 class Origin(NamedTuple):
@@ -65,29 +72,34 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """The name and the contents of each of the file's bases, then of the file itself."""
-    if path.resolve() in including:
-        faults.append(f"{path}: base: the file builds on itself")
-        return []
     try:
-        loaded = OmegaConf.load(path)
+        resolved = path.resolve()
+        if resolved in including:
+            faults.append(f"{path}: base: the file builds on itself")
+            return []
+        layer = _to_dict(read_yaml(path))
     except FileNotFoundError:
         faults.append(f"{path}: no such config file")
         return []
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        faults.append(f"{path}: cannot be read: {_one_line(error)}")
+    except (OSError, RuntimeError):  # too long a name, or a loop of symbolic links
+        faults.append(f"{path}: cannot be read: not a usable path")
         return []
-    if not isinstance(loaded, DictConfig):
-        faults.append(f"{path}: must be a mapping of settings, got a list")
+    except UnreadableYamlError as error:
+        faults.append(f"{path}: {error}")
         return []
-    layer = _to_dict(loaded)
     base = layer.pop("base", [])
     bases = [base] if isinstance(base, str) else base
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
-        faults.append(f"{path}: base: must be a file name or a list of file names, got {base!r}")
+        faults.append(f"{path}: base: must be a file name or a list of file names, got {reprlib.repr(base)}")
         return []
     layers = []
     for name in bases:
-        layers += _file_layers(path.parent / name, faults, including=(*including, path.resolve()))
+        if path_fault(name) is not None or Path(name).suffix not in (".yaml", ".yml"):
+            faults.append(f"{path}: base: must be files that end in .yaml or .yml, got {name[:200]!r}")
+        elif len(including) >= MAX_BASES:
+            faults.append(f"{path}: base: more than {MAX_BASES} files build on each other")
+        else:
+            layers += _file_layers(path.parent / name, faults, including=(*including, resolved))
     return [*layers, (str(path), layer)]
 
 
@@ -95,23 +107,33 @@ def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, A
     """The merged `key=value` arguments; those that cannot be read become faults."""
     merged: dict[str, Any] = {}
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(part.isidentifier() for part in key.split(".")):
-            faults.append(f"{COMMAND_LINE}: {override}: must have the form key=value, e.g. optimizer.lr=1e-6")
+        key, equals, value = override.partition("=")
+        shown = override if len(override) <= 200 else f"{override[:200]}..."
+        parts = key.split(".")
+        if not equals or not all(part.isidentifier() for part in parts) or len(parts) > MAX_DEPTH:
+            faults.append(f"{COMMAND_LINE}: {shown}: must have the form key=value, e.g. optimizer.lr=1e-6")
             continue
         try:
+            parse_yaml(f"value: {value}" if "\n" not in value else f"value:\n  {value}")
             merged = merge(merged, _to_dict(OmegaConf.from_dotlist([override])))
-        except (YAMLError, OmegaConfBaseException) as error:
-            faults.append(f"{COMMAND_LINE}: {override}: cannot be read: {_one_line(error)}")
+        except UnreadableYamlError as error:
+            faults.append(f"{COMMAND_LINE}: {shown}: {error}")
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            faults.append(f"{COMMAND_LINE}: {shown}: cannot be read: {one_line(error)}")
     return merged
 
 
 def _resolve(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings with interpolations replaced by their values."""
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {_one_line(error)}"]) from None
+        with time_limit(RESOLVE_SECONDS):
+            resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    except TimeoutError:
+        raise ConfigError([f"{path}: interpolations take longer than {RESOLVE_SECONDS:g} s to resolve"]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: interpolations are nested too deeply, or refer to themselves"]) from None
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:
+        raise ConfigError([f"{path}: {one_line(error)}"]) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -120,10 +142,6 @@ def _to_dict(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field
 
 from megatron_hapo.config.effects import any_of, not_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.parallel_sizes import ParallelSizes
-from megatron_hapo.config.section import Fraction, NonNegativeInt, Section
+from megatron_hapo.config.section import FilePath, Fraction, NonNegativeInt, PositiveInt, Seconds, Section, Strength
 
 
 def parse_bytes(text: str) -> int:
     """The number of bytes of a size like 80GiB, 141GB or 1024.
 
     Raises:
-        ValueError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
+        ValueError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, or not of a real memory.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text)
     if match is None:
-        raise ValueError(f"must be a size like 80GiB or 141GB, got {text!r}")
+        raise ValueError(f"must be a size like 80GiB or 141GB, got {text[:100]!r}")
     number, prefix, binary = match.groups()
     exponent = "KMGT".index(prefix) + 1 if prefix else 0
-    return round(float(number) * (1024 if binary else 1000) ** exponent)
+    size = round(float(number) * (1024 if binary else 1000) ** exponent)
+    if not 1 <= size <= 1 << 50:
+        raise ValueError(f"must be a size from 1B to 1024TiB, got {text[:100]!r}")
+    return size
 
 
 def _byte_size(text: str) -> str:
@@ -37,7 +39,7 @@ def _byte_size(text: str) -> str:
 class ModelConfig(Section):
     """The model to train."""
 
-    path: Path
+    path: FilePath
     """Hugging Face model folder: config.json, safetensors files, tokenizer."""
     spec: Annotated[Literal["auto", "te", "local"], not_with("device", "cpu")] = "auto"
     """Implementation of the layers on a GPU. `te`: Transformer Engine. `local`: torch SDPA, as on a CPU. `auto`:
@@ -84,7 +86,7 @@ class TrainerConfig(Section):
     """`none`: no quantization. `fp8`: quantization-aware training. Trainer and engines use linear weights rounded to
     float8 (e4m3, one scale per matrix); the optimizer keeps the exact weights. Activations and the KV cache are not
     rounded."""
-    timeout_seconds: PositiveFloat = 1800
+    timeout_seconds: Seconds = 1800
     """A collective or a remote call that takes longer fails the run with the names of the missing ranks."""
 
     def contradictions(self) -> Iterator[Fault]:
@@ -101,20 +103,20 @@ class TrainerConfig(Section):
 class OptimizerConfig(Section):
     """Adam."""
 
-    lr: PositiveFloat = 1e-6
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 10
     """Steps (not mini-batches) over which the learning rate rises linearly; the first step already has lr/warmup_steps.
     """
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Strength = 0.1
     """Decoupled weight decay."""
     beta1: Fraction = 0.9
     """Decay rate of the first moment."""
     beta2: Fraction = 0.999
     """Decay rate of the second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Added to the denominator of the update."""
-    clip_grad: PositiveFloat = 1.0
+    clip_grad: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Largest global L2 norm of the gradient."""
     cpu_offload: bool = False
     """Keep master weights and moments in host memory and run Adam there (Megatron's HybridDeviceOptimizer): 12 bytes
@@ -137,11 +139,11 @@ class OptimizerConfig(Section):
 class BatchConfig(Section):
     """Sizes of a step."""
 
-    prompts_per_step: PositiveInt = 512
+    prompts_per_step: Annotated[int, Field(gt=0, le=1_000_000)] = 512
     """Prompts sampled in one step."""
-    samples_per_prompt: PositiveInt = 16
+    samples_per_prompt: Annotated[int, Field(gt=0, le=1_000_000)] = 16
     """Responses to each prompt (the group size n of the paper)."""
-    prompts_per_minibatch: PositiveInt = 32
+    prompts_per_minibatch: Annotated[int, Field(gt=0, le=1_000_000)] = 32
     """Prompts in one optimizer update; a step has prompts_per_step / prompts_per_minibatch updates."""
 
     def contradictions(self, *, advantage: str) -> Iterator[Fault]:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.observe.tensorboard import TensorBoard
 
@@ -156,14 +157,35 @@ def _wandb_run(project: str, run_dir: Path, *, resumes: bool) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl, empty if there is no file. A last row that a kill cut short is dropped."""
+    """Rows of a metrics.jsonl, empty if there is no file. A last row that a kill cut short is dropped.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not a JSON object of numbers with a step.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
+            row = None
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is not int or not 0 <= step < 1 << 53 or not all(map(_is_metric, row.values())):
+            raise DataError(f"{path}: line {number} is not a row of metrics: a JSON object of numbers, with a step")
+        rows.append(row)
     return rows
+
+
+def _is_metric(value: object) -> bool:
+    """Whether it is a number that fits a float, or null, which stands for NaN."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megatron_hapo.errors import DataError
+from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.metrics import METRICS_FILE, read_metrics
 
 COLORS = ("#1f6fb4", "#d9822b", "#3a923a", "#b03a48", "#7a5aa6", "#6b6b6b")
@@ -44,8 +44,8 @@ class Run:
     color: str
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
-        """Steps and values of the rows that have this metric."""
-        points = [(row["step"], row[metric]) for row in self.rows if row.get(metric) is not None]
+        """Steps and values of the rows that have this metric; values that no axis can show are left out."""
+        points = [(row["step"], row[metric]) for row in self.rows if _can_be_drawn(row.get(metric))]
         return [step for step, _ in points], [value for _, value in points]
 
 
@@ -53,7 +53,7 @@ def write_report(*run_dirs: Path) -> Path:
     """Path of the picture of these runs, in the folder of the first: `curves.png`, or `comparison.png` for several.
 
     Raises:
-        DataError: no folder is given, or one has no metrics.
+        DataError: no folder is given, one has no metrics, or the picture cannot be written.
     """
     if not run_dirs:
         raise DataError("a report needs at least one run folder")
@@ -61,15 +61,23 @@ def write_report(*run_dirs: Path) -> Path:
     with mpl.rc_context(STYLE):
         figure = _draw(runs)
         out = run_dirs[0] / ("curves.png" if len(runs) == 1 else "comparison.png")
-        FigureCanvasAgg(figure).print_png(str(out))
+        try:
+            FigureCanvasAgg(figure).print_png(str(out))
+        except OSError as error:
+            raise DataError(f"{out}: cannot be written: {error.strerror}") from error
     return out
+
+
+def _can_be_drawn(value: float | None) -> bool:
+    return value is not None and abs(value) < 1e100
 
 
 def _read(run_dir: Path, color: str) -> Run:
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
         raise DataError(f"{run_dir}: no metrics in {METRICS_FILE}; it must be the folder of a run")
-    return Run(name=run_dir.resolve().name, rows=rows, color=color)
+    # A dollar sign would begin a formula.
+    return Run(name=one_line(run_dir.resolve().name).replace("$", r"\$"), rows=rows, color=color)
 
 
 def _draw(runs: Sequence[Run]) -> Figure:
@@ -158,9 +166,9 @@ def _temperature(ax: Axes, runs: Sequence[Run]) -> None:
 
 def _seconds_over_steps(ax: Axes, run: Run) -> None:
     """Stacked seconds of the stages; the remainder of time/step is the driver's own time."""
-    rows = [row for row in run.rows if row.get("time/step") is not None]
+    rows = [row for row in run.rows if _can_be_drawn(row.get("time/step"))]
     steps = [row["step"] for row in rows]
-    stacks = [[row.get(f"time/{stage}") or 0.0 for row in rows] for stage in STAGES]
+    stacks = [[_drawn_or_zero(row.get(f"time/{stage}")) for row in rows] for stage in STAGES]
     rest = [max(row["time/step"] - sum(column), 0.0) for row, column in zip(rows, zip(*stacks), strict=True)]  # noqa: B905
     if rows:
         names = [*(stage.replace("_", " ") for stage in STAGES), "other"]
@@ -169,6 +177,10 @@ def _seconds_over_steps(ax: Axes, run: Run) -> None:
         ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
         ax.set_ylim(bottom=0)
     _finish(ax, "Seconds per step")
+
+
+def _drawn_or_zero(value: float | None) -> float:
+    return value if value is not None and _can_be_drawn(value) else 0.0
 
 
 def _mean_seconds(ax: Axes, runs: Sequence[Run]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_hapo.config import BatchConfig, Config, RolloutConfig, load_config, merge, parse_bytes, settings_of
+from megatron_hapo.config.section import MAX_RANKS, path_fault
 from megatron_hapo.errors import HapoError
-from megatron_hapo.model.families import Shape, read_shape
+from megatron_hapo.model.families import Shape, read_model_config, read_shape, shape_of
 from megatron_hapo.sizing.from_config import (
     MEAN_OVER_MAX,
     MEAN_PROMPT_TOKENS,
@@ -28,32 +27,59 @@ ASSUMED_LAYERS = "Layers: Transformer Engine is assumed; model.spec=local plans 
 """`model.spec: auto` looks for the package on the machines of the run, which the planner cannot see."""
 
 
+_LIMITS = {"gpus": 2 * MAX_RANKS, "nvlink_size": MAX_RANKS, "top": 10_000}
+_LONGEST = 2**31 - 1
+
+
+def path_argument(text: str) -> Path:
+    """The type of a command line argument that is a path.
+
+    Raises:
+        argparse.ArgumentTypeError: no file can have this path.
+    """
+    if (fault := path_fault(text)) is not None:
+        raise argparse.ArgumentTypeError(fault)
+    return Path(text)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text[:20])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text[:50]!r}") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan` to its parser."""
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("config", type=path_argument, nargs="?", metavar="CONFIG", help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file")
     parser.add_argument(
-        "--model", type=Path, metavar="HF_CONFIG", help="model folder or config.json; overrides the config's model.path"
+        "--model",
+        type=path_argument,
+        metavar="HF_CONFIG",
+        help="model folder or config.json; overrides the config's model.path",
     )
-    parser.add_argument("--gpus", type=int, help="total GPUs of trainer and engines (default: CONFIG's)")
+    parser.add_argument("--gpus", type=_whole_number, help="total GPUs of trainer and engines (default: CONFIG's)")
     parser.add_argument("--gpu-memory", help="memory of one GPU (default: CONFIG's parallel.gpu_memory, else 80GiB)")
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="GPU model, for its peak rates (default: %(default)s)"
     )
-    parser.add_argument("--nvlink-size", type=int, default=8, help="GPUs per NVLink domain (default: %(default)s)")
+    parser.add_argument(
+        "--nvlink-size", type=_whole_number, default=8, help="GPUs per NVLink domain (default: %(default)s)"
+    )
     parser.add_argument(
         "--placement", choices=("disaggregated", "colocated"),
         help="separate GPUs for trainer and engines, or shared in turns (default: the config's)",
     )  # fmt: skip
-    parser.add_argument("--max-prompt", type=int, help="longest prompt in tokens; overrides the config")
-    parser.add_argument("--max-response", type=int, help="longest response in tokens; overrides the config")
+    parser.add_argument("--max-prompt", type=_whole_number, help="longest prompt in tokens; overrides the config")
+    parser.add_argument("--max-response", type=_whole_number, help="longest response in tokens; overrides the config")
     parser.add_argument(
         "--mean-response", type=float, help="expected mean in tokens (default: a quarter of the longest)"
     )
-    parser.add_argument("--top", type=int, default=8, help="number of plans to show (default: %(default)s)")
+    parser.add_argument("--top", type=_whole_number, default=8, help="number of plans to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="write the best plan as a config that builds on CONFIG"
+        "--write", type=path_argument, metavar="FILE", help="write the best plan as a config that builds on CONFIG"
     )
 
 
@@ -88,8 +114,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.config is None and arguments.model is None:
         raise HapoError("plan: needs a CONFIG or --model")
     for name in ("gpus", "nvlink_size", "top", "max_prompt", "max_response", "mean_response"):
-        if (given := getattr(arguments, name)) is not None and given < 1:
-            raise HapoError(f"--{name.replace('_', '-')}: must be at least 1, got {given:g}")
+        if (given := getattr(arguments, name)) is not None and not 1 <= given <= (limit := _LIMITS.get(name, _LONGEST)):
+            allowed = f"at least 1, got {given:g}" if given < 1 else f"at most {limit}, got {str(given)[:50]}"
+            raise HapoError(f"--{name.replace('_', '-')}: must be {allowed}")
 
 
 def _check_lengths(workload: Workload, shape: Shape) -> None:
@@ -144,11 +171,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def shape_at(path: Path) -> Shape:
     """The shape of a model, from its folder or from a config.json of any file name."""
-    if not path.is_file():
-        return read_shape(path)
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(path, Path(folder) / "config.json")
-        return read_shape(Path(folder))
+    return shape_of(read_model_config(path)) if path.is_file() else read_shape(path)
 
 
 def _workload(config: Config | None, arguments: argparse.Namespace) -> Workload:

@@ -261,3 +261,53 @@ def test_a_draft_takes_further_faults_before_it_is_accepted(tmp_path):
         f"{tmp_path}/run.yaml: parallel.pp: must be greater than 0, got 0",
         f"{tmp_path}/run.yaml: parallel.tp: 8 heads",
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=inf", "optimizer.lr: must be a finite number, got 'inf'"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
+        ("reward.correct=.nan", "reward.correct: must be a finite number, got nan"),
+        ("seed=1e30", "seed: must be a whole number of at most 64 bits, got 1e+30"),
+        ("reward.workers=1000000000", "reward.workers: must be at most 1024, got 1000000000"),
+        ("optimizer.lr=true", "optimizer.lr: must be a number, got True"),
+        ("async.max_staleness=true", "async.max_staleness: must be a number, got True"),
+        ("rollout.stop_token_ids=[true]", "rollout.stop_token_ids: must be a number, got [True]"),
+        ("trainer.distributed_optimizer=1", "trainer.distributed_optimizer: must be true or false, got 1"),
+        ("name=..", "name: must be the name of a folder, of at most 200 bytes, and not . or .., got '..'"),
+        ("output_dir=" + "a" * 300, f"output_dir: is too long for a path, got '{'a' * 99}..."),
+    ],
+)
+def test_a_value_without_sense_is_a_fault(tmp_path, override, message):
+    (fault,) = faults_of(write(tmp_path), override)
+    assert fault.startswith(f"command line: {message}")
+
+
+def test_a_base_that_is_not_a_file_of_settings_is_not_quoted(tmp_path):
+    secret = "correct-horse"
+    files = {"shadow": f"{secret}:x", "a.yaml": f"{secret}:x", "b.yaml": f"a: *{secret}", "c.yaml": f"{secret}: 1"}
+    for name, text in files.items():
+        write(tmp_path, text, name)
+        (fault,) = faults_of(write(tmp_path, MINIMAL + f"base: {name}\n"))
+        assert secret not in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: " + "[" * 5000, "nested more than 50 levels deep"),
+        ("a: &a [*a]\n", "an alias contains itself"),
+        ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "more than 100000"),
+        (MINIMAL + "#" * (2 << 20), "more than 1048576 bytes"),
+    ],
+    ids=["deep nesting", "cycle", "alias bomb", "long file"],
+)  # fmt: skip
+def test_a_file_that_would_exhaust_the_parser_is_refused(tmp_path, text, fault):
+    (message,) = faults_of(write(tmp_path, text))
+    assert message.startswith("run.yaml: cannot be read: ")
+    assert message.count(fault) == 1
+
+
+def test_a_message_with_control_characters_is_still_one_line():
+    assert ConfigError(["a\nb \x1b[31m \ud800"]).faults == ["a b \\x1b[31m \\ud800"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_hapo.config import ArithmeticData, FileData, TaskData
+from megatron_hapo.data import chat_template
 from megatron_hapo.data.prompts import PromptSampler, encode_messages, file_faults, load_prompts, load_tokenizer
 from megatron_hapo.errors import DataError
 from megatron_hapo.reward.scorers import score
@@ -138,10 +140,66 @@ def test_each_kind_of_unusable_file_has_its_own_message(tmp_path):
         ({"data_source": None}, "data_source must be a string"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, tokenizer, change, fault):
+def test_a_bad_row_is_dropped_counted_and_named(tmp_path, tokenizer, caplog, change, fault):
     path = write_jsonl(tmp_path / "bad.jsonl", [row("1+1"), {**row("2+2"), **change}])
-    with pytest.raises(DataError, match=rf"bad\.jsonl: row 1: {fault}"):
-        load(path, tokenizer)
+    with caplog.at_level(logging.WARNING, logger="megatron_hapo"):
+        loaded = load(path, tokenizer)
+    assert ([p.uid for p in loaded.prompts], loaded.num_invalid) == (["bad/0"], 1)
+    assert re.search(rf"bad\.jsonl: 1 of 2 rows are invalid \(row 1: {fault}.*\) and were dropped", caplog.text)
+
+
+BAD_LINES = {
+    "not JSON": b"{",
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "not an object": b"[1]",
+    "deep nesting": b'{"prompt": ' + b"[" * 100_000,
+    "a number of 5000 digits": b'{"prompt": ' + b"9" * 5000 + b"}",
+    "half of a surrogate pair": json.dumps(row("\ud800")).encode(),
+    "half of a surrogate pair in the answer": json.dumps(row("1", "\udc00")).encode(),
+    "infinite answer": json.dumps(row("1") | {"reward_model": {"ground_truth": 1e999}}).encode(),
+    "boolean answer": json.dumps(row("1") | {"reward_model": {"ground_truth": True}}).encode(),
+    "list as answer": json.dumps(row("1") | {"reward_model": {"ground_truth": ["7"]}}).encode(),
+    "prompt is a number": json.dumps(row("1") | {"prompt": 1}).encode(),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_malformed_line_does_not_end_the_run(tmp_path, tokenizer, case):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(BAD_LINES[case] + b"\n" + json.dumps(row("1+1")).encode() + b"\n")
+    loaded = load(path, tokenizer)
+    assert ([p.uid for p in loaded.prompts], loaded.num_invalid) == (["bad/1"], 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
+        ("{{ 10 ** (10 ** 10) }}", "takes longer than 1 s"),
+        ("{{ 'x' * 10 ** 11 }}", "MemoryError"),
+        ("{{ 'x' * 10 ** 7 }}", "renders 10000000 characters, more than"),
+        ("{{ raise_exception('no roles') }}", "no roles"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_chat_template_has_limits(tmp_path, tiny_qwen3, monkeypatch, template, fault):
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    tokenizer = load_tokenizer(tiny_qwen3)
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=fault):
+        load(write_jsonl(tmp_path / "x.jsonl", [row("1+1")]), tokenizer)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
+def test_a_tokenizer_that_does_not_load_is_named_in_one_line(tmp_path, tiny_qwen3, content):
+    for path in tiny_qwen3.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"model\.path: the tokenizer in .* cannot be loaded") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_arithmetic_needs_no_file(tokenizer):

@@ -3,6 +3,8 @@
 Import, export, resharding and sizing iterate over the table. No torch here. How to add a family: docs/families.md.
 """
 
+from megatron_hapo.model.families.config_json import ModelConfig as ModelConfig
+from megatron_hapo.model.families.config_json import read_model_config as read_model_config
 from megatron_hapo.model.families.shape import FAMILIES as FAMILIES
 from megatron_hapo.model.families.shape import MoeShape as MoeShape
 from megatron_hapo.model.families.shape import RopeScaling as RopeScaling
@@ -10,6 +12,7 @@ from megatron_hapo.model.families.shape import Shape as Shape
 from megatron_hapo.model.families.shape import layout_faults as layout_faults
 from megatron_hapo.model.families.shape import padded_vocab_size as padded_vocab_size
 from megatron_hapo.model.families.shape import read_shape as read_shape
+from megatron_hapo.model.families.shape import shape_of as shape_of
 from megatron_hapo.model.families.table import FusedExpert as FusedExpert
 from megatron_hapo.model.families.table import Placement as Placement
 from megatron_hapo.model.families.table import Run as Run

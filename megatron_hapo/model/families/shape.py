@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import ConfigError
+from megatron_hapo.model.families.config_json import ModelConfig, read_model_config
+
+# Several times what the largest known models have: beyond them a number is a typing error, and would cost memory and
+# time wherever layers and experts are listed.
+_MAX_LAYERS = 1024
+_MAX_WIDTH = 1 << 24
+_MAX_HEADS = 1 << 14
+_MAX_HEAD_DIM = 1 << 12
+_MAX_POSITIONS = (1 << 31) - 1
+_MAX_EXPERTS = 1 << 12
+_MAX_EXPERTS_OF_ALL_LAYERS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -70,22 +79,28 @@ def read_shape(model_path: Path) -> Shape:
             this project cannot train, which the error names.
     """
     path = model_path / "config.json"
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # e.g. no permission to look into the folder
+        found = False
+    if not found:
         raise ConfigError([f"model.path: no config.json in {model_path}; it must be a Hugging Face model folder"])
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError([f"model.path: {path} is not JSON: {error}"]) from error
-    family = config.get("model_type") if isinstance(config, dict) else None
+    return shape_of(read_model_config(path))
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """The shape that a config.json describes.
+
+    Raises:
+        ConfigError: a key is missing or its value invalid, or the model has a feature that this project cannot train.
+    """
+    family = config.text("model_type", "none")
     if family not in FAMILIES:
-        raise ConfigError([f"model.path: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"])
-    try:
-        faults = [f"model.path: {path}: {fault}" for fault in _unsupported(config)]
-        if faults:
-            raise ConfigError(faults)
-        return FAMILIES[family](config)
-    except KeyError as error:
-        raise ConfigError([f"model.path: {path} has no {error.args[0]}"]) from error
+        given = family if config.has("model_type") else None
+        raise ConfigError([f"model.path: model_type {given!r} is not supported; supported: {', '.join(FAMILIES)}"])
+    if faults := [config.fault(fault).faults[0] for fault in _unsupported(config)]:
+        raise ConfigError(faults)
+    return FAMILIES[family](config)
 
 
 def layout_faults(shape: Shape, sizes: ParallelSizes) -> Iterator[tuple[str, str]]:
@@ -114,100 +129,140 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def _unsupported(config: dict[str, Any]) -> Iterator[str]:
+def _unsupported(config: ModelConfig) -> Iterator[str]:
     """Features that the config asks for and this project does not support."""
     if _slides(config):
         yield "sliding-window attention (sliding_window, use_sliding_window, layer_types) is not supported"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        yield f"hidden_act {config['hidden_act']!r} is not supported (silu is)"
-    for switch in ("attention_dropout", "attention_bias", "mlp_bias"):
-        if config.get(switch):
+    if (activation := config.text("hidden_act", "silu")) not in ("silu", "swish"):
+        yield f"hidden_act {activation!r} is not supported (silu is)"
+    if config.number("attention_dropout", 0.0, low=0, high=1):
+        yield "attention_dropout is not supported"
+    for switch in ("attention_bias", "mlp_bias"):
+        if config.flag(switch, default=False):
             yield f"{switch} is not supported"
-    if config.get("quantization_config"):
+    for key in ("dtype", "torch_dtype"):  # the engine and transformers read them
+        config.text(key, "float32")
+    if config.section("quantization_config"):
         yield "quantization_config: quantized weights cannot be trained; use the original checkpoint"
-    rope = _rope(config)
-    if rope["rope_type"] not in ("default", "llama3"):
-        yield f"rope type {rope['rope_type']!r} is not supported (default and llama3 are)"
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+    rope, kind = _rope(config)
+    if kind not in ("default", "llama3"):
+        yield f"rope type {kind!r} is not supported (default and llama3 are)"
+    of_model = config.number("partial_rotary_factor", 1.0, low=0, high=1)
+    if rope.number("partial_rotary_factor", of_model, low=0, high=1) != 1.0:
         yield "partial_rotary_factor is not supported"
 
 
-def _slides(config: dict[str, Any]) -> bool:
+def _slides(config: ModelConfig) -> bool:
     """Whether some layer attends to less than the whole sequence."""
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if any(kind != "full_attention" for kind in config.strings("layer_types")):
         return True
-    if config["model_type"] != "mistral":
-        return bool(config.get("use_sliding_window"))
-    window = config.get("sliding_window", 4096)  # transformers' default if the key is missing
-    return window is not None and window < config["max_position_embeddings"]
+    if config.text("model_type") != "mistral":
+        return config.flag("use_sliding_window", default=False)
+    config = config.with_default("sliding_window", 4096)  # transformers' default if the key is missing
+    if not config.has("sliding_window"):
+        return False
+    return config.integer("sliding_window", high=_MAX_POSITIONS) < _max_positions(config)
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters (transformers 5), or rope_theta and rope_scaling (older configs), under the new names."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return rope
+def _max_positions(config: ModelConfig) -> int:
+    return config.integer("max_position_embeddings", high=_MAX_POSITIONS)
 
 
-def _rope_scaling(config: dict[str, Any]) -> RopeScaling | None:
-    rope = _rope(config)
-    if rope["rope_type"] != "llama3":
+def _rope(config: ModelConfig) -> tuple[ModelConfig, str]:
+    """rope_parameters (transformers 5) or rope_scaling (older configs), and the rope type; without either, the config
+    itself, which then has no rope type."""
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    if section is None:
+        return config, "default"
+    return section, section.text("rope_type", section.text("type", "default"))
+
+
+def _rope_base(config: ModelConfig) -> float:
+    """The base of the rotary frequencies: from the section, else from the config itself."""
+    of_model = config.number("rope_theta", 10000.0, low=1, high=1e12)
+    return _rope(config)[0].number("rope_theta", of_model, low=1, high=1e12)
+
+
+def _rope_scaling(config: ModelConfig) -> RopeScaling | None:
+    rope, kind = _rope(config)
+    if kind != "llama3":
         return None
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    scaling = RopeScaling(
+        factor=rope.number("factor", low=1, high=1e6),
+        low_freq_factor=rope.number("low_freq_factor", low=1e-6, high=1e6),
+        high_freq_factor=rope.number("high_freq_factor", low=1e-6, high=1e6),
+        original_max_position_embeddings=rope.integer("original_max_position_embeddings", high=_MAX_POSITIONS),
     )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise rope.fault(
+            f"low_freq_factor must be less than high_freq_factor={scaling.high_freq_factor:g}, "
+            f"got {scaling.low_freq_factor:g}"
+        )
+    return scaling
 
 
-def _decoder(config: dict[str, Any], *, qk_norm: bool = False, qkv_bias: bool = False) -> Shape:
+def _decoder(config: ModelConfig, *, qk_norm: bool = False, qkv_bias: bool = False) -> Shape:
     """The architecture that all families share: pre-norm RMSNorm, rotary grouped-query attention, gated SiLU MLP."""
+    hidden_size = config.integer("hidden_size", high=_MAX_WIDTH)
+    num_heads = config.integer("num_attention_heads", high=_MAX_HEADS)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads, high=_MAX_HEADS)
+    if num_heads % num_kv_heads:
+        raise config.fault(f"num_key_value_heads must divide num_attention_heads={num_heads}, got {num_kv_heads}")
+    if not config.has("head_dim") and hidden_size % num_heads:
+        raise config.fault(f"num_attention_heads must divide hidden_size={hidden_size}, got {num_heads}")
+    head_dim = config.integer("head_dim", hidden_size // num_heads, high=_MAX_HEAD_DIM)
+    if head_dim % 2:
+        raise config.fault(f"head_dim must be even for rotary embeddings, got {head_dim}")
     return Shape(
-        family=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_size=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        family=config.text("model_type"),
+        num_layers=config.integer("num_hidden_layers", high=_MAX_LAYERS),
+        hidden_size=hidden_size,
+        ffn_size=config.integer("intermediate_size", high=_MAX_WIDTH),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=config.integer("vocab_size", high=_MAX_WIDTH),
+        tied_embeddings=config.flag("tie_word_embeddings", default=False),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
-        norm_eps=config["rms_norm_eps"],
-        rope_base=float(_rope(config)["rope_theta"]),
-        max_positions=config["max_position_embeddings"],
+        norm_eps=config.number("rms_norm_eps", low=0, high=1),
+        rope_base=_rope_base(config),
+        max_positions=_max_positions(config),
         rope_scaling=_rope_scaling(config),
     )
 
 
-def _qwen2(config: dict[str, Any]) -> Shape:
+def _qwen2(config: ModelConfig) -> Shape:
     return _decoder(config, qkv_bias=True)
 
 
-def _qwen3(config: dict[str, Any]) -> Shape:
+def _qwen3(config: ModelConfig) -> Shape:
     # transformers' default is 128, not hidden_size / num_heads
-    return _decoder({"head_dim": 128, **config}, qk_norm=True)
+    return _decoder(config.with_default("head_dim", 128), qk_norm=True)
 
 
-def _qwen3_moe(config: dict[str, Any]) -> Shape:
+def _qwen3_moe(config: ModelConfig) -> Shape:
     shape = _decoder(config, qk_norm=True)
     # transformers 5 writes num_local_experts for num_experts
-    num_experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    num_experts = config.integer("num_experts" if config.has("num_experts") else "num_local_experts", high=_MAX_EXPERTS)
+    if num_experts * shape.num_layers > _MAX_EXPERTS_OF_ALL_LAYERS:
+        raise config.fault(
+            f"num_hidden_layers * experts must be at most {_MAX_EXPERTS_OF_ALL_LAYERS}, "
+            f"got {shape.num_layers} * {num_experts}"
+        )
+    step = config.integer("decoder_sparse_step", 1, high=_MAX_LAYERS)
+    dense = config.integers("mlp_only_layers", low=0, high=_MAX_LAYERS)
     moe = MoeShape(
         num_experts=num_experts,
-        ffn_size=config["moe_intermediate_size"],
-        top_k=config["num_experts_per_tok"],
-        normalize_top_k=config.get("norm_topk_prob", False),
+        ffn_size=config.integer("moe_intermediate_size", high=_MAX_WIDTH),
+        top_k=config.integer("num_experts_per_tok", high=num_experts),
+        normalize_top_k=config.flag("norm_topk_prob", default=False),
         dense_layers=frozenset(i for i in range(shape.num_layers) if i in dense or (i + 1) % step),
     )
     return Shape(**{**vars(shape), "moe": moe})
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {
+FAMILIES: dict[str, Callable[[ModelConfig], Shape]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
