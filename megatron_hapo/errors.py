@@ -33,7 +33,7 @@ class TrainingError(HapoError, RuntimeError):
 
 
 class RankDiedError(TrainingError):
-    """The process of a trainer rank died, or Ray did with all ranks. The Ray launcher restarts the ranks."""
+    """The process of a trainer rank died. The Ray launcher restarts the ranks."""
 
 
 class WeightSyncError(HapoError, RuntimeError):

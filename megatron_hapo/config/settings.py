@@ -63,9 +63,9 @@ class LaunchConfig(Section):
     """The run fails if Ray, ranks, nodes or room for the engines take longer to appear. A start of Ray that times out
     on a busy machine is repeated within this time."""
     max_restarts: NonNegativeInt = 3
-    """If a trainer rank, or Ray itself, dies while the run trains, everything is started again up to this many times,
-    and continues from the newest checkpoint (see checkpoint.every). A death during the start ends the run. Not read
-    under torchrun, which has --max-restarts."""
+    """If a trainer rank dies while the run trains, everything is started again, up to this many times, and continues
+    from the newest checkpoint (see checkpoint.every). A death during the start ends the run, and so does that of Ray.
+    Not read under torchrun, which has --max-restarts."""
 
     def contradictions(self, *, placement: str, num_engines: int) -> Iterator[Fault]:
         """Why Ray cannot place the engines, or lacks ports for them."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -33,6 +37,7 @@ class Starts:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(module, "_core_processes", dict)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -58,6 +63,34 @@ def test_starts_that_fail_are_one_line(
     )
 
 
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_ray_is_one_line(name: str) -> None:
+    code = (
+        "import os, signal, time, ray\n"
+        "from megatron_hapo.launch.ray import local_ray as module\n"
+        "with module.local_ray():\n"
+        "    actor = ray.remote(type('Idle', (), {'ready': lambda self: None})).options(num_cpus=0).remote()\n"
+        "    ray.get(actor.ready.remote())\n"
+        f"    os.kill(module._core_processes()['{name}'], signal.SIGKILL)\n"
+        "    while True:\n"
+        "        ray.get(actor.ready.remote())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        started: set[psutil.Process] = set()
+        while run.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started |= set(psutil.Process(run.pid).children(recursive=True))
+            time.sleep(0.1)
+        assert run.stdout is not None
+        output = run.stdout.read()
+    assert output == f"Ray's {name} died; the same command continues from the newest checkpoint\n"
+    assert run.returncode == 2
+    _, alive = psutil.wait_procs(started, timeout=patient(60))
+    assert not alive
+
+
 class Echo:
     def call(self, value: int) -> int:
         return value
@@ -69,7 +102,7 @@ def events_of_calls() -> list[Any]:
     actor = remote(Echo).options(num_cpus=0).remote()
     assert ray.get([actor.call.remote(number) for number in range(20)]) == list(range(20))
     time.sleep(2.5)  # Ray reports every second
-    return ray.timeline()
+    return ray.timeline() or []
 
 
 def test_the_head_keeps_no_event_of_a_call() -> None:

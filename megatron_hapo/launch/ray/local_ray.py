@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.node import start_environment, system_config
+from megatron_hapo.launch.ray.ray_death import NAMES, exit_with_ray
 
 logger = logging.getLogger(__name__)
-
 
 _TRIES = 5
 """Starts of Ray that fail before the run does."""
@@ -50,6 +50,7 @@ def _own_ray(start_timeout_seconds: float) -> Iterator[None]:
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ |= start_environment(start_timeout_seconds)
+    _log_rays_messages()
     # No actor asks for a CPU, and Ray would start an idle worker for each.
     _start_ray(
         {
@@ -60,9 +61,17 @@ def _own_ray(start_timeout_seconds: float) -> Iterator[None]:
         start_timeout_seconds,
     )  # fmt: skip
     try:
-        yield
+        with exit_with_ray(_core_processes()):
+            yield
     finally:
         ray.shutdown()
+
+
+def _core_processes() -> dict[str, int]:
+    """Process ids of the Ray that this process has started."""
+    node = worker._global_node
+    assert node is not None, "Ray has started"
+    return {name: info.process.pid for name in NAMES for info in node.all_processes[name]}
 
 
 def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
@@ -85,6 +94,18 @@ def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
                 f"Ray did not start ({attempt} tries; launch.start_timeout_seconds={start_timeout_seconds:g}): {reason}"
             )
         logger.warning("Ray did not start (%s); trying again", reason)
+
+
+def _log_rays_messages() -> None:
+    """Ray prints a paragraph for each process that dies; from now on they are logged, below the level that is shown.
+
+    Who died, and why, is in the error of the call that the process was to answer.
+    """
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        logger.debug("Ray: %s", " ".join(data["lines"]))
+
+    worker.print_to_stdstream = log  # Ray 2.60; log_to_driver does not affect it
 
 
 def _interrupt_on_sigterm() -> None:

@@ -1,0 +1,55 @@
+"""Ends this process, with one line, when the Ray that it has started dies.
+
+Without its raylet a driver can neither go on nor clean up: Ray (2.60) silently exits the process at the next call that
+needs the raylet. Without its GCS it can start no process and loses the raylet too, after a minute
+(gcs_rpc_server_reconnect_timeout_s).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+
+EXIT_CODE = 2
+"""That of every error which is reported in one line."""
+NAMES = ("raylet", "gcs_server")
+
+
+@contextlib.contextmanager
+def exit_with_ray(processes: Mapping[str, int]) -> Iterator[None]:
+    """While the context is open, the death of one of these processes ends this one.
+
+    Ray's other processes, among them all trainer ranks and engines, end with this process or with the raylet.
+
+    Args:
+        processes: children of this process; name to process id.
+    """
+    watched = {os.pidfd_open(pid): name for name, pid in processes.items()}
+    closed, closing = os.pipe()
+
+    def watch() -> None:
+        poll = select.poll()
+        for descriptor in (closed, *watched):
+            poll.register(descriptor, select.POLLIN | select.POLLHUP)
+        dead = [descriptor for descriptor, _ in poll.poll()]
+        if closed not in dead:
+            print(
+                f"Ray's {watched[dead[0]]} died; the same command continues from the newest checkpoint", file=sys.stderr
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+    thread = threading.Thread(target=watch, name="ray death", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(closing)
+        thread.join()
+        for descriptor in (closed, *watched):
+            os.close(descriptor)
