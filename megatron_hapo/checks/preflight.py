@@ -48,9 +48,10 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writ
     """
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
-        draft = draft.with_checks(check_run(draft.config))
+        found = check_run(draft.config)
         if writes:
-            draft = draft.with_checks([*_output_faults(draft.config)])
+            found += _output_faults(draft.config)
+        draft = draft.with_checks(found)
     return draft.accept()
 
 

@@ -174,7 +174,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             break
         except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
             row = None
-        step = row.get("step") if isinstance(row, dict) else None
+        row = row if isinstance(row, dict) else {}
+        step = row.get("step")
         if type(step) is not int or not 0 <= step < 1 << 53 or not all(map(_is_metric, row.values())):
             raise DataError(f"{path}: line {number} is not a row of metrics: a JSON object of numbers, with a step")
         rows.append(row)

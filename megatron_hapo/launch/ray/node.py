@@ -62,7 +62,7 @@ def start(
         ports: first and last of the ports for everything else; None: any free ones.
         num_gpus: GPUs that Ray may give to engines.
         folder: for the node's sockets and logs. Ray gives it mode 0777, so it must be inside a private one.
-        timeout_seconds: Ray's processes wait for each other at least this long, where Ray lets us choose.
+        timeout_seconds: launch.start_timeout_seconds, which the head's processes follow where Ray lets us choose.
     Raises:
         FaultError: a port is in use, or the head cannot be reached.
     """
@@ -70,7 +70,8 @@ def start(
         _wait_until_free(ip, port)
     if not head:
         check_reachable(address)
-    os.environ |= start_environment(timeout_seconds)
+    if head:  # on other nodes it would also be the number of tries with a wrong token
+        os.environ |= start_environment(timeout_seconds)
     import ray._private.node
     import ray._private.parameter
 

@@ -1,7 +1,8 @@
 """Ends this process, with one line, when the Ray that it has started dies.
 
 Without its raylet a driver can neither go on nor clean up: Ray (2.60) silently exits the process at the next call that
-needs the raylet. Without its GCS it can start nothing, and hangs when it closes.
+needs the raylet. Without its GCS it can start no process and loses the raylet too, after a minute
+(gcs_rpc_server_reconnect_timeout_s).
 """
 
 from __future__ import annotations
