@@ -69,7 +69,7 @@ def _own_ray(start_timeout_seconds: float) -> Iterator[None]:
 
 def _core_processes() -> dict[str, int]:
     """Process ids of the Ray that this process has started."""
-    node = worker._global_node
+    node: Any = worker._global_node
     assert node is not None, "Ray has started"
     return {name: info.process.pid for name in NAMES for info in node.all_processes[name]}
 
