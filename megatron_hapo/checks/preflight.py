@@ -47,9 +47,8 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writ
     """
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
-        draft = draft.with_checks(check_run(draft.config))
-        if writes:
-            draft = draft.with_checks([*_output_faults(draft.config)])
+        output_faults = [*_output_faults(draft.config)] if writes else []
+        draft = draft.with_checks(check_run(draft.config)).with_checks(output_faults)
     return draft.accept()
 
 
