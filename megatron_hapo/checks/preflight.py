@@ -48,10 +48,8 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writ
     """
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
-        found = check_run(draft.config)
-        if writes:
-            found += _output_faults(draft.config)
-        draft = draft.with_checks(found)
+        output_faults = [*_output_faults(draft.config)] if writes else []
+        draft = draft.with_checks(check_run(draft.config)).with_checks(output_faults)
     return draft.accept()
 
 

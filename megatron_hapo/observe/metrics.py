@@ -174,12 +174,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             break
         except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
             row = None
-        row = row if isinstance(row, dict) else {}
-        step = row.get("step")
-        if type(step) is not int or not 0 <= step < 1 << 53 or not all(map(_is_metric, row.values())):
+        if not isinstance(row, dict) or not _is_step(row.get("step")) or not all(map(_is_metric, row.values())):
             raise DataError(f"{path}: line {number} is not a row of metrics: a JSON object of numbers, with a step")
         rows.append(row)
     return rows
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _is_metric(value: object) -> bool:
