@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_hapo.config.effects import not_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Bytes, Examples, FilePath, NonNegativeInt, PositiveInt, Seconds, Section, Seed
+from megatron_hapo.config.section import Examples, FilePath, NonNegativeInt, PositiveInt, Seconds, Section, Seed
 
 
 class FileData(Section):
@@ -116,7 +116,7 @@ class RewardConfig(Section):
     """Number of reward processes."""
     timeout_seconds: Seconds = 10.0
     """A response that takes longer to score counts as wrong; its process is replaced."""
-    memory_bytes: Bytes = 2 << 30
+    memory_bytes: Annotated[int, Field(ge=128 << 20, le=1 << 50)] = 2 << 30
     """Address space limit of a reward process."""
     allow_unisolated: bool = False
     """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A

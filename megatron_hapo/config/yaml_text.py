@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
+MAX_DIGITS = 100
+"""Digits of an integer. Python refuses to print those of more than 4300, even in messages about them."""
 MAX_VALUES = 100_000
 """Values of a file after aliases have been expanded."""
 
@@ -63,10 +66,7 @@ def parse_yaml(text: str) -> DictConfig:
             raise UnreadableYamlError("is not a file of settings: a key at the top level is not the name of a setting")
         loaded = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = (error.problem or error.context or "not valid YAML").partition("'")[0].strip()  # quotes may follow
-        raise UnreadableYamlError(f"cannot be read: {problem}{where}") from None
+        raise UnreadableYamlError(f"cannot be read: {_explain(error)}") from None
     except RecursionError:
         raise UnreadableYamlError(f"cannot be read: it is nested more than {MAX_DEPTH} levels deep") from None
     except UnreadableYamlError:
@@ -76,6 +76,15 @@ def parse_yaml(text: str) -> DictConfig:
         raise UnreadableYamlError(f"cannot be read: not valid YAML ({type(error).__name__})") from None
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    """What the parser says, without the words of the text that it quotes."""
+    said = ": ".join(part for part in (error.context, error.problem) if part) or "not valid YAML"
+    said = re.sub(r"'\w[^']*'", "'...'", said)  # punctuation and names of tokens, such as ',' and '<stream end>', stay
+    said = said.partition("duplicate key ")[0] + "a duplicate key" if "duplicate key " in said else said
+    mark = error.problem_mark or error.context_mark
+    return f"{said} in line {mark.line + 1}, column {mark.column + 1}" if mark else said
 
 
 _KINDS = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
@@ -100,6 +109,8 @@ def _check_size(root: yaml.Node) -> None:
                     children = node.value
                 case _:
                     children = []
+                    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+                        raise UnreadableYamlError(f"cannot be read: an integer has more than {MAX_DIGITS} digits")
             sizes[id(node)] = 1 + sum(size(child, depth + 1) for child in children)
             open_nodes.remove(id(node))
             if sizes[id(node)] > MAX_VALUES:

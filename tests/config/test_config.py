@@ -239,8 +239,8 @@ def test_a_missing_file_and_bad_overrides_are_one_line_each(tmp_path):
         "command line: steps: must have the form key=value, e.g. optimizer.lr=1e-6",
         "command line: =3: must have the form key=value, e.g. optimizer.lr=1e-6",
         "command line: a..b=1: must have the form key=value, e.g. optimizer.lr=1e-6",
-        'command line: steps=[1: cannot be read: while parsing a flow sequence in "<unicode string>", line 1, '
-        "column 1 did not find expected ',' or ']' in \"<unicode string>\", line 2, column 1",
+        "command line: steps=[1: cannot be read: while parsing a flow sequence: expected ',' or ']', but got "
+        "'<stream end>' in line 1, column 10",
     ]
 
 
