@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from megatron_hapo.algorithm.minibatches import minibatches
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
@@ -16,11 +15,11 @@ from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.step_metrics import step_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
-from megatron_hapo.rollout.collect import Collected, collect_groups
+from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
 from megatron_hapo.rollout.evaluation import evaluate
 from megatron_hapo.rollout.source import Generation, RolloutSource
 from megatron_hapo.sizing.utilization import Utilization
-from megatron_hapo.types import EntropyStats, Prompt, Sampling, TokenScores, TrainBatch, pack_groups
+from megatron_hapo.types import EntropyStats, Prompt, TokenScores, TrainBatch, pack_groups
 
 
 @dataclass(kw_only=True)
@@ -42,14 +41,10 @@ class Driver:
     """Statistics of the previous step, for the sampler; None before the first step, sampled at the base temperature."""
     stop_requested: bool = False
     """Set by a signal handler: the loop ends after the current step."""
-    _saved_step: int = field(default=0, init=False)
+    saved_step: int = field(default=0, init=False)
+    """Step of the newest checkpoint that the driver has read or written; 0: none."""
     _prompts_after: dict[int, int] = field(default_factory=dict, init=False)
     """Step -> state of the prompt sampler after that step's generation."""
-
-    @property
-    def saved_step(self) -> int:
-        """Step of the newest checkpoint that the driver has read or written; 0: none."""
-        return self._saved_step
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
@@ -72,7 +67,7 @@ class Driver:
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
         self.turns.to_trainer()
-        if self._saved_step != step:
+        if self.saved_step != step:
             self._save(step)
 
     def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
@@ -117,19 +112,15 @@ class Driver:
 
     def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
         """Brings the new weights into the engines."""
-        match self.config.weight_sync.in_flight:
-            case "finish":
-                rollouts.wait(clock)
-            case "pause" | "abort":
-                pass  # the pool deals with what is being generated
-            case unknown:
-                assert_never(unknown)
+        if self.config.weight_sync.in_flight == "finish":  # otherwise the pool deals with what is being generated
+            rollouts.wait(clock)
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
 
     def _generation(self, step: int) -> Generation:
         """The function that collects a step's groups, sampled as the current statistics require."""
-        sampling, config = self._sampling(step), self.config
+        config = self.config
+        sampling = training_sampling(config, step=step, adaptive=steering(config.algorithm, self.stats))
 
         def collect(clock: StepClock) -> Collected:
             collected = collect_groups(
@@ -140,14 +131,6 @@ class Driver:
             return collected
 
         return collect
-
-    def _sampling(self, step: int) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            samples=self.config.batch.samples_per_prompt, temperature=rollout.temperature,
-            max_response_tokens=rollout.max_response_tokens, stop_token_ids=rollout.stop_token_ids,
-            seed=(self.config.seed << 50) + (step << 10), adaptive=steering(self.config.algorithm, self.stats),
-        )  # fmt: skip
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.eval.every
@@ -164,12 +147,12 @@ class Driver:
         # Prompts of rollouts generated ahead do not count as used: a resumed run generates them again.
         prompts = self._prompts_after.get(step, self.prompts.state())
         self.checkpoints.save(RunState(step=step, prompts=prompts, stats=self.stats), self.trainer)
-        self._saved_step = step
+        self.saved_step = step
 
     def _resume(self) -> int:
         state = self.checkpoints.newest(self.trainer)
         if state is None:
             return 0
         self.prompts.restore(state.prompts)
-        self.stats, self._saved_step = state.stats, state.step
+        self.stats, self.saved_step = state.stats, state.step
         return state.step

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from megatron_hapo.config import DynamicSamplingConfig
+from megatron_hapo.config import Config, DynamicSamplingConfig
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.protocols import RewardPool, RolloutPool
-from megatron_hapo.types import Prompt, Sampling, ScoredGroup
+from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling, ScoredGroup
 
 StageClock = Callable[[str], AbstractContextManager[None]]
 
@@ -23,6 +23,16 @@ class Collected:
     """Share of the generated groups that dynamic sampling kept, before the surplus was dropped; 1 without it."""
     seconds: dict[str, float] = field(default_factory=dict)
     """`time/*` of stages that ran beside another step's training."""
+
+
+def training_sampling(config: Config, *, step: int, adaptive: AdaptiveTemperature | None) -> Sampling:
+    """How a training step samples; every step has seeds of its own."""
+    rollout = config.rollout
+    return Sampling(
+        samples=config.batch.samples_per_prompt, temperature=rollout.temperature,
+        max_response_tokens=rollout.max_response_tokens, stop_token_ids=rollout.stop_token_ids,
+        seed=(config.seed << 50) + (step << 10), adaptive=adaptive,
+    )  # fmt: skip
 
 
 def generate_scored(
