@@ -72,20 +72,38 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
     With tied embeddings the last stage holds a copy of the embedding, unless it is also the first stage.
     """
-    dense = expert = 0
-    for layer in stage_layers(shape, layout, stage):
-        dense += _num_elements(layer_parameters(shape, layer), layout.sizes.tp)
-        if (moe := experts(shape, layer)) is not None:
-            one = expert_parameters(shape, layer, expert=0, local_expert=0)
-            expert += moe.num_experts // layout.sizes.ep * _num_elements(one, layout.sizes.etp)
-    first, last = stage == 0, stage == layout.sizes.pp - 1
+    sizes, layers = layout.sizes, stage_layers(shape, layout, stage)
+    of_layers, before_layers, behind_layers = _dense_elements(shape, sizes.tp)
+    of_experts = _expert_elements(shape, sizes.ep, sizes.etp)
+    dense = sum(of_layers[layer] for layer in layers)
+    first, last = stage == 0, stage == sizes.pp - 1
     if first:
-        dense += _num_elements(first_parameters(shape), layout.sizes.tp)
+        dense += before_layers
     if last:
-        dense += _num_elements(last_parameters(shape), layout.sizes.tp)
+        dense += behind_layers
         if shape.tied_embeddings and not first:
-            dense += _num_elements(first_parameters(shape), layout.sizes.tp)
-    return Parameters(dense, expert)
+            dense += before_layers
+    return Parameters(dense, sum(of_experts[layer] for layer in layers))
+
+
+@lru_cache(maxsize=64)
+def _dense_elements(shape: Shape, tp: int) -> tuple[tuple[int, ...], int, int]:
+    """Elements on one tp rank: of each layer without its experts, before the layers, and behind them."""
+    of_layers = (_num_elements(layer_parameters(shape, layer), tp) for layer in range(shape.num_layers))
+    return tuple(of_layers), _num_elements(first_parameters(shape), tp), _num_elements(last_parameters(shape), tp)
+
+
+@lru_cache(maxsize=256)
+def _expert_elements(shape: Shape, ep: int, etp: int) -> tuple[int, ...]:
+    """Elements of each layer's experts on one rank."""
+
+    def of_layer(layer: int) -> int:
+        if (moe := experts(shape, layer)) is None:
+            return 0
+        one = expert_parameters(shape, layer, expert=0, local_expert=0)
+        return moe.num_experts // ep * _num_elements(one, etp)
+
+    return tuple(of_layer(layer) for layer in range(shape.num_layers))
 
 
 def stage_layers(shape: Shape, layout: Layout, stage: int) -> Sequence[int]:
