@@ -18,6 +18,7 @@ import pytest
 import ray
 import torch
 
+from megatron_hapo.algorithm.step_statistics import steering
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config, ProfileConfig
@@ -32,6 +33,7 @@ from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.reward.pool import ProcessRewardPool
+from megatron_hapo.rollout.collect import training_sampling
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt, Sampling, pack_rollouts
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
@@ -184,6 +186,12 @@ def metrics_of(trained: dict[str, Any]) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def sampling_of(run: dict[str, Any], step: int) -> Sampling:
+    """How the run's driver would sample this step now."""
+    config, stats = run["config"], run["driver"].stats
+    return training_sampling(config, step=step, adaptive=steering(config.algorithm, stats))
+
+
 def test_metrics_have_the_expected_keys(trained: dict[str, Any]) -> None:
     before, *steps = metrics_of(trained)
     assert before["step"] == 0
@@ -220,8 +228,8 @@ def test_evaluation_samples_at_its_fixed_temperature(trained: dict[str, Any]) ->
 
 def test_temperatures_follow_from_the_entropies_of_the_policy(trained: dict[str, Any]) -> None:
     """Earlier policies are gone, so the last one samples and scores; T_t must follow from its entropies."""
-    driver, trainer = trained["driver"], trained["trainer"]
-    sampling = driver._sampling(3)
+    trainer = trained["trainer"]
+    sampling = sampling_of(trained, 3)
     assert sampling.adaptive is not None
     groups = trained["recorder"].generate(trained["prompts"], sampling)
     rollouts = [rollout for group in groups for rollout in group]
@@ -243,7 +251,7 @@ def test_greedy_responses_equal_those_of_the_exported_model_in_transformers(trai
 
     folder = trained["config"].run_dir / "hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    sampling = replace(trained["driver"]._sampling(0), samples=1, temperature=0.0, adaptive=None)
+    sampling = replace(training_sampling(trained["config"], step=0, adaptive=None), samples=1, temperature=0.0)
     for (rollout,) in trained["recorder"].generate(trained["prompts"], sampling):
         tokens = torch.from_numpy(rollout.prompt.token_ids.astype(np.int64))[None]
         with torch.no_grad():
@@ -354,7 +362,7 @@ def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qw
         assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
 
         # From here on all versions have the same weights, so the trainer can score tokens of several versions.
-        version, sampling = 100, replace(run["driver"]._sampling(4), samples=64)
+        version, sampling = 100, replace(sampling_of(run, 4), samples=64)
         with ThreadPoolExecutor(1) as thread:
             generation = thread.submit(pool.generate, run["prompts"], sampling)
             while not generation.done():
@@ -389,9 +397,7 @@ def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
 def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
     """`gather`, for models whose layout in the engine is unknown: engines load whole tensors and compare checksums."""
     GatherSync(trained["trainer"], trained["recorder"], verify_every=1).sync(policy_version=9)
-    (rollout,) = trained["recorder"].generate(
-        trained["prompts"][:1], replace(trained["driver"]._sampling(0), samples=1)
-    )[0]
+    (rollout,) = trained["recorder"].generate(trained["prompts"][:1], replace(sampling_of(trained, 0), samples=1))[0]
     assert rollout.policy_version == 9
 
 
