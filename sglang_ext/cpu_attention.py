@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 _BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend."
 AFTER = {f"{_BACKEND}init_forward_metadata": "plan_rectangles"}
 AROUND = {
-    f"{_BACKEND}_run_sdpa_forward_decode": "attend",
-    f"{_BACKEND}_run_sdpa_forward_extend": "attend",
+    f"{_BACKEND}_run_sdpa_forward_decode": "attend_decode",
+    f"{_BACKEND}_run_sdpa_forward_extend": "attend_extend",
 }
 """SGLang's functions and the hooks of this module that stand after or around them."""
 
@@ -129,7 +128,7 @@ def attention(
 # --- hooks
 
 
-def plan_rectangles(_result: None, backend: TorchNativeAttnBackend, batch: ForwardBatch) -> None:
+def plan_rectangles(_result: None, backend: Any, batch: ForwardBatch) -> None:
     """Makes the rectangles of a forward pass, which its layers share."""
     lengths = batch.seq_lens.tolist()
     if batch.forward_mode.is_decode():
@@ -137,27 +136,25 @@ def plan_rectangles(_result: None, backend: TorchNativeAttnBackend, batch: Forwa
     else:
         assert batch.extend_seq_lens is not None, "a forward pass that is not a decode step extends requests"
         new = batch.extend_seq_lens.tolist()
-    table: Any = backend.req_to_token_pool
-    backend.hapo_rectangles = rectangles(table.req_to_token, batch.req_pool_indices, lengths, new)  # type: ignore[attr-defined]
+    backend.hapo_rectangles = rectangles(backend.req_to_token_pool.req_to_token, batch.req_pool_indices, lengths, new)
 
 
-def attend(
-    original: Callable[..., Tensor],
-    backend: TorchNativeAttnBackend,
-    query: Tensor,
-    output: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *rest: Any,
-    scaling: float | None = None,
-    sliding_window_size: int | None = None,
-    **options: Any,
-) -> Tensor:
-    """In the place of SGLang's loop over sequences, which keeps the cases that rectangles do not express."""
-    encoder_lens = rest[-1]  # the last positional argument of both functions
-    if encoder_lens is not None or (sliding_window_size or -1) > -1 or options.get("is_cross_attn"):
-        return original(
-            backend, query, output, k_cache, v_cache, *rest,
-            scaling=scaling, sliding_window_size=sliding_window_size, **options,
-        )  # fmt: skip
-    return output.copy_(attention(query, k_cache, v_cache, backend.hapo_rectangles, scaling=scaling))  # type: ignore
+def attend_decode(original: Callable[..., Tensor], backend: Any, *tensors: Any, **options: Any) -> Tensor:
+    """In the place of SGLang's loop over requests, one new token each. SGLang passes causal=False, as each sees all."""
+    return _attend(original, backend, *tensors, **options)
+
+
+def attend_extend(original: Callable[..., Tensor], backend: Any, *tensors: Any, **options: Any) -> Tensor:
+    """In the place of SGLang's loop over requests with several new tokens each."""
+    if not options["causal"]:
+        return original(backend, *tensors, **options)
+    return _attend(original, backend, *tensors, **options)
+
+
+def _attend(original: Callable[..., Tensor], backend: Any, *tensors: Any, **options: Any) -> Tensor:
+    query, output, key_cache, value_cache, *_, encoder_lens = tensors
+    window = options["sliding_window_size"]
+    if encoder_lens is not None or options["is_cross_attn"] or (window is not None and window > -1):
+        return original(backend, *tensors, **options)
+    planned = backend.hapo_rectangles
+    return output.copy_(attention(query, key_cache, value_cache, planned, scaling=options["scaling"]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_ext.cpu_attention import attention, rectangles
+from sglang_ext.cpu_attention import attend_decode, attend_extend, attention, rectangles
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (4, 4), (6, 1)])
@@ -54,3 +57,21 @@ def test_requests_of_one_length_need_neither_padding_nor_mask():
 
 def test_a_pass_without_requests_has_no_rectangles():
     assert rectangles(torch.zeros(0, 8).int(), torch.zeros(0).long(), [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("hook", "changed"),
+    [
+        (attend_decode, {"sliding_window_size": 0}),
+        (attend_decode, {"is_cross_attn": True}),
+        (attend_extend, {"sliding_window_size": 16}),
+        (attend_extend, {"causal": False}),
+        (attend_extend, {"encoder_lens": torch.ones(1)}),
+    ],
+)
+def test_what_rectangles_do_not_express_goes_to_sglang(hook: Callable[..., Any], changed: dict[str, Any]):
+    options = {"scaling": 1.0, "causal": True, "is_cross_attn": False, "sliding_window_size": None} | changed
+    tensors = (torch.ones(1), torch.zeros(1), torch.ones(1), torch.ones(1), options.pop("encoder_lens", None))
+    assert hook(lambda *arguments, **given: (arguments, given), "backend", *tensors, **options) == (
+        ("backend", *tensors), options,
+    )  # fmt: skip
