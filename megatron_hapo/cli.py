@@ -12,7 +12,7 @@ from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config.section import MAX_RANKS
 from megatron_hapo.errors import ConfigError, HapoError, one_line
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
-from megatron_hapo.sizing.command import path_argument
+from megatron_hapo.sizing.command import path_argument, whole_number
 from megatron_hapo.sizing.command import run as plan_command
 
 type _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -217,11 +217,12 @@ def _up_to(limit: int) -> Callable[[str], int]:
     """The type of an argument that must be a whole number from 1 to a limit."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or int(text[:20]) < 1:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text[:100]!r}")
-        if int(text[:20]) > limit:
-            raise argparse.ArgumentTypeError(f"must be at most {limit}, got {text[:100]}")
-        return int(text)
+        number = whole_number(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text[:50]!r}")
+        if number > limit:
+            raise argparse.ArgumentTypeError(f"must be at most {limit}, got {number}")
+        return number
 
     return convert
 

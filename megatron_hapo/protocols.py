@@ -283,11 +283,14 @@ class RolloutPool(Protocol):
         ...
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
-        """Start new engines for those that died or do not answer in time.
+        """Start new engines for those that died or do not answer in time; their indices."""
+        ...
 
-        Returns:
-            Indices of all engines started since the last complete `weight_update`. They know no plan and hold no
-            weights, so `generate` does not use them before the next.
+    @property
+    def new_engines(self) -> list[int]:
+        """Indices of the engines started since the last complete `weight_update`.
+
+        They know no plan and hold no weights, so `generate` does not use them before the next.
         """
         ...
 

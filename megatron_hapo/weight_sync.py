@@ -70,8 +70,8 @@ class GatherSync:
         self._num_syncs = 0
 
     def sync(self, *, policy_version: int) -> None:
-        replaced = self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
-        verify = self._num_syncs % self._verify_every == 0 or bool(replaced)
+        self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
+        verify = self._num_syncs % self._verify_every == 0 or bool(self._pool.new_engines)
         with self._pool.weight_update(policy_version=policy_version):
             self._pool.broadcast(RolloutEngine.begin_weight_update)
             for bucket in self._trainer.weight_buckets(verify=verify):
@@ -116,8 +116,9 @@ class DirectSync:
         )
         described = repr((self.plan.shards, engine, self._slot_bytes))
         self._fingerprint = hashlib.blake2b(described.encode()).hexdigest()[:16]
-        trainer.scatter(TrainerWorker.prepare_sending, _sending_tasks(self.plan, num_ranks))
-        self._receiver_plans = _receiver_plans(self.plan, engine)
+        moving = list(self.plan.channels())
+        trainer.scatter(TrainerWorker.prepare_sending, _sending_tasks(self.plan, moving, num_ranks))
+        self._receiver_plans = _receiver_plans(moving, engine, engines=config.rollout.engines)
         pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
         self._rendezvous: Rendezvous | None = None
         if not self._on_one_host():
@@ -147,7 +148,8 @@ class DirectSync:
     def sync(self, *, policy_version: int) -> None:
         verify = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
-        verify |= bool(self._prepare_new_engines())  # engines that died since the last sync
+        self._prepare_new_engines()  # for those that died since the last sync
+        verify |= bool(self._pool.new_engines)
         for attempt in range(self._rollout.engines + 1):
             try:
                 self._attempt(policy_version, verify=verify)
@@ -162,9 +164,9 @@ class DirectSync:
                 verify = True
 
     def _prepare_new_engines(self) -> list[int]:
-        """Replaces dead engines, and gives the plan to all if any are new; the indices of those."""
+        """Replaces dead engines, and gives the plan to all if any are new; the indices of those replaced now."""
         replaced = self._pool.replace_dead_engines(patience_seconds=max(_GRACE_SECONDS, self._settings.timeout_seconds))
-        if replaced:
+        if self._pool.new_engines:
             self._leave_group()
             self._pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
         return replaced
@@ -198,27 +200,30 @@ class DirectSync:
                 self._pool.broadcast(RolloutEngine.verify, checksums)
 
 
-def _sending_tasks(plan: ReshardingPlan, num_ranks: int) -> list[SendingTask]:
+def _sending_tasks(plan: ReshardingPlan, channels: Sequence[Channel], num_ranks: int) -> list[SendingTask]:
     """Each trainer rank's part of the plan."""
     outgoing: dict[int, list[Channel]] = defaultdict(list)
-    for channel in plan.channels():
+    for channel in channels:
         outgoing[channel.source_rank].append(channel)
     owned_blocks = plan.owned_blocks()
     return [SendingTask(tuple(outgoing[rank]), tuple(owned_blocks.get(rank, ()))) for rank in range(num_ranks)]
 
 
-def _receiver_plans(plan: ReshardingPlan, engine: Sequence[tuple[Parameter, ...]]) -> list[list[str]]:
+def _receiver_plans(
+    channels: Sequence[Channel], engine: Sequence[tuple[Parameter, ...]], *, engines: int
+) -> list[list[str]]:
     """The parts of the plan of each engine's ranks.
 
     Args:
+        channels: all of the plan's.
         engine: parameters of each rank of an engine.
     """
     incoming: dict[tuple[int, int], dict[int, tuple[Piece, ...]]] = defaultdict(dict)
-    for channel in plan.channels():
+    for channel in channels:
         incoming[channel.engine, channel.engine_rank][channel.source_rank] = channel.targets
     return [
         [receiver_plan(parameters, incoming[index, rank]) for rank, parameters in enumerate(engine)]
-        for index in range(plan.engines)
+        for index in range(engines)
     ]
 
 

@@ -58,6 +58,8 @@ class Engines:
     def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [getattr(self, verb.__name__)(*arguments)]
 
+    new_engines: tuple[int, ...] = ()
+
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
         return []
 

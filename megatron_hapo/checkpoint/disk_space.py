@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 
 from megatron_hapo.checkpoint.model_folder import DTYPE_BYTES
@@ -26,9 +25,15 @@ def checkpoint_bytes(num_parameters: int, config: Config) -> int:
 
 def needed_bytes(num_parameters: int, config: Config, *, first_step: int) -> int:
     """Most that the run will have on its disk at once: one checkpoint more than it keeps, and its exports."""
-    settings, steps = config.checkpoint, max(0, config.steps - first_step)
-    written = math.ceil(steps / settings.every) if settings.every else min(1, steps)
-    exports = (steps // settings.hf_every if settings.hf_every else 0) + settings.hf_at_end
+    settings = config.checkpoint
+
+    def multiples(every: int) -> int:
+        """Steps to come that are multiples of an interval; 0: none."""
+        return max(0, config.steps // every - first_step // every) if every else 0
+
+    at_end = config.steps > first_step and not (settings.every and config.steps % settings.every == 0)
+    written = multiples(settings.every) + at_end
+    exports = multiples(settings.hf_every) + settings.hf_at_end
     export_bytes = num_parameters * DTYPE_BYTES[config.trainer.dtype]
     return min(written, settings.keep + 1) * checkpoint_bytes(num_parameters, config) + exports * export_bytes
 
@@ -48,8 +53,8 @@ def check_disk_space(num_parameters: int, config: Config, *, first_step: int, ex
     existing = next(parent for parent in (config.run_dir, *config.run_dir.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     text = (
-        f"checkpoints and exports take up to {needed / _GB:.1f} GB: {one / _GB:.1f} GB per checkpoint, and room for "
-        f"checkpoint.keep + 1 = {config.checkpoint.keep + 1} of them; {free / _GB:.1f} GB are free on the disk of "
+        f"checkpoints and exports take up to {_size(needed)}: {_size(one)} per checkpoint, and room for "
+        f"checkpoint.keep + 1 = {config.checkpoint.keep + 1} of them; {_size(free)} are free on the disk of "
         f"{config.run_dir}"
     )
     if free < min(one, needed) and config.steps > first_step:
@@ -58,3 +63,7 @@ def check_disk_space(num_parameters: int, config: Config, *, first_step: int, ex
         logger.warning("%s: the run will fail unless space is made", text)
     else:
         logger.info("%s", text)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GB:.1f} GB" if num_bytes >= _GB // 10 else f"{num_bytes / 1e6:.1f} MB"

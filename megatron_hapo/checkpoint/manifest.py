@@ -41,8 +41,8 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     files = {name: {"bytes": (folder / name).stat().st_size, "hash": hashes[name]} for name in sorted(names)}
     (folder / MANIFEST).write_text(json.dumps(_content(files), indent=1))
     hash_files(folder, [MANIFEST])
-    for path in {folder, *(folder / name for name in names)}:
-        sync_folder(path if path.is_dir() else path.parent)
+    for path in {folder, *((folder / name).parent for name in names)}:
+        sync_folder(path)
 
 
 def hash_files(folder: Path, names: Iterable[str], *, sync: bool = True) -> dict[str, str]:
@@ -111,8 +111,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The manifest's entries, and what is wrong with the manifest itself."""
     path = folder / MANIFEST
     try:
-        files = json.loads(path.read_bytes())["files"]
-        if path.read_text() == json.dumps(_content(files), indent=1):  # the hash of the entries, and every other byte
+        text = path.read_text()
+        files = json.loads(text)["files"]
+        if text == json.dumps(_content(files), indent=1):  # the hash of the entries, and every other byte
             return files, []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass

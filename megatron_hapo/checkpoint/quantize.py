@@ -102,7 +102,7 @@ def check(job: Quantization) -> None:
 
     if not job.source.is_dir():
         raise ConfigError([f"{job.source}: no such folder"])
-    is_verified = check_manifest(job.source)
+    check_manifest(job.source, quick=True)
     shape, is_megatron = read_shape(job.source), is_megatron_folder(job.source)
     bytes_per_parameter = 1 + (DTYPE_BYTES[config_dtype(job.source)] if is_megatron else 0)
     faults = [
@@ -114,7 +114,7 @@ def check(job: Quantization) -> None:
     if faults:
         raise ConfigError(faults)
     if not is_megatron:
-        HfReader(job.source, shape).check(values=not is_verified)
+        HfReader(job.source, shape).check(values=not check_manifest(job.source))
 
 
 def _quantize_folder(job: Quantization, source: Path, folder: Path) -> Agreement:

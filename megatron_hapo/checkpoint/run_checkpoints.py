@@ -52,6 +52,8 @@ class Checkpoints:
         self._damaged: dict[Path, str] = {}
         """Checkpoints that cannot be used, with a reason, as far as they have been looked at."""
         self._is_verified = False
+        self._written: set[Path] = set()
+        """Checkpoints of this run, beside which a run that starts over keeps no others."""
 
     def save(self, state: RunState, trainer: Trainer) -> None:
         """Write a checkpoint, then remove the oldest beyond `keep`, and later steps: a restarted run left those.
@@ -68,8 +70,10 @@ class Checkpoints:
             if self._config is not None:
                 (partial / SETTINGS_FILE).write_text(json.dumps(_settings(self._config), indent=2))
         self._damaged.pop(final, None)
+        self._written.add(final)
         ours = [folder for folder in self._numbered() if has_manifest(folder)]
-        sound = [folder for folder in ours if self._fault(folder) is None]
+        mine = ours if self._resume else [folder for folder in ours if folder in self._written]
+        sound = [folder for folder in mine if self._fault(folder) is None]
         kept = sound[: sound.index(final) + 1][-self._keep :]
         for old in ours:
             if old not in kept:

@@ -60,9 +60,8 @@ def check_run(config: Config) -> list[Fault]:
         faults += _model_faults(config)
     except OSError as error:  # e.g. no permission to look into the folder
         faults.append(Fault("model.path", f"{config.model.path} cannot be read: {error.strerror}"))
-    for name, source in (("train", config.data.train), ("eval", config.data.eval)):
-        if source is not None:
-            faults += _data_faults(f"data.{name}", source)
+    for key, source in config.data.sources:
+        faults += _data_faults(key, source)
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults

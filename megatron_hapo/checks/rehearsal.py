@@ -17,8 +17,8 @@ from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.observe.step_metrics import entropy_metrics, mismatch_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
-from megatron_hapo.rollout.collect import generate_scored
-from megatron_hapo.types import Prompt, Sampling, ScoredGroup, pack_groups
+from megatron_hapo.rollout.collect import generate_scored, training_sampling
+from megatron_hapo.types import Prompt, ScoredGroup, pack_groups
 
 LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
 """Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by dtype; at bfloat16 the kernels
@@ -51,13 +51,7 @@ def rehearse(
     clock = StepClock()
     turns.to_engines(policy_version=0)  # the first sync is always verified
     findings = [Finding("ok", "every engine holds the trainer's weights, verified by checksums")]
-    sampling = Sampling(
-        samples=config.batch.samples_per_prompt,
-        temperature=config.rollout.temperature,
-        max_response_tokens=config.rollout.max_response_tokens,
-        stop_token_ids=config.rollout.stop_token_ids,
-        seed=config.seed,
-    )
+    sampling = training_sampling(config, step=0, adaptive=None)
     groups = generate_scored(pool, rewards, prompts, sampling, clock)
     batch = pack_groups(groups)
     turns.to_trainer()

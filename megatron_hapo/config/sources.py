@@ -41,7 +41,7 @@ def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], 
         ConfigError: files or overrides that cannot be read, all of them at once.
     """
     faults: list[str] = []
-    layers = [*_file_layers(path, faults, including=()), (COMMAND_LINE, _parse_overrides(overrides, faults))]
+    layers = [*_file_layers(path, faults, [], including=()), (COMMAND_LINE, _parse_overrides(overrides, faults))]
     if faults:
         raise ConfigError(faults)
     merged: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def read_sources(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], 
 
 def files_of(path: Path) -> list[Path]:
     """The resolved paths of the file and of all its bases; those that cannot be read are left out."""
-    return [Path(name).resolve() for name, _ in _file_layers(path, [], including=())]
+    return [Path(name).resolve() for name, _ in _file_layers(path, [], [], including=())]
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
@@ -70,13 +70,16 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The name and the contents of each of the file's bases, then of the file itself."""
+def _file_layers(
+    path: Path, faults: list[str], read: list[Path], *, including: tuple[Path, ...]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the contents of each of the file's bases, then of the file itself; `read` collects all files."""
     try:
         resolved = path.resolve()
         if resolved in including:
             faults.append(f"{path}: base: the file builds on itself")
             return []
+        read.append(resolved)
         layer = _to_dict(read_yaml(path))
     except FileNotFoundError:
         faults.append(f"{path}: no such config file")
@@ -96,10 +99,11 @@ def _file_layers(path: Path, faults: list[str], *, including: tuple[Path, ...]) 
     for name in bases:
         if path_fault(name) is not None or Path(name).suffix not in (".yaml", ".yml"):
             faults.append(f"{path}: base: must be files that end in .yaml or .yml, got {name[:200]!r}")
-        elif len(including) >= MAX_BASES:
-            faults.append(f"{path}: base: more than {MAX_BASES} files build on each other")
+        elif len(read) > MAX_BASES:
+            faults.append(f"{path}: base: more than {MAX_BASES} files in all")
+            break
         else:
-            layers += _file_layers(path.parent / name, faults, including=(*including, resolved))
+            layers += _file_layers(path.parent / name, faults, read, including=(*including, resolved))
     return [*layers, (str(path), layer)]
 
 

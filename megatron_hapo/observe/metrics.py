@@ -102,15 +102,17 @@ class MetricsLogger:
         rewritten = self._path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
         rewritten.replace(self._path)
-        self._file = self._exit.enter_context(self._path.open("a"))
         purge_step = self._start_step + 1 if self._start_step else 0
-        self._tensorboard = self._exit.enter_context(TensorBoard(self._tensorboard_folder, purge_step=purge_step))
-        if self._wandb_project is not None:
-            run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
-            self._wandb = self._exit.enter_context(run)
-        if self._console.is_terminal:
-            self._progress = progress = self._exit.enter_context(_progress_bar(self._console))
-            self._task = progress.add_task("training", total=self._total_steps, completed=self._start_step)
+        with ExitStack() as stack:  # closes what is open if a later one fails
+            self._file = stack.enter_context(self._path.open("a"))
+            self._tensorboard = stack.enter_context(TensorBoard(self._tensorboard_folder, purge_step=purge_step))
+            if self._wandb_project is not None:
+                run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
+                self._wandb = stack.enter_context(run)
+            if self._console.is_terminal:
+                self._progress = progress = stack.enter_context(_progress_bar(self._console))
+                self._task = progress.add_task("training", total=self._total_steps, completed=self._start_step)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def _whole_number(text: str) -> int:
-    try:
-        return int(text[:20])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text[:50]!r}") from None
+def whole_number(text: str) -> int:
+    """The type of an argument that is a whole number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or has more than 20 digits.
+    """
+    if re.fullmatch(r"-?[0-9]{1,20}", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most 20 digits, got {text[:50]!r}")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,24 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HF_CONFIG",
         help="model folder or config.json; overrides the config's model.path",
     )
-    parser.add_argument("--gpus", type=_whole_number, help="total GPUs of trainer and engines (default: CONFIG's)")
+    parser.add_argument("--gpus", type=whole_number, help="total GPUs of trainer and engines (default: CONFIG's)")
     parser.add_argument("--gpu-memory", help="memory of one GPU (default: CONFIG's parallel.gpu_memory, else 80GiB)")
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="GPU model, for its peak rates (default: %(default)s)"
     )
     parser.add_argument(
-        "--nvlink-size", type=_whole_number, default=8, help="GPUs per NVLink domain (default: %(default)s)"
+        "--nvlink-size", type=whole_number, default=8, help="GPUs per NVLink domain (default: %(default)s)"
     )
     parser.add_argument(
         "--placement", choices=("disaggregated", "colocated"),
         help="separate GPUs for trainer and engines, or shared in turns (default: the config's)",
     )  # fmt: skip
-    parser.add_argument("--max-prompt", type=_whole_number, help="longest prompt in tokens; overrides the config")
-    parser.add_argument("--max-response", type=_whole_number, help="longest response in tokens; overrides the config")
+    parser.add_argument("--max-prompt", type=whole_number, help="longest prompt in tokens; overrides the config")
+    parser.add_argument("--max-response", type=whole_number, help="longest response in tokens; overrides the config")
     parser.add_argument(
         "--mean-response", type=float, help="expected mean in tokens (default: a quarter of the longest)"
     )
-    parser.add_argument("--top", type=_whole_number, default=8, help="number of plans to show (default: %(default)s)")
+    parser.add_argument("--top", type=whole_number, default=8, help="number of plans to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--write", type=path_argument, metavar="FILE", help="write the best plan as a config that builds on CONFIG"

@@ -64,6 +64,11 @@ def test_a_restarted_run_keeps_its_own_checkpoints_only(tmp_path: Path) -> None:
     assert save(tmp_path, 100) == ["step_00000050", "step_00000100"]
 
 
+def test_a_run_that_starts_over_keeps_no_earlier_checkpoint_of_another_run(tmp_path: Path) -> None:
+    save(tmp_path, 50)
+    assert save(tmp_path, 100, 150, resume=False) == ["step_00000100", "step_00000150"]
+
+
 def spoil_bit(name: str) -> Callable[[Path], None]:
     return lambda folder: flip(folder / name, 9)
 

@@ -244,6 +244,13 @@ def test_a_missing_file_and_bad_overrides_are_one_line_each(tmp_path):
     ]
 
 
+def test_bases_that_double_at_every_level_are_refused_in_time(tmp_path):
+    for level in range(30):
+        write(tmp_path, f"base: [{level + 1}.yaml, {level + 1}.yaml]\n", f"{level}.yaml")
+    write(tmp_path, MINIMAL, "30.yaml")
+    assert any("files in all" in fault for fault in faults_of(tmp_path / "0.yaml"))
+
+
 def test_missing_settings_are_reported_with_the_file(tmp_path):
     assert faults_of(write(tmp_path, "name: x\n")) == [
         "run.yaml: steps: is required",

@@ -45,6 +45,8 @@ class OneEngine:
     ) -> list[Any]:
         return self.broadcast(verb, arguments[0])
 
+    new_engines: tuple[int, ...] = ()
+
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
         return []
 
@@ -101,6 +103,25 @@ def test_engine_holds_the_trainers_weights(case: dict[str, Any], tmp_path: Path,
     sync.sync(policy_version=10 * index + 1)
     sync.sync(policy_version=10 * index + 2)
     assert_greedy_equals(pool.engine, load_reference(new), version=10 * index + 2)
+
+
+def test_a_sync_that_fails_while_all_engines_live_is_not_repeated(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if an engine that died before the sync has just been replaced."""
+    new, pool = case["news"][0], case["pool"]
+    sync = make_sync(ThreadedTrainer(new, engine_tp=1), pool, tmp_path / "s", new)
+    attempts = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        attempts.append(1)
+        raise WeightSyncError("checksums differ")
+
+    monkeypatch.setattr(pool, "new_engines", (0,))
+    monkeypatch.setattr(sync, "_attempt", fail)
+    with pytest.raises(WeightSyncError, match="checksums differ"):
+        sync.sync(policy_version=1)
+    assert len(attempts) == 1
 
 
 def test_a_corrupt_bucket_fails_the_sync_and_the_version_stays(case: dict[str, Any], tmp_path: Path) -> None:

@@ -173,16 +173,18 @@ class RayRolloutPool:
             return engine, result(done[0])
         except RayActorError as failure:
             self._synced.wait()  # a sync that is under way replaces the engine itself
+            if self._closed:
+                raise RolloutError("generating: the engines have been closed") from None
             self._mark_dead(engine, actor, failure)
             return engine, failure
 
     def _mark_dead(self, engine: int, actor: Any, failure: RayActorError) -> None:
         """Notes that this actor of the engine has died, unless it has been replaced already."""
         with self._state:
-            if self._engines[engine] is not actor or engine in self._dead or self._closed:
+            if self._engines[engine] is not actor or engine in self._dead:
                 return
             self._dead.add(engine)
-        then = "it is replaced" if self._read_weights else "its groups start again, and the next sync replaces it"
+        then = "its groups start again" if self._read_weights else "its groups start again, the next sync replaces it"
         logger.warning("%s; %s", death(f"generating: engine {engine}", failure), then)
 
     def _usable(self) -> dict[int, Any]:
@@ -247,11 +249,9 @@ class RayRolloutPool:
         self._synced.set()
 
     def replace_dead_engines(self, *, patience_seconds: float) -> list[int]:
-        """Replaces every engine that has died, or does not answer in time.
+        """Replaces every engine that has died, or does not answer in time; the indices of those replaced now.
 
-        Returns:
-            Indices of all engines that were replaced since the last sync. They hold random weights (unless engines of
-            this pool read them), under version 0, and know no plan.
+        The new ones hold random weights (unless engines of this pool read them), under version 0, and know no plan.
         """
         deadline = time.monotonic() + patience_seconds
         answers = [engine.ready.remote() for engine in self._engines]
@@ -267,6 +267,10 @@ class RayRolloutPool:
         if dead:
             logger.warning("replacing %s", ", ".join(f"engine {index}" for index in dead))
             self.wait_until_ready()
+        return dead
+
+    @property
+    def new_engines(self) -> list[int]:
         with self._state:
             return sorted(self._without_weights)
 
@@ -276,9 +280,10 @@ class RayRolloutPool:
             self._closed = True
             self._state.notify_all()
         self._synced.set()
+        # shutdown first: it ends SGLang's own processes
+        ended = [engine.shutdown.remote() for engine in self._engines]
+        ray.wait(ended, num_returns=len(ended), timeout=_SHUTDOWN_SECONDS)
         for engine in self._engines:
-            # shutdown first: it ends SGLang's own processes
-            ray.wait([engine.shutdown.remote()], timeout=_SHUTDOWN_SECONDS)
             ray.kill(engine)
 
 

@@ -37,7 +37,7 @@ def gather(
         died: a process died; None: `error` in this case too. An exception of the call itself is raised unchanged.
     """
     names = {reference: name for name, reference in calls.items()}
-    waiting = list(names)
+    waiting, results = list(names), {}
     deadline = time.monotonic() + timeout_seconds
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
@@ -46,10 +46,10 @@ def gather(
             raise error(f"{what}: no answer within {timeout_seconds:g} s from {late}")
         for reference in done:
             try:
-                result(reference)
+                results[reference] = result(reference)
             except RayActorError as failure:
                 raise (died or error)(death(f"{what}: {names[reference]}", failure)) from None
-    return [ray.get(reference) for reference in calls.values()]
+    return [results[reference] for reference in calls.values()]
 
 
 def result(reference: ray.ObjectRef) -> Any:

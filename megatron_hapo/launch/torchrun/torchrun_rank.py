@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_hapo.checks.preflight import load_checked_config
 from megatron_hapo.config import Config
-from megatron_hapo.errors import ConfigError, HapoError, RolloutError
+from megatron_hapo.errors import ConfigError, HapoError, RolloutError, one_line
 from megatron_hapo.launch.places import GpuPlacement, beside_ranks
 from megatron_hapo.launch.ray import cluster
 from megatron_hapo.launch.ray.cluster import RayNode
@@ -434,7 +434,8 @@ def _visible_gpus() -> list[str]:
 def _print_error(error: BaseException) -> int:
     """The exit code of an error, which is printed as the command line prints it."""
     if isinstance(error, HapoError):
-        print(error, file=sys.stderr, flush=True)
+        for line in str(error).splitlines():
+            print(one_line(line), file=sys.stderr, flush=True)
         return _EXIT_FAULT
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
