@@ -57,13 +57,14 @@ def rectangles(
         lengths: tokens of each, new ones included.
         query_lengths: new tokens of each, laid end to end in the pass.
     """
+    table = req_to_token[:, : max(lengths, default=0)]  # rows are copied below, and may be of a long context
     starts = [0, *itertools.accumulate(query_lengths)]
     classes: dict[tuple[int, int], list[int]] = {}
     for row, (length, query_length) in enumerate(zip(lengths, query_lengths, strict=True)):
         classes.setdefault((length.bit_length(), query_length.bit_length()), []).append(row)
     return [
         _rectangle(
-            req_to_token[requests[rows]],
+            table[requests[rows]],
             torch.tensor([lengths[row] for row in rows])[:, None],
             torch.tensor([query_lengths[row] for row in rows])[:, None],
             torch.tensor([starts[row] for row in rows])[:, None],

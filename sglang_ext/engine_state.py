@@ -206,4 +206,4 @@ TABLE: dict[Verb, Rule] = {
     "release_memory": Rule(RolloutError, (_NO_UPDATE,), _release),
     "take_memory": Rule(RolloutError, (), _take),
 }
-"""One row a call. A failed call changes nothing."""
+"""One row per call. A failed call changes nothing."""

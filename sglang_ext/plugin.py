@@ -1,5 +1,5 @@
-"""The SGLang plugin: adaptive temperature, seeded sampling, and weight updates that report every failure. Only this
-module depends on SGLang's internals (0.5.23).
+"""The SGLang plugin: adaptive temperature, seeded sampling, and weight updates that report every failure. Hooks
+into SGLang's internals (0.5.23) are registered only here.
 
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and runs it in its main process and in every
 scheduler process. It only logs a plugin that fails, which is why `sglang_ext.engine.Engine.self_test` exists.
@@ -197,7 +197,7 @@ def _after_sampling(
 
 
 class _HostColumn:
-    """One number a row, copied to the host asynchronously: only reading it waits for the GPU."""
+    """One number per row, copied to the host asynchronously: only reading it waits for the GPU."""
 
     def __init__(self, values_R: Tensor):
         self._copied: torch.cuda.Event | None = None

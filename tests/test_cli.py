@@ -212,7 +212,7 @@ def test_faults_of_config_model_and_data_come_together(run_folder, started, caps
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: "),
         ({"rms_norm_eps": None}, "model/config.json has no rms_norm_eps\n"),
         ("{", "model/config.json is not JSON: "),
-        ("[]", "model_type None is not supported; supported: "),
+        ("[]", "model/config.json must contain a JSON object\n"),
     ],
 )
 @pytest.mark.parametrize("command", [["train", "run.yaml"], ["convert", "hf-to-megatron", "model", "out"]])

@@ -163,11 +163,11 @@ class ReshardingPlan:
 
     def channels(self) -> Iterator[Channel]:
         """Yields one channel for each pair of a trainer rank and an engine rank between which data moves."""
-        shard_of = [{rank: None for rank in shard.ranks} for shard in self.shards]
+        ranks_of = [frozenset(shard.ranks) for shard in self.shards]
         for engine in range(self.engines):
             pieces: dict[tuple[int, int], tuple[list[Piece], list[Piece]]] = defaultdict(lambda: ([], []))
             for copy, sender in zip(self.copies, self.senders(engine).tolist(), strict=True):
-                holder = next(h for h in self.boxes[copy.box].holders if sender in shard_of[h.shard])
+                holder = next(h for h in self.boxes[copy.box].holders if sender in ranks_of[h.shard])
                 sources, targets = pieces[sender, copy.engine_rank]
                 size = (copy.rows, copy.columns)
                 sources.append(

@@ -100,8 +100,9 @@ def send(
     with _abort_on_failure(transfer), ExitStack() as stack:
         senders = [SharedMemorySender(channel, matrices, transfer, on_bucket) for channel in channels]
         for sender in senders:
-            sender.connect(deadline, memory)
             stack.callback(sender.socket.close)
+        for sender in senders:
+            sender.connect(deadline, memory)
         by_socket = {sender.socket.fileno(): sender for sender in senders}
         poll = select.poll()
         for number in by_socket:

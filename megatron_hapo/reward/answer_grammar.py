@@ -1,9 +1,9 @@
-"""Which answers reasoning-gym's scorers may see, where they pass answers to `eval` or to sympy's `parse_expr`.
+"""Filters the answers that reach those of reasoning-gym's scorers that call `eval` or sympy's `parse_expr`.
 
-Both run any Python that an answer contains (reasoning-gym 0.1.25, sympy 1.14). Only a literal (numbers, short strings,
-brackets) or an arithmetic expression passes; neither has attributes, strings that are parsed again, or names of objects
-that do more than mathematics. The scorer still decides what the answer is worth, so honest answers keep their scores.
-The sandbox, not this grammar, is what confines an answer that gets through all the same or takes for ever.
+Both execute any Python in an answer (reasoning-gym 0.1.25, sympy 1.14). Only literals (numbers, short strings,
+brackets) and arithmetic expressions pass: they contain no attributes, no strings that are parsed again, and no names
+other than those of mathematics. The scorer still computes the score, so honest answers keep theirs. An answer that gets
+past this grammar, or that takes forever to evaluate, is confined by the sandbox.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class EvaluatedTask(NamedTuple):
 
     grammar: Literal["literal", "expression"]
     unparsable: float
-    """What the scorer gives an answer that it cannot parse."""
+    """The scorer's score for an answer that it cannot parse."""
 
 
 EVALUATED_TASKS = {
@@ -42,7 +42,7 @@ EVALUATED_TASKS = {
     "spiral_matrix": EvaluatedTask("literal", 0.0),
     "string_insertion": EvaluatedTask("literal", 0.0),
 }
-"""Datasets whose scorers evaluate answers. A test compares this with what all of the package's scorers compile."""
+"""Datasets whose scorers evaluate answers. A test compares it with what every scorer of the package compiles."""
 
 _LITERAL_TOKEN = re.compile(
     r"""\s*+(?:[-+]?(?:\d{1,40}+(?:\.\d{0,40}+)?|\.\d{1,40}+)(?![\w.'"])"""
@@ -60,11 +60,11 @@ _FUNCTIONS = frozenset({
     "pi", "oo", "Rational", "erf", "erfc", "erfi", "Si", "Ci", "Ei", "li", "gamma",
 })
 # fmt: on
-"""Names of sympy that stand for mathematics of numbers and symbols."""
+"""sympy's names of mathematical functions and constants."""
 
 
 def unparsable_score(answer: str, *, dataset: str, entry: dict[str, Any]) -> float | None:
-    """What an answer earns that its scorer must not see; None for an answer that is safe to hand on.
+    """The score of an answer that must not reach its scorer; None if the answer is safe to pass on.
 
     Args:
         entry: the task, as reasoning-gym built it.
@@ -77,7 +77,7 @@ def unparsable_score(answer: str, *, dataset: str, entry: dict[str, Any]) -> flo
         return None
     match task.grammar:
         case "literal":
-            # These scorers compare before they evaluate.
+            # These scorers compare the text before they evaluate it.
             expected = {text.strip() for text in (entry["answer"], *metadata.get("valid_answers", ()))}
             safe = answer.strip() in expected or is_literal(answer)
         case "expression":
@@ -88,7 +88,7 @@ def unparsable_score(answer: str, *, dataset: str, entry: dict[str, Any]) -> flo
 
 
 def is_literal(text: str) -> bool:
-    """Whether Python reads the text as numbers, short strings, True, False and None in lists and tuples, if at all."""
+    """Whether the text has only numbers, short strings, True, False, None, brackets and commas; it need not parse."""
     tokens = _tokens(_LITERAL_TOKEN, text, MAX_LITERAL_CHARACTERS)
     return tokens is not None and _nesting([token.group().strip() for token in tokens]) <= MAX_NESTING
 
@@ -97,7 +97,7 @@ def is_expression(text: str, *, variables: Collection[str] = ()) -> bool:
     """Whether the text is made of numbers, variables, known functions, + - * / // % ^ **, factorials and parentheses.
 
     Exponents and factorials of plain numbers are bounded. A variable is one of `variables`, a single letter, or any
-    name that means nothing to sympy.
+    name that sympy does not define.
     """
     tokens = _tokens(_EXPRESSION_TOKEN, text, MAX_EXPRESSION_CHARACTERS)
     if tokens is None:
@@ -114,13 +114,13 @@ def is_expression(text: str, *, variables: Collection[str] = ()) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """Without quotation marks around all of it: sympy reads a string as the expression in it."""
+    """The text without quotation marks around it: sympy parses a quoted string as the expression inside."""
     text = text.strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _tokens(pattern: re.Pattern[str], text: str, max_characters: int) -> list[re.Match[str]] | None:
-    """The text as tokens; None if something else stands between them, or if it is too long."""
+    """The text's tokens; None if it contains anything else, or is too long."""
     text = text.strip()
     if len(text) > max_characters:
         return None
@@ -150,12 +150,12 @@ def _is_harmless(name: str) -> bool:
 
 @functools.cache
 def _sympy_names() -> frozenset[str]:
-    """What parse_expr does not read as a new symbol."""
+    """The names that parse_expr does not turn into new symbols."""
     return frozenset(dir(importlib.import_module("sympy"))) | frozenset(dir(builtins))
 
 
 def _is_bounded_exponent(words: Sequence[str], position: int) -> bool:
-    """Whether what follows ** is at most MAX_EXPONENT, or holds a name, so that nothing is multiplied out."""
+    """Whether the exponent after ** is at most MAX_EXPONENT, or contains a name, so that the power is not expanded."""
     while position < len(words) and words[position] in "+-":
         position += 1
     if position == len(words):

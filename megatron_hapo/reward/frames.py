@@ -1,4 +1,4 @@
-"""Messages between the pool and a reward worker: JSON after its length, which no reader can be made to execute."""
+"""Messages between the pool and a reward worker: a length, then JSON, which unlike pickle cannot run code."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _READ_BYTES = 1 << 16
 
 
 class FrameError(ValueError):
-    """What came is not a frame."""
+    """The received bytes are not a valid frame."""
 
 
 class FrameReader:
-    """Takes bytes as they come, gives messages."""
+    """Assembles messages from bytes as they arrive."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
         self._buffer = b""
 
     def feed(self, received: bytes) -> list[Any]:
-        """The messages that are complete with these bytes.
+        """The messages that these bytes complete.
 
         Raises:
             FrameError: a message is too long or is not JSON.
@@ -33,7 +33,7 @@ class FrameReader:
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
             if length > self._max_bytes:
-                raise FrameError(f"a message of {length} bytes; at most {self._max_bytes} are expected")
+                raise FrameError(f"received a message of {length} bytes; the limit is {self._max_bytes}")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 break
@@ -43,13 +43,13 @@ class FrameReader:
 
 
 def encode_frame(message: Any) -> bytes:
-    """The bytes of a message; lone surrogates and NUL in its strings survive."""
+    """The bytes of a message; lone surrogates and NUL in its strings are preserved."""
     body = json.dumps(message).encode("ascii")
     return _LENGTH.pack(len(body)) + body
 
 
 def receive_frame(connection: socket.socket) -> Any | None:
-    """The next message of a blocking socket; None when the other end closed it."""
+    """The next message of a blocking socket; None if the other end has closed it."""
     header = _receive_exactly(connection, _LENGTH.size)
     body = None if header is None else _receive_exactly(connection, _LENGTH.unpack(header)[0])
     return None if body is None else _decode(body)
@@ -60,7 +60,7 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:
     while count:
         try:
             part = connection.recv(min(count, _READ_BYTES))
-        except ConnectionResetError:  # the pool was killed with an answer unread
+        except ConnectionResetError:  # the pool was killed before it read an answer
             return None
         if not part:
             return None
@@ -73,4 +73,4 @@ def _decode(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise FrameError(f"a message is not JSON: {error}") from None
+        raise FrameError(f"received a message that is not JSON: {error}") from None

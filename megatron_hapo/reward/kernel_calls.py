@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import stat
 import struct
 from collections.abc import Iterable, Sequence
@@ -17,13 +18,13 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
-_SYS_PIVOT_ROOT = 155  # x86-64
+_SYS_PIVOT_ROOT = 41 if platform.machine() == "aarch64" else 155
 _SYS_LANDLOCK_CREATE_RULESET, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _KEPT_MOUNT_FLAGS = {os.ST_NOEXEC: 8, os.ST_NOATIME: 1024, os.ST_NODIRATIME: 2048, os.ST_RELATIME: 1 << 21}
-"""statvfs flags to mount flags. In a user namespace a remount must keep those that the mount had before."""
+"""Mount flags by statvfs flag. In a user namespace a remount must keep those that the mount already has."""
 
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _EXECUTE, _IOCTL_DEV = 1 << 0, 1 << 15
@@ -46,12 +47,12 @@ def forbid_inspection() -> None:
 
 
 def forbid_new_privileges() -> None:
-    """No program that this process or a child of it executes gains privileges; Landlock and seccomp require it."""
+    """Keep programs that this process or its children execute from gaining privileges; Landlock and seccomp need it."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def drop_capability_bounds() -> None:
-    """Empty the bounding set, where this process may: no later exec regains a capability."""
+    """Empty the bounding set, if this process may, so that no later exec regains a capability."""
     for capability in range(64):
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
@@ -73,12 +74,12 @@ def install_seccomp(program: bytes) -> None:
 
 
 def landlock_abi() -> int:
-    """The kernel's Landlock version; 0 where it has none or it is switched off."""
+    """The kernel's Landlock version; 0 if Landlock is missing or disabled."""
     return max(0, _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def landlock_ruleset(*, readable: Iterable[Path], writable: Iterable[Path]) -> int:
-    """A descriptor of rules for `landlock_restrict`: nothing else can be opened, no TCP, no signal to the outside.
+    """A descriptor of rules for `landlock_restrict`: only these paths can be opened; no TCP, no signals to outsiders.
 
     Paths that do not exist are left out. Executing a program is not allowed anywhere.
     """
@@ -112,12 +113,12 @@ def landlock_restrict(ruleset: int) -> None:
 
 
 def enter_root(*, readable: Sequence[Path], writable: Sequence[Path]) -> None:
-    """Replace this mount namespace's file system by an empty one that shows these paths alone, under their own names.
+    """Replace this mount namespace's file system by an empty one with only these paths, under their own names.
 
     The namespace must be new and belong to this process's user namespace. Paths that do not exist are left out.
     """
     _mount("none", "/", flags=_MS_REC | _MS_PRIVATE)
-    # Built where /proc was: a folder that exists everywhere and below which nothing is to be shown.
+    # Built over /proc, a folder that always exists and that must not be visible anyway.
     root = Path("/proc")
     _mount("tmpfs", root, kind="tmpfs", flags=_MS_NOSUID | _MS_NODEV, options="size=1m,mode=755")
     for path in sorted({*readable, *writable}):

@@ -1,10 +1,10 @@
-"""Rewards from worker processes, in which a response can harm nothing but its own reward.
+"""Computes rewards in worker processes, where a response can affect only its own reward.
 
-The pool sends chunks of responses to idle workers over sockets, as JSON. A worker judges each response in a sandboxed
-fork of its own (worker.py, sandbox.py) and answers as soon as it is scored, so if a worker itself fails, the first
-unanswered response of its chunk is the one to blame. No library fits: pebble and concurrent.futures send pickle, and
-measure the time and the crash of a whole chunk or are too slow response by response; multiprocessing's spawn imports
-the program's main module again, which may hold torch.
+The pool sends chunks of responses to idle workers over sockets, as JSON. A worker parses answers in sandboxed forks,
+one per response (worker.py, sandbox.py), and sends each outcome at once, so if a worker itself fails, the first
+unanswered response of its chunk is at fault. No library fits: pebble and concurrent.futures use pickle, and either time
+out and crash by whole chunks or are too slow for single responses; multiprocessing's spawn imports the program's main
+module again, which may import torch.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ MAX_CHUNK = 64
 START_SECONDS = 120.0
 """Limit for a worker's start, and for its imports: both are slow on a loaded machine."""
 GRACE_SECONDS = 10.0
-"""What an outcome may take beyond the response's limit, which the worker enforces; the pool watches the worker."""
+"""How long after the response's limit, which the worker enforces, the pool still waits for an outcome."""
 MAX_FAILED_STARTS = 3
-"""In a row, before the run fails: one may be bad luck, e.g. an idle worker that the system's memory killer chose."""
+"""Consecutive failed starts that are tolerated: one may be bad luck, e.g. an idle worker that the OOM killer chose."""
 MAX_MESSAGE_BYTES = 1 << 14
 
 _KEPT_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
-"""All that a worker gets of the environment: nothing there is a secret, and loading and reading text depend on it."""
+"""The only variables that a worker inherits: none is secret, and loading libraries and decoding text need them."""
 
 
 class ProcessRewardPool:
-    """Rewards of rollouts by the config's rules; a context manager that ends its worker processes.
+    """Scores rollouts by the config's rules; a context manager that stops its worker processes.
 
     Raises:
         RewardError: workers do not start, or would have to evaluate answers without isolation.
@@ -88,16 +88,16 @@ class ProcessRewardPool:
         return [self._score(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
 
     def start_profile(self) -> None:
-        """Begin to record what each worker does."""
+        """Start recording what each worker does."""
         for row in self._pool.rows:
             row.start()
 
     def finish_profile(self) -> list[Timeline]:
-        """What each worker did."""
+        """The recorded activity of each worker."""
         return [row.finish() for row in self._pool.rows]
 
     def close(self) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         self._pool.close()
 
     def __enter__(self) -> ProcessRewardPool:
@@ -133,11 +133,11 @@ def _log_failures(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> N
 
 
 def unisolated_message(refused: str, isolation: Isolation) -> str:
-    """The error for a user whose system offers no isolation at all."""
+    """The error message for a system that offers no isolation."""
     return (
-        f"{refused} would be passed to parsers that may run them as code, and this system offers nothing to confine "
-        f"it: {isolation}. Allow user namespaces, Landlock (Linux 5.13 and newer) or seccomp; or accept that a "
-        "response can run code with this user's rights, by reward.allow_unisolated=true"
+        f"{refused} would be passed to parsers that may run them as code, and this system offers no isolation: "
+        f"{isolation}. Enable user namespaces, Landlock (Linux 5.13 or newer) or seccomp, or set "
+        "reward.allow_unisolated=true to accept that a response can run code with this user's rights"
     )
 
 
@@ -155,8 +155,8 @@ class WorkerPool:
     ):
         """
         Args:
-            timeout_seconds: for each response; what takes longer is killed.
-            memory_bytes: address space of a worker.
+            timeout_seconds: limit for each response; scoring that takes longer is killed.
+            memory_bytes: limit of a worker's address space.
             module: see worker.WorkerSettings.
         """
         settings = WorkerSettings(
@@ -169,13 +169,13 @@ class WorkerPool:
         self._spawn: Callable[[], _Worker] = lambda: _Worker(settings)
         self._workers = [self._spawn() for _ in range(num_workers)]
         self.rows = [SpanRecorder(f"reward worker {index}") for index in range(num_workers)]
-        """One row per slot, whichever process fills it; a span is a chunk, from its dispatch to its last outcome."""
+        """One row per slot, whichever process occupies it; a span is a chunk, from its dispatch to its last outcome."""
         self._failed_starts = 0
         self._suspects: set[int] = set()
-        """Rows of this call on which a worker has died once."""
+        """Rows of this call on which a worker has already died once."""
 
     def isolation(self) -> Isolation:
-        """What the system offers to confine responses; waits until a worker has found out.
+        """The isolation that the system offers; waits until a worker has probed it.
 
         Raises:
             RewardError: workers do not start.
@@ -198,7 +198,7 @@ class WorkerPool:
         waiting = deque(range(len(jobs)))
         chunk_size = max(1, min(MAX_CHUNK, len(jobs) // (8 * len(self._workers))))
         for worker in self._workers:
-            worker.renew_deadline(START_SECONDS)  # nobody has watched a starting worker since the last call
+            worker.renew_deadline(START_SECONDS)  # a starting worker was not monitored between calls
         while len(outcomes) < len(jobs):
             for worker in self._workers:
                 if worker.idle and waiting:
@@ -208,13 +208,13 @@ class WorkerPool:
         return [outcomes[row] for row in range(len(jobs))]
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
 
     def _advance(self, outcomes: dict[int, Outcome], waiting: deque[int]) -> None:
-        """Take what busy workers send next, and replace those that failed."""
+        """Receive what busy workers send next, and replace those that failed."""
         self._receive(outcomes)
         for index, worker in enumerate(self._workers):
             if worker.refused:
@@ -226,7 +226,7 @@ class WorkerPool:
                 self._workers[index] = self._spawn()
 
     def _receive(self, outcomes: dict[int, Outcome]) -> None:
-        """Take what busy workers have sent; wait for it until the first deadline."""
+        """Receive the messages of busy workers; waits until the earliest deadline."""
         places = zip(self._workers, self.rows, strict=True)
         busy = {worker.fileno(): (worker, row) for worker, row in places if not worker.idle}
         poller = select.poll()
@@ -244,10 +244,10 @@ class WorkerPool:
     def _blame(
         self, worker: _Worker, failure: ScoringFailure, outcomes: dict[int, Outcome], waiting: deque[int]
     ) -> None:
-        """End a worker that failed; the response to blame gets its outcome, those behind it wait again."""
+        """Kill a failed worker; the response at fault gets its outcome, and the rest of the chunk is queued again."""
         exit_code = worker.kill()
         if worker.scoring and worker.rows and failure == "crash" and worker.rows[0] not in self._suspects:
-            # Responses crash in forks, not in the worker, so something else may have killed it: a second try.
+            # Responses crash in forks, not in the worker, so something else may have killed it: try once more.
             self._suspects.add(worker.rows[0])
         elif worker.scoring and worker.rows:
             reason = {
@@ -259,14 +259,14 @@ class WorkerPool:
             self._failed_starts += 1
             if self._failed_starts > MAX_FAILED_STARTS:
                 raise RewardError(
-                    f"reward workers do not start (the last: {failure}, exit code {exit_code}); if they run out of "
-                    "memory while they import, raise reward.memory_bytes"
+                    f"reward workers do not start (last failure: {failure}, exit code {exit_code}); if they run out "
+                    "of memory during their imports, raise reward.memory_bytes"
                 )
         waiting.extendleft(reversed(worker.rows))
 
 
 class _Worker:
-    """The pool's side of one process: booting, idle, importing, scoring, idle; from any of them dead."""
+    """The pool's side of one process. States: booting, idle, importing, scoring, idle again; dead from any of them."""
 
     def __init__(self, settings: WorkerSettings):
         self._socket, theirs = socket.socketpair()
@@ -275,8 +275,8 @@ class _Worker:
         environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environment |= {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        # -c and not -m, which would give the worker's classes another module name than the pool's; -P, so that the
-        # folder it starts in is not on its path.
+        # -c and not -m, which would give the worker's classes another module name than the pool's; -P keeps the
+        # folder it starts in off its module path.
         command = [sys.executable, "-P", "-W", "ignore", "-c", "from megatron_hapo.reward.worker import main; main()"]
         with theirs:
             self._process = subprocess.Popen(
@@ -289,10 +289,10 @@ class _Worker:
         self._reader = FrameReader(MAX_MESSAGE_BYTES)
         self.isolation: Isolation | None = None
         self.refused = ""
-        """Which of its responses it must not evaluate here."""
+        """Which responses it refused to evaluate without isolation; empty if none."""
         self.idle = False
         self.scoring = False
-        """It has begun to score its chunk, or has finished it."""
+        """Whether it has begun to score its chunk; stays True when the chunk is finished."""
         self.rows: deque[int] = deque()
         """The rows of its chunk without an outcome; it is working on the first."""
         self.sent_ns = 0
@@ -306,11 +306,11 @@ class _Worker:
         return self._process.pid
 
     def fileno(self) -> int:
-        """The descriptor on which it answers."""
+        """Descriptor of the socket to the worker."""
         return self._socket.fileno()
 
     def renew_deadline(self, seconds: float) -> None:
-        """Its next message may take this long."""
+        """Set the deadline of its next message, from now."""
         self.deadline = time.monotonic() + seconds
 
     def send(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
@@ -325,7 +325,7 @@ class _Worker:
             self._dead = True
 
     def receive(self, timeout_seconds: float) -> dict[int, Outcome]:
-        """The outcomes that have come, by row; its next message may take `timeout_seconds`."""
+        """The outcomes received, by row; sets the deadline of the next message."""
         outcomes = {}
         try:
             received = self._socket.recv(1 << 16)
@@ -334,19 +334,19 @@ class _Worker:
             for message in messages:
                 self._take(message, outcomes)
                 self.renew_deadline(timeout_seconds)
-        except (OSError, ValueError, TypeError, LookupError):  # the connection failed, or what came is not a message
+        except (OSError, ValueError, TypeError, LookupError):  # the connection failed, or the message is malformed
             self._dead = True
         return outcomes
 
     def failure(self) -> ScoringFailure | None:
-        """Why the worker has to be replaced, if it has to."""
+        """Why the worker must be replaced; None if it need not be."""
         if self._dead:
             return "crash"
         return "timeout" if not self.idle and time.monotonic() > self.deadline else None
 
     def kill(self) -> int:
-        """End the process; its exit code, its own if it died by itself."""
-        self._socket.close()  # it ends by itself then, and takes its children with it
+        """Stop the process; returns its exit code."""
+        self._socket.close()  # the worker then exits together with its children
         try:
             return self._process.wait(timeout=2.0)
         except subprocess.TimeoutExpired:

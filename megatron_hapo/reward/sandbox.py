@@ -1,13 +1,13 @@
-"""Code that is not trusted, run in processes that can do nothing but compute: one fork per call, from a clean state.
+"""Runs untrusted code in processes that can do nothing but compute: one fork per call, from a clean state.
 
-    outer process: waits, and ends the inner one with its own parent
+    outer process: waits, and kills the inner one when its own parent ends
       └ inner process (process 1 of its own namespaces): trusted code, imports made once; calls `Sandbox.run`
           └ one child per call, confined, killed after its answer or its deadline
 
-What a child may do is limited three times over, by whatever the kernel offers: namespaces (no network, no other
-process, a file system of the readable paths alone), Landlock (nothing else can be opened) and seccomp (no process, no
-program, no socket, no write). All of it works for an ordinary user. Resource limits, an empty set of capabilities and
-closed descriptors come on top. bubblewrap and nsjail do similar things for programs, but start one for each call.
+Three independent layers confine a child, where the kernel offers them: namespaces (no network, no other processes, a
+file system of only the readable paths), Landlock (nothing else can be opened) and seccomp (no process, no program, no
+socket, no write). None needs root. Resource limits, an empty set of capabilities and closed descriptors add to them.
+bubblewrap and nsjail confine programs in similar ways, but would start a program for each call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXIT_OUT_OF_MEMORY = 77
 EXIT_NOT_CONFINED = 78
 
 _ANSWER = 3
-"""The descriptor that a child answers on; besides it a child has only /dev/null."""
+"""The descriptor on which a child answers; its only others are of /dev/null."""
 _OPEN_FILES = 64
 _SYSTEM_PATHS = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/alternatives"),
@@ -53,14 +53,14 @@ class Policy:
     memory_bytes: int
     """Address space of the inner process and of each child."""
     scratch: Path | None = None
-    """A folder to write in. Calls can leave files for each other there."""
+    """A writable folder. Its files stay from one call to the next."""
     scratch_bytes: int = 0
     """Largest file in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Isolation:
-    """What the kernel offers to this process; of each layer why it is missing, or an empty string."""
+    """The layers that the kernel offers to this process: for each, why it is missing, or an empty string."""
 
     namespaces: str
     landlock: str
@@ -68,7 +68,7 @@ class Isolation:
 
     @property
     def any(self) -> bool:
-        """Whether there is any layer at all."""
+        """Whether at least one layer is available."""
         return not (self.namespaces and self.landlock and self.seccomp)
 
     @property
@@ -87,23 +87,23 @@ class Ending:
     """How a call ended."""
 
     output: bytes
-    """What the child answered; at most `max_bytes`, and to be validated: a hostile child answers what it likes."""
+    """The child's output, at most `max_bytes`. Must be validated: a hostile child can write anything."""
     exit_code: int
     """Negative: the signal that ended the child."""
     late: bool
-    """It was killed at its deadline."""
+    """Whether it was killed at its deadline."""
 
 
 class SandboxError(RuntimeError):
-    """A sandbox could not be set up as the probe said it could."""
+    """A sandbox could not be set up, although the probe found that its layers work."""
 
 
 def enter_sandbox(policy: Policy, *, lifeline: int) -> Sandbox:
     """Split this process in two and return a sandbox in the inner one.
 
     The outer process never returns: it ends with the inner one's exit code, and kills it when the other end of
-    `lifeline` closes or its parent process ends. A parent-death signal would not do for that: it follows the thread
-    that started the process, and a pool's threads come and go.
+    `lifeline` closes or its parent process ends. A parent-death signal would not be enough: it is sent when the
+    thread that started the process ends, and a pool's threads come and go.
 
     Args:
         lifeline: descriptor of a socket or pipe; the inner process may use it.
@@ -111,7 +111,7 @@ def enter_sandbox(policy: Policy, *, lifeline: int) -> Sandbox:
         SandboxError: this process has threads, or a layer fails that the probe found to work.
     """
     if num_threads() > 1:
-        raise SandboxError("a sandbox needs a process without threads: a fork would copy their locks")
+        raise SandboxError("a sandbox needs a process without other threads, because a fork would copy their locks")
     isolation = probe(policy)
     if not isolation.namespaces:
         _enter_namespaces()
@@ -122,7 +122,7 @@ def enter_sandbox(policy: Policy, *, lifeline: int) -> Sandbox:
 
 
 def probe(policy: Policy) -> Isolation:
-    """What works here, found by doing it in a child process."""
+    """The layers that work here, each tried in a child process."""
 
     def namespaces() -> None:
         _enter_namespaces()
@@ -137,7 +137,7 @@ def probe(policy: Policy) -> Isolation:
 
     def seccomp() -> None:
         if platform.machine() != "x86_64":
-            raise OSError(errno.ENOSYS, f"no filter is written for {platform.machine()}")
+            raise OSError(errno.ENOSYS, f"not supported on {platform.machine()}")
         kernel_calls.forbid_new_privileges()
         kernel_calls.install_seccomp(filter_program(writes=False))
 
@@ -148,11 +148,11 @@ class Sandbox:
     """Runs functions in confined children. Belongs to the inner process, which must stay single-threaded."""
 
     def __init__(self, policy: Policy, isolation: Isolation):
-        """For `enter_sandbox` alone: it changes the process that calls it."""
+        """Only for `enter_sandbox`: it changes the calling process."""
         self.isolation = isolation
         self._policy = policy
         self._owns_processes = not isolation.namespaces and os.getpid() == 1
-        """Every process that this one can see is its own: the namespace can be emptied at a stroke."""
+        """Whether this process owns every other process in its namespace, so that one kill(-1) ends them all."""
         for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, policy.memory_bytes)):
             _lower_limit(limit, value)
         kernel_calls.forbid_new_privileges()
@@ -169,16 +169,16 @@ class Sandbox:
         if not isolation.seccomp:
             self._filter = filter_program(writes=policy.scratch is not None)
         kernel_calls.forbid_inspection()
-        kernel_calls.kill_with_parent(signal.SIGKILL)  # last: a change of capabilities takes it back
+        kernel_calls.kill_with_parent(signal.SIGKILL)  # last: a change of capabilities resets it
         trial = self.run(lambda: b"confined", timeout_seconds=60.0)
         if trial.output != b"confined":
-            raise SandboxError(f"a confined process does not start: {trial.output.decode(errors='replace')}")
+            raise SandboxError(f"a confined process failed to start: {trial.output.decode(errors='replace')}")
 
     def run(self, function: Callable[[], bytes], *, timeout_seconds: float, max_bytes: int = 4096) -> Ending:
-        """How a call of the function in a confined child ended; nothing that it does or leaves behind outlives it.
+        """Call the function in a confined child; returns how the call ended. Nothing that it did or started remains.
 
         Args:
-            timeout_seconds: by the wall clock; the child is killed then.
+            timeout_seconds: wall-clock limit, at which the child is killed.
             max_bytes: of output; a child that writes more is killed.
         """
         ours, theirs = os.pipe()
@@ -189,7 +189,7 @@ class Sandbox:
         try:
             output, late = _read_all(ours, time.monotonic() + timeout_seconds, max_bytes)
         finally:
-            exit_code = self._end(child)  # before the pipe closes, or a child that says too much might fail by itself
+            exit_code = self._end(child)  # before the pipe closes, which a writing child would see as EPIPE
             os.close(ours)
         return Ending(output, exit_code, late)
 
@@ -209,10 +209,10 @@ class Sandbox:
         except MemoryError:
             code = EXIT_OUT_OF_MEMORY
         finally:
-            os._exit(code)  # also after SystemExit: what is above this frame is the inner process's code
+            os._exit(code)  # also after SystemExit: the frames above this one belong to the inner process
 
     def _confine(self, answer: int, timeout_seconds: float) -> None:
-        """Give up, in this child, everything but computing. Each step may need what a later one takes."""
+        """Confine this child to computing. The order matters: a step may need a right that a later step removes."""
         os.setsid()
         if self._root is not None:
             os.setns(self._root, os.CLONE_NEWNS)
@@ -236,7 +236,7 @@ class Sandbox:
             kernel_calls.install_seccomp(self._filter)
 
     def _end(self, child: int) -> int:
-        """Kill the child and whatever it started; its exit code, which is its own if it had ended by itself."""
+        """Kill the child and everything that it started; returns the child's exit code."""
         if self._owns_processes:
             os.kill(-1, signal.SIGKILL)
         else:
@@ -245,15 +245,15 @@ class Sandbox:
                     kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(ChildProcessError):
-            while self._owns_processes:  # orphans of a child belong to process 1
+            while self._owns_processes:  # orphans of a child become children of process 1
                 os.waitpid(-1, 0)
         return os.waitstatus_to_exitcode(status)
 
 
 def python_paths() -> tuple[Path, ...]:
-    """What this interpreter needs to import modules: libraries whole; of other folders on its path only the modules.
+    """The paths that this interpreter needs for imports: whole library folders, but only the modules of other folders.
 
-    A folder on the path may be a checkout or a home that holds runs and keys as well.
+    Another folder on sys.path may be a checkout or a home folder that also holds runs and keys.
     """
     prefixes = {Path(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
     whole = {prefix / name for prefix in prefixes for name in ("lib", "lib64")}
@@ -269,7 +269,7 @@ def python_paths() -> tuple[Path, ...]:
 
 
 def num_threads() -> int:
-    """Threads of this process, also those that libraries started; 1 where /proc does not tell."""
+    """Number of threads of this process, including those of libraries; 1 if /proc cannot be read."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:
@@ -293,12 +293,12 @@ def _enter_namespaces() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    with contextlib.suppress(OSError):  # not below this one, in which a child would have capabilities again
+    with contextlib.suppress(OSError):  # no nested namespace, in which a child would regain capabilities
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
 
 
 def _root_namespace(policy: Policy) -> int:
-    """A descriptor of a mount namespace that shows the policy's paths alone; a helper process builds it."""
+    """A descriptor of a mount namespace that contains only the policy's paths; a helper process builds it."""
     ours, theirs = socket.socketpair()
     helper = os.fork()
     if helper == 0:
@@ -319,7 +319,7 @@ def _root_namespace(policy: Policy) -> int:
 
 
 def _guard(inner: int, lifeline: int) -> NoReturn:
-    """Wait for the inner process and end as it does; end it when nobody is left to serve."""
+    """Wait for the inner process and exit with its status; kill it when the lifeline closes or the parent ends."""
 
     def follow(*_: object) -> None:
         done, status = os.waitpid(inner, os.WNOHANG)
@@ -334,7 +334,7 @@ def _guard(inner: int, lifeline: int) -> NoReturn:
     signal.signal(signal.SIGCHLD, follow)
     follow()
     poller = select.poll()
-    poller.register(lifeline, 0)  # an end that closed is reported unasked
+    poller.register(lifeline, 0)  # POLLHUP is always reported
     while not poller.poll(1000) and os.getppid() == parent:
         pass
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -344,7 +344,7 @@ def _guard(inner: int, lifeline: int) -> NoReturn:
 
 
 def _read_all(descriptor: int, deadline: float, max_bytes: int) -> tuple[bytes, bool]:
-    """What comes until the other end closes, and whether the deadline came first."""
+    """The bytes read until the other end closes, and whether the deadline came first."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     output = b""
@@ -360,7 +360,7 @@ def _read_all(descriptor: int, deadline: float, max_bytes: int) -> tuple[bytes, 
 
 
 def _fault(attempt: Callable[[], None]) -> str:
-    """Why an attempt fails, or an empty string; it is made in a process of its own."""
+    """Why the attempt fails in a child process, or an empty string."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

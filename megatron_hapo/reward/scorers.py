@@ -1,4 +1,4 @@
-"""How right one response is, from its text. Pure, and free of torch: it runs in reward workers."""
+"""Scores one response by its text. Pure, and without torch, because it runs in reward workers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Scorer = Literal["auto", NamedScorer]
 """The values of `reward.scorer` in `config/data_settings.py`."""
 
 TAIL_CHARACTERS = 300
-"""Only this much of the end of a response is searched for a mathematical answer, as in DAPO: an answer is a
-conclusion, and a response that tries many answers on its way gains nothing."""
+"""Length of the end of a response that is searched for a mathematical answer, as in DAPO. A response gains nothing by
+trying many answers on the way."""
 
 _WARM_UP = (
     *(
@@ -46,7 +46,7 @@ _WARM_UP = (
     *(r"3 \cdot 5", r"3 \times 10^{4}", r"\binom{5}{2}", "5!", "|x|", "2+3i", r"50\%", r"90^\circ", r"\text{even}"),
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
 )
-"""Answers of the kinds that occur; parsing one takes twice as long if its kind has not been parsed before."""
+"""Typical answers. Parsing takes twice as long for the first answer of a kind."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
@@ -72,10 +72,10 @@ def score(response: str, ground_truth: str, data_source: str, *, scorer: Scorer 
 
 
 def settle(response: str, ground_truth: str, data_source: str, *, scorer: Scorer = "auto") -> float | None:
-    """The score, if comparing text decides it; None if a scorer has to parse the answer, for which see `score`.
+    """The score if a comparison of text decides it; None if the answer has to be parsed, as `score` does.
 
-    Safe on any response without a sandbox: the response is searched with linear regular expressions, sliced and
-    compared, and nothing that could interpret it as code or as mathematics is called. That is all that `exact` does.
+    Safe without a sandbox: the response is only searched with linear regular expressions, sliced and compared, never
+    interpreted as code or mathematics. The scorer `exact` needs no more than this.
     """
     match resolve_scorer(scorer, data_source):
         case "reasoning_gym":
@@ -89,7 +89,7 @@ def settle(response: str, ground_truth: str, data_source: str, *, scorer: Scorer
 
 
 def evaluates(scorer: Scorer, data_source: str) -> bool:
-    """Whether the scorer passes answers to a parser that may run them as code, and so must not work unisolated."""
+    """Whether the scorer passes answers to a parser that may run them as code, and therefore requires isolation."""
     match resolve_scorer(scorer, data_source):
         case "reasoning_gym":
             return data_source.removeprefix(REASONING_GYM_PREFIX) in {*EVALUATED_TASKS, "composite"}
@@ -102,7 +102,7 @@ def evaluates(scorer: Scorer, data_source: str) -> bool:
 
 
 def resolve_scorer(scorer: Scorer, data_source: str) -> NamedScorer:
-    """The scorer that `auto` stands for with this data source; any other scorer as it is."""
+    """The scorer to use: `auto` is resolved by the data source, any other scorer is returned unchanged."""
     if scorer != "auto":
         return scorer
     if data_source == "arithmetic":
@@ -111,7 +111,7 @@ def resolve_scorer(scorer: Scorer, data_source: str) -> NamedScorer:
 
 
 def preload(scorer: Scorer) -> None:
-    """Import what a scorer needs, so that its first response is not charged for it."""
+    """Import what a scorer needs, so that this does not count towards the time limit of its first response."""
     if scorer == "math":
         # The first parses fill caches (the LaTeX grammar's, sympy's) that forked processes then share.
         for answer in _WARM_UP:
@@ -121,12 +121,12 @@ def preload(scorer: Scorer) -> None:
 
 
 def overlong_penalty(num_tokens: int, *, max_response_tokens: int, buffer_tokens: int, factor: float = 1.0) -> float:
-    """What DAPO adds to the reward of a long response: 0 up to the buffer, then linearly down to -factor.
+    """DAPO's penalty, added to the reward of a long response: 0 up to the buffer, then linearly down to -factor.
 
     Args:
         num_tokens: length of the response.
         max_response_tokens: the longest response, buffer included.
-        buffer_tokens: length of the zone before it in which the penalty grows; 0 is no penalty at all.
+        buffer_tokens: length of the zone before that limit in which the penalty grows; 0 disables the penalty.
     Source: DAPO, arXiv:2503.14476, equation 13.
     """
     if buffer_tokens == 0:
@@ -136,13 +136,13 @@ def overlong_penalty(num_tokens: int, *, max_response_tokens: int, buffer_tokens
 
 
 def is_right_exact(response: str, ground_truth: str) -> bool:
-    """Whether the stated answer is the ground truth, letter by letter."""
+    """Whether the stated answer equals the ground truth, apart from white space."""
     return stated_answer(response) == _collapse(ground_truth)
 
 
 def stated_answer(response: str) -> str:
-    """What a response says its answer is: the rest of the line after its last `Answer:`, else its last line, of
-    which only what follows the last `=` counts. Blanks and a closing full stop do not belong to it."""
+    """The answer that a response states: the rest of the line after its last `Answer:`, else what follows the last `=`
+    of its last line. White space is collapsed, and a final full stop is removed."""
     marked = _ANSWER_LINE.findall(response)
     if marked:
         answer = marked[-1]
@@ -152,17 +152,12 @@ def stated_answer(response: str) -> str:
     return _collapse(answer).removesuffix(".")
 
 
-def is_right_math(response: str, ground_truth: str) -> bool:
-    r"""Whether the response concludes with the ground truth, as text or as mathematics.
-
-    The conclusion is the last `Answer:` line, else the last \boxed{}, within the last TAIL_CHARACTERS. Equal text
-    is enough; otherwise math-verify decides. A response without a conclusion is wrong.
-    """
-    settled = _settle_math(response, ground_truth)
-    return _math_equal(*_math_sides(response, ground_truth)) if settled is None else bool(settled)
-
-
 def _settle_math(response: str, ground_truth: str) -> float | None:
+    r"""Whether the response concludes with the ground truth, where comparing text decides it; else None.
+
+    The conclusion is the last `Answer:` line, else the last \boxed{}, within the last TAIL_CHARACTERS. A response
+    without a conclusion is wrong.
+    """
     prediction = _math_conclusion(response[-TAIL_CHARACTERS:])
     if prediction is None:
         return 0.0
@@ -183,34 +178,35 @@ def _plain_truth(ground_truth: str, data_source: str) -> str:
 
 
 def _settle_task(response: str, ground_truth: str, data_source: str) -> float | None:
-    """What an answer earns that the task's scorer must not see."""
+    """The score of an answer that must not reach the task's scorer; else None."""
     _, entry = _task(data_source, ground_truth)
     name = data_source.removeprefix(REASONING_GYM_PREFIX)
     return unparsable_score(_task_answer(response), dataset=name, entry=entry)
 
 
 def _score_task(response: str, ground_truth: str, data_source: str) -> float:
-    """What the task's own scorer gives the answer."""
+    """The score that the task's own scorer gives."""
     dataset, entry = _task(data_source, ground_truth)
     return float(dataset.score_answer(_task_answer(response), entry))
 
 
 def _task_answer(response: str) -> str:
     """The answer in <answer> tags, reasoning-gym's convention, else as stated."""
-    answer = import_reasoning_gym().utils.extract_answer(response)
+    end = response.rfind("</answer>") + len("</answer>")  # its regular expression is quadratic on unclosed tags
+    answer = import_reasoning_gym().utils.extract_answer(response[:end])
     return stated_answer(response) if answer is None else answer
 
 
 @functools.lru_cache(maxsize=512)
 def _task(data_source: str, ground_truth: str) -> tuple[Any, dict[str, Any]]:
-    """The task's dataset and the task, built anew from our own ground truth; the samples of a prompt share it."""
+    """The task's dataset and its entry, rebuilt from our ground truth; cached for the prompt's other samples."""
     task = json.loads(ground_truth)
     name = data_source.removeprefix(REASONING_GYM_PREFIX)
     dataset = _task_dataset(name, task["size"], task["seed"], json.dumps(task["options"]))
     entry = dataset[task["index"]]
     if str(entry["answer"]) != task["answer"]:
-        # A few datasets (polynomial_multiplication, ransom_note) iterate over sets of strings, so that they build other
-        # tasks in every process unless PYTHONHASHSEED is fixed (reasoning-gym 0.1.25). The prompt's answer counts.
+        # A few datasets (polynomial_multiplication, ransom_note) iterate over sets of strings, so they build different
+        # tasks in each process unless PYTHONHASHSEED is fixed (reasoning-gym 0.1.25). Use the answer to our prompt.
         entry = entry | {"answer": task["answer"]}
     return dataset, entry
 
@@ -238,12 +234,12 @@ def _until_closing_brace(text: str) -> str | None:
 
 
 def _unwrap(answer: str) -> str:
-    """Without what surrounds an answer in running text: emphasis, dollars, a full stop, thousands separators."""
+    """The answer without emphasis, dollar signs, a final full stop and thousands separators."""
     return _THOUSANDS.sub("", answer.strip().strip("*").strip().removesuffix(".").replace("\\!", "").strip("$ "))
 
 
 def _plain(answer: str) -> str:
-    """For comparison as text: also without LaTeX's wrappers, degrees, percent, blanks and capitals."""
+    """The answer for comparison as text: also without LaTeX wrappers, degree and percent signs, spaces and case."""
     answer = _WRAPPED.sub(r"\1", _unwrap(answer))
     for noise in ("$", "\\left", "\\right", "^\\circ", "^{\\circ}", "\\%", "%", "\\,", "\\ ", "\\;"):
         answer = answer.replace(noise, "")
@@ -253,7 +249,7 @@ def _plain(answer: str) -> str:
 def _math_equal(prediction: str, ground_truth: str) -> bool:
     from math_verify import parse, verify
 
-    # Their timeouts use SIGALRM, which the worker needs for itself and which is no limit for code in C.
+    # Their timeouts use SIGALRM, which does not interrupt code in C; the sandbox enforces the time limit.
     gold = parse(f"\\boxed{{{ground_truth}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     guess = parse(f"\\boxed{{{prediction}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return bool(verify(gold, guess, timeout_seconds=None))

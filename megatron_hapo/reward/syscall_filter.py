@@ -28,14 +28,14 @@ COMPUTING = {
     "ppoll": 271, "dup3": 292, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334, "close_range": 436,
     "faccessat2": 439,
 }
-"""What Python needs to compute, to read files and to import modules; x86-64 numbers. Not among them: processes,
+"""What Python needs to compute, to read files and to import modules; x86-64 numbers. Excluded: processes,
 threads, programs, sockets, signals to others, ptrace, mounts, io_uring, shared memory, changes to files."""
 
 WRITING = {
     "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "chdir": 80, "fchdir": 81, "rename": 82, "mkdir": 83,
     "rmdir": 84, "unlink": 87, "mkdirat": 258, "unlinkat": 263, "renameat": 264, "renameat2": 316,
 }
-"""What a scratch folder needs besides."""
+"""What a scratch folder needs in addition."""
 # fmt: on
 
 _OPEN, _IOCTL, _FCNTL, _OPENAT, _PRLIMIT64 = 2, 16, 72, 257, 302
@@ -48,7 +48,7 @@ def filter_program(*, writes: bool) -> bytes:
     """The program for `kernel_calls.install_seccomp`: what is not allowed fails with EPERM.
 
     Args:
-        writes: whether files may be opened for writing, and made and removed; which ones is not seccomp's to say.
+        writes: whether files may be written, created and removed; seccomp cannot see which files.
     """
     program = [
         _instruction(_LOAD, _ARCHITECTURE),
@@ -62,12 +62,12 @@ def filter_program(*, writes: bool) -> bytes:
         program += _call(number, _unless_bits(flags_argument, 0 if writes else _WRITE_FLAGS))
     program += _call(_IOCTL, _one_of(1, _IOCTLS))
     program += _call(_FCNTL, _one_of(1, _FCNTLS))
-    program += _call(_PRLIMIT64, _one_of(0, (0,)))  # 0: this process; any other process's limits are not its business
+    program += _call(_PRLIMIT64, _one_of(0, (0,)))  # 0: this process; no other may be given
     return b"".join([*program, _instruction(_RETURN, _ERRNO | errno.EPERM)])
 
 
 def _call(number: int, body: list[bytes]) -> list[bytes]:
-    """What to do on one system call; the body always returns."""
+    """The instructions for one system call; the body always returns."""
     return [_instruction(_IF_EQUAL, number, if_false=len(body)), *body]
 
 

@@ -1,4 +1,4 @@
-"""The process that scores responses for the pool in pool.py: each in a sandboxed fork. Imports no torch."""
+"""The process that scores responses for the pool in pool.py, parsing answers in sandboxed forks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_hapo.reward.sandbox import (
     python_paths,
 )
 
-if TYPE_CHECKING:  # they import numpy, which the process that only waits for this one can do without
+if TYPE_CHECKING:  # they import numpy, which the outer process does not need
     from megatron_hapo.reward.scorers import Scorer
     from megatron_hapo.types import ScoringFailure
 
@@ -37,7 +37,7 @@ _SCORE = struct.Struct("!d")
 
 @dataclass(frozen=True)
 class Job:
-    """What a scorer needs to know about one response."""
+    """One response, with what its scorer needs."""
 
     response: str
     ground_truth: str
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the scoring of one response went."""
+    """The result of scoring one response."""
 
     correctness: float
     """In [0, 1]; 0 after a failure."""
@@ -58,14 +58,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What a worker is started with."""
+    """Settings of a worker."""
 
     module: str
-    """Has `score`, `settle`, `evaluates`, `resolve_scorer` and `preload` as megatron_hapo.reward.scorers has them."""
+    """Has `score`, `settle`, `evaluates`, `resolve_scorer` and `preload`, as megatron_hapo.reward.scorers does."""
     timeout_seconds: float
-    """For each response."""
+    """Limit for each response."""
     memory_bytes: int
-    """Address space."""
+    """Limit of the address space."""
     allow_unisolated: bool
 
     def arguments(self, descriptor: int) -> list[str]:
@@ -80,7 +80,7 @@ class WorkerSettings:
 
     @staticmethod
     def parse(arguments: list[str]) -> tuple[int, WorkerSettings]:
-        """What `arguments` was called with and on."""
+        """The descriptor and the settings in a command line made by `arguments`."""
         descriptor, module, timeout_seconds, memory_bytes, allow_unisolated = arguments
         return int(descriptor), WorkerSettings(
             module=module,
@@ -98,7 +98,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     policy = Policy(readable=python_paths(), memory_bytes=settings.memory_bytes)
     sandbox = enter_sandbox(policy, lifeline=descriptor)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; ours are on
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; ours is on
     _Server(socket.socket(fileno=descriptor), importlib.import_module(settings.module), sandbox, settings).serve()
 
 
@@ -106,13 +106,13 @@ def parse_outcome(message: Any) -> Outcome:
     """The outcome that a worker sent.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the message is not a valid outcome.
     """
     if not isinstance(message, list) or len(message) != 3:
-        raise ValueError("an outcome has three fields")
+        raise ValueError("an outcome must have three fields")
     correctness, failure, reason = message
     if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARACTERS or failure not in (None, "timeout", "crash"):
-        raise ValueError("an outcome's failure is one of None, timeout and crash, its reason a short string")
+        raise ValueError("an outcome's failure must be None, timeout or crash, and its reason a short string")
     return Outcome(_checked_score(correctness), failure, reason)
 
 
@@ -136,7 +136,7 @@ class _Server:
             for scorer in needed - loaded:
                 self._scorers.preload(scorer)
                 gc.collect()
-                gc.freeze()  # a child's collections then leave the pages alone that it shares with this process
+                gc.freeze()  # garbage collection in a child then leaves the pages shared with this process untouched
             loaded |= needed
             if num_threads() > 1:
                 raise RuntimeError("a scorer's imports started threads, whose locks a fork would copy")
@@ -149,7 +149,7 @@ class _Server:
         self._connection.sendall(encode_frame(message))
 
     def _refusal(self, jobs: list[Job]) -> str:
-        """Which of these responses must not be scored here, or an empty string."""
+        """Which of these responses must not be scored without isolation; empty if all may be scored."""
         if self._sandbox.isolation.any or self._settings.allow_unisolated:
             return ""
         evaluated = next((job for job in jobs if self._scorers.evaluates(job.scorer, job.data_source)), None)
@@ -160,7 +160,7 @@ class _Server:
         try:
             settled = self._scorers.settle(*fields, scorer=job.scorer)
         except MemoryError:
-            os._exit(EXIT_OUT_OF_MEMORY)  # what is freed now may not come back to the next response
+            os._exit(EXIT_OUT_OF_MEMORY)  # memory freed now may not be available to the next response
         except Exception as error:  # a scorer's bug on one response is that response's failure
             return Outcome(0.0, "crash", _printable(repr(error)))
         if settled is not None:
@@ -179,7 +179,7 @@ class _Server:
 
 
 def _read(ending: Ending, timeout_seconds: float) -> Outcome:
-    """The outcome of a confined call. Its answer may be hostile, and counts for its own response alone."""
+    """The outcome of a confined call. Its output may be hostile, and affects only its own response."""
     if ending.late:
         return Outcome(0.0, "timeout", f"no result within {timeout_seconds:g} s")
     if ending.exit_code == EXIT_OUT_OF_MEMORY:
@@ -194,7 +194,7 @@ def _read(ending: Ending, timeout_seconds: float) -> Outcome:
             return Outcome(_checked_score(_SCORE.unpack(body)[0]))
     except (ValueError, struct.error):
         pass
-    return Outcome(0.0, "crash", "the scorer's answer is not a score in [0, 1]")
+    return Outcome(0.0, "crash", "the scorer's output is not a score in [0, 1]")
 
 
 def _checked_score(score: Any) -> float:
@@ -204,10 +204,10 @@ def _checked_score(score: Any) -> float:
         or not math.isfinite(score)
         or not 0 <= score <= 1
     ):
-        raise ValueError("a score is a number in [0, 1]")
+        raise ValueError("a score must be a number in [0, 1]")
     return float(score)
 
 
 def _printable(text: str) -> str:
-    """For a line of the log: no control characters, not long."""
+    """The text for a log line: shortened, and without control characters."""
     return "".join(char if char.isprintable() else "?" for char in text[:MAX_REASON_CHARACTERS])

@@ -119,8 +119,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.config is None and arguments.model is None:
         raise HapoError("plan: needs a CONFIG or --model")
     for name in ("gpus", "nvlink_size", "top", "max_prompt", "max_response", "mean_response"):
-        if (given := getattr(arguments, name)) is not None and not 1 <= given <= (limit := _LIMITS.get(name, _LONGEST)):
-            allowed = f"at least 1, got {given:g}" if given < 1 else f"at most {limit}, got {str(given)[:50]}"
+        given, limit = getattr(arguments, name), _LIMITS.get(name, _LONGEST)
+        if given is not None and not 1 <= given <= limit:
+            allowed = f"at most {limit}, got {str(given)[:50]}" if given > limit else f"at least 1, got {given:g}"
             raise HapoError(f"--{name.replace('_', '-')}: must be {allowed}")
 
 

@@ -73,14 +73,14 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
     With tied embeddings the last stage holds a copy of the embedding, unless it is also the first stage.
     """
     sizes, layers = layout.sizes, stage_layers(shape, layout, stage)
-    of_layers, before_layers, behind_layers = _dense_elements(shape, sizes.tp)
+    of_layers, before_layers, after_layers = _dense_elements(shape, sizes.tp)
     of_experts = _expert_elements(shape, sizes.ep, sizes.etp)
     dense = sum(of_layers[layer] for layer in layers)
     first, last = stage == 0, stage == sizes.pp - 1
     if first:
         dense += before_layers
     if last:
-        dense += behind_layers
+        dense += after_layers
         if shape.tied_embeddings and not first:
             dense += before_layers
     return Parameters(dense, sum(of_experts[layer] for layer in layers))
@@ -88,7 +88,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> Parameters:
 
 @lru_cache(maxsize=64)
 def _dense_elements(shape: Shape, tp: int) -> tuple[tuple[int, ...], int, int]:
-    """Elements on one tp rank: of each layer without its experts, before the layers, and behind them."""
+    """Elements on one tp rank: of each layer without its experts, before the layers, and after them."""
     of_layers = (_num_elements(layer_parameters(shape, layer), tp) for layer in range(shape.num_layers))
     return tuple(of_layers), _num_elements(first_parameters(shape), tp), _num_elements(last_parameters(shape), tp)
 

@@ -1,6 +1,6 @@
-"""Run as a program: tries, inside the sandbox, to do what it must prevent, and prints what came of each attempt.
+"""A program that attempts, inside the sandbox, what the sandbox must prevent, and prints the result of each attempt.
 
-Arguments: JSON with the layers of isolation to leave off, the user to become, and what the attempts need to know.
+Its argument: JSON with the layers of isolation to disable, the user to become, and the facts that the attempts need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from megatron_hapo.reward import kernel_calls, sandbox
 
 ATTEMPTS: dict[str, Callable[[dict[str, Any]], object]] = {}
-"""Each returns if it succeeds, and raises OSError or the like if it is prevented."""
+"""Attempts by name. Each returns if it succeeds, and raises if it is prevented."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -78,7 +78,7 @@ def write_temporary(facts):
                 return
         except OSError:
             pass
-    raise OSError("nowhere")
+    raise OSError("no folder is writable")
 
 
 @attempt
@@ -235,7 +235,7 @@ def escape_root(facts):
     os.chroot("/")
 
 
-# --- side doors
+# --- other ways out
 
 
 @attempt
@@ -280,7 +280,7 @@ def main() -> None:
         os.setgroups([])
         os.setgid(facts["user"])
         os.setuid(facts["user"])
-        kernel_calls._prctl(kernel_calls._PR_SET_DUMPABLE, 1)  # as after an exec; else /proc/self stays root's
+        kernel_calls._prctl(kernel_calls._PR_SET_DUMPABLE, 1)  # as after an exec; otherwise root still owns /proc/self
     found = sandbox.probe
     sandbox.probe = lambda policy: _without(found(policy), facts["off"])
     lifeline, _kept = os.pipe()
@@ -307,7 +307,7 @@ def _run(confined: sandbox.Sandbox, function: Callable[[dict[str, Any]], object]
 
 
 def _without(isolation: sandbox.Isolation, layers: list[str]) -> sandbox.Isolation:
-    return sandbox.Isolation(**{**vars(isolation), **dict.fromkeys(layers, "left off for the test")})
+    return sandbox.Isolation(**{**vars(isolation), **dict.fromkeys(layers, "disabled for the test")})
 
 
 if __name__ == "__main__":

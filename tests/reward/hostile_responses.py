@@ -1,4 +1,4 @@
-"""Responses that try to run code, to change scores, to get out, or to choke the scorer."""
+"""Responses that try to run code, to change scores, to escape, or to overload the scorer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_hapo.reward.answer_grammar import EVALUATED_TASKS
 from megatron_hapo.reward.worker import Job
 
 SECRET = "secret-of-the-driver"
-"""What the tests put into the environment of the pool's process, as WANDB_API_KEY."""
+"""Value of WANDB_API_KEY in the environment of the pool's process."""
 
 _SCORERS_PATCHED = "__import__('megatron_hapo.reward.scorers').reward.scorers"
 
 PAYLOADS = {
-    # Code of the kind that ran before; `{canary}` must not exist afterwards. `is True` marks a theft that succeeded.
+    # Code that earlier versions ran; `{canary}` must not exist afterwards. A theft that succeeds evaluates to True.
     "system": "__import__('os').system('touch {canary}')",
     "popen": "__import__('os').popen('touch {canary}').read()",
     "subprocess": "__import__('subprocess').run(['touch', '{canary}'])",
@@ -129,7 +129,7 @@ ODDITIES = {
 
 
 def payloads(canary: Path, driver: int) -> dict[str, str]:
-    """The expressions, aimed at this file and this process."""
+    """The payloads, with the canary's path and the driver's process id filled in."""
     return {name: text.format(canary=canary, pid=driver) for name, text in PAYLOADS.items()}
 
 
@@ -147,7 +147,7 @@ def right_answer(dataset: str) -> Job:
 
 
 def hostile_jobs(canary: Path, driver: int) -> list[Job]:
-    """Every payload as an answer to some of the scorers, and every oddity to all kinds of them."""
+    """Every payload as an answer for some scorers, and every oddity for scorers of all kinds."""
     datasets = sorted(EVALUATED_TASKS)
     truths = {name: task_job(name, "") for name in (*datasets, "number_sorting", "jugs", "propositional_logic")}
     jobs = []
@@ -162,4 +162,6 @@ def hostile_jobs(canary: Path, driver: int) -> list[Job]:
             jobs.append(Job(f"<answer>{text}</answer>", job.ground_truth, job.data_source, "auto"))
         jobs.append(Job(f"so \\boxed{{{text}}}", "1", "math_dapo", "auto"))
         jobs.append(Job(f"Answer: {text}", "31337", "arithmetic", "auto"))
+    for job in truths.values():
+        jobs.append(Job("<answer>" * 20_000, job.ground_truth, job.data_source, "auto"))
     return jobs

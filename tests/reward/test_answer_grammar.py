@@ -67,7 +67,7 @@ def test_honest_expressions_pass(text):
         "0x10",
     ],
 )
-def test_other_expressions_do_not_pass(text):
+def test_other_expressions_are_rejected(text):
     assert not is_expression(text)
 
 
@@ -107,18 +107,18 @@ def test_literals_pass(text):
         "\x00",
     ],
 )
-def test_what_is_not_a_literal_does_not_pass(text):
+def test_text_that_is_not_a_literal_is_rejected(text):
     assert not is_literal(text)
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_no_payload_passes(name):
     text = PAYLOADS[name].format(canary="/x", pid=1)
-    assert not is_literal(text) or name == "quoted_call"  # to a list's scorer a string is a string
+    assert not is_literal(text) or name == "quoted_call"  # scorers of literals do not parse strings again
     assert not is_expression(text.strip("'"))
 
 
-def test_an_answer_that_is_the_expected_text_is_handed_on():
+def test_an_answer_equal_to_the_expected_text_is_passed_on():
     entry = {"answer": "ABCA", "metadata": {}}
     assert unparsable_score(" ABCA", dataset="string_insertion", entry=entry) is None
     assert unparsable_score("ABCB", dataset="string_insertion", entry=entry) == 0.0
@@ -127,14 +127,14 @@ def test_an_answer_that_is_the_expected_text_is_handed_on():
     assert unparsable_score("Q Q", dataset="n_queens", entry=board) == 0.0
 
 
-def test_a_composite_task_is_read_as_the_dataset_it_comes_from():
+def test_a_composite_task_is_checked_like_its_source_dataset():
     entry = {"answer": "1 + 2", "metadata": {"source_dataset": "countdown"}}
     assert unparsable_score("__import__('os')", dataset="composite", entry=entry) == 0.01
     assert unparsable_score("__import__('os')", dataset="chain_sum", entry=entry) is None
 
 
 @pytest.mark.parametrize("dataset", ["countdown", "simple_integration"])
-def test_an_expression_may_stand_in_quotes_but_not_hide_there(dataset):
+def test_an_expression_in_quotes_is_checked_like_one_without(dataset):
     entry = {"answer": "x", "metadata": {}}
     assert unparsable_score("'x**2 + C'", dataset=dataset, entry=entry) is None
     assert unparsable_score("'open(x)'", dataset=dataset, entry=entry) is not None

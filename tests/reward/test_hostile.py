@@ -1,4 +1,4 @@
-"""Hostile responses cost their own reward, and nothing else."""
+"""Hostile responses affect only their own reward."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def canary(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def evaluator(tmp_path, monkeypatch) -> str:
-    """A scorer that evaluates any response, as reasoning-gym's do, without a grammar before it."""
+    """A scorer that evaluates any response, as reasoning-gym's do, without a grammar in front of it."""
     (tmp_path / "evaluator.py").write_text(
         "import megatron_hapo.reward.scorers, reasoning_gym\n"
         "def resolve_scorer(scorer, data_source): return scorer\n"
@@ -42,7 +42,7 @@ def evaluator(tmp_path, monkeypatch) -> str:
 
 
 def descendants() -> list[int]:
-    """Processes below this one, also those of which only /proc knows."""
+    """Ids of all descendants of this process, according to /proc."""
     parents = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -92,7 +92,7 @@ def test_hostile_responses_run_nothing_and_change_no_later_score(canary):
     assert_unharmed(canary, before)
 
 
-def test_code_that_does_run_is_confined(canary, evaluator):
+def test_code_that_runs_is_confined(canary, evaluator):
     before = descendants()
     hostile = payloads(canary, os.getpid())
     jobs = [Job(text, "2", "any", "exact") for payload in hostile.values() for text in (payload, "1+1", "1+2")]
@@ -100,7 +100,7 @@ def test_code_that_does_run_is_confined(canary, evaluator):
     outcomes = pool.run(jobs)
     pool.close()
     by_name = dict(zip(hostile, outcomes[::3], strict=True))
-    # A response that runs code can claim full marks for itself; the grammar is there to prevent that it runs.
+    # Code that runs can give its own response full marks; the grammar keeps it from running.
     assert {name for name, outcome in by_name.items() if outcome.correctness} == {"patch_float"}
     assert {name for name, outcome in by_name.items() if outcome.failure == "timeout"} == {
         "ignore_signals",
@@ -116,8 +116,8 @@ def test_code_that_does_run_is_confined(canary, evaluator):
     assert_unharmed(canary, before)
 
 
-def test_the_grammar_is_before_every_scorer_that_compiles_its_answers():
-    """All of reasoning-gym's scorers get marked answers; those that compile one must be in the table."""
+def test_the_grammar_guards_every_scorer_that_compiles_answers():
+    """Every scorer of reasoning-gym gets marked answers; the scorers that compile one must be in the table."""
     import_reasoning_gym()
     compiled: set[str] = set()
     current = ""
@@ -141,7 +141,7 @@ def test_the_grammar_is_before_every_scorer_that_compiles_its_answers():
     assert compiled == EVALUATED_TASKS.keys()
 
 
-def test_math_compiles_nothing_of_a_response_but_arithmetic(canary):
+def test_math_compiles_only_the_arithmetic_of_a_response(canary):
     compiled: list[str] = []
     listening = True
 
@@ -154,12 +154,12 @@ def test_math_compiles_nothing_of_a_response_but_arithmetic(canary):
     for text in [*payloads(canary, os.getpid()).values(), "hapomark", "hapomark(1)", "1+1", "3/4 hapomark"]:
         score(f"Answer: {text[:200]}", "31337", "math_dapo")
     listening = False
-    # What sympy compiles for itself (imports, generated monomial functions) is among it.
+    # The list includes what sympy compiles for itself (imports, generated monomial functions).
     assert not [source for source in compiled if re.search(r"__|hapomark|open|exec|eval\(|canary", source)]
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATED_TASKS))
-def test_what_is_not_handed_on_scores_as_what_the_scorer_cannot_parse(name):
+def test_a_rejected_answer_scores_like_an_unparsable_one(name):
     dataset = import_reasoning_gym().create_dataset(name, size=1, seed=1)
     assert dataset.score_answer("(", dataset[0]) == EVALUATED_TASKS[name].unparsable

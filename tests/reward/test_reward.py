@@ -34,7 +34,7 @@ def test_the_stated_answer_is_after_the_last_marker_or_on_the_last_line(response
     assert stated_answer(response) == answer
 
 
-def test_exact_match_is_of_the_whole_answer():
+def test_exact_compares_the_whole_answer():
     assert score("Answer: 12", "12", "arithmetic") == 1.0
     assert score("Answer: 112", "12", "arithmetic") == 0.0
     assert score("Answer: 12 or 13", "12", "arithmetic") == 0.0
@@ -54,7 +54,7 @@ def test_exact_match_is_of_the_whole_answer():
         ("\\boxed{1} no, Answer: 2", "2"),
     ],
 )
-def test_equal_mathematics_is_right(response, ground_truth):
+def test_mathematically_equal_answers_are_correct(response, ground_truth):
     assert score(response, ground_truth, "math_dapo") == 1.0
 
 
@@ -70,7 +70,7 @@ def test_equal_mathematics_is_right(response, ground_truth):
         ("", "42"),
     ],
 )
-def test_a_wrong_a_missing_or_an_early_answer_is_wrong(response, ground_truth):
+def test_wrong_missing_and_early_answers_are_wrong(response, ground_truth):
     assert score(response, ground_truth, "math_dapo") == 0.0
 
 
@@ -80,11 +80,11 @@ def test_auto_chooses_by_the_data_source():
     assert resolve_scorer("math", "arithmetic") == "math"
 
 
-def test_the_settings_and_the_scorers_name_the_same_scorers():
+def test_the_config_and_the_scorers_module_list_the_same_scorers():
     assert sorted(get_args(RewardConfig.model_fields["scorer"].annotation)) == sorted(get_args(Scorer))
 
 
-def test_the_overlong_penalty_rises_linearly_over_the_buffer():
+def test_the_overlong_penalty_grows_linearly_over_the_buffer():
     limits = {"max_response_tokens": 10240, "buffer_tokens": 4096}
     lengths = (1, 6144, 6145, 8192, 10240)
     assert [overlong_penalty(n, **limits) for n in lengths] == [0.0, 0.0, -1 / 4096, -0.5, -1.0]
@@ -97,7 +97,7 @@ def test_the_overlong_penalty_rises_linearly_over_the_buffer():
 
 @pytest.fixture
 def unruly(tmp_path, monkeypatch) -> str:
-    """A scorer module in which some responses do harm; any other is worth its ground truth."""
+    """A scorer module that some responses break; any other response scores its ground truth."""
     (tmp_path / "unruly.py").write_text(
         "import os, time\n"
         "def resolve_scorer(scorer, data_source): return scorer\n"
@@ -119,7 +119,7 @@ def unruly(tmp_path, monkeypatch) -> str:
 
 
 def jobs(*responses: str) -> list[Job]:
-    """Ground truths tell the jobs apart, to show that the order is kept."""
+    """Jobs with different ground truths, which show whether the order is kept."""
     return [Job(text, str(i / 1000), "any", "exact") for i, text in enumerate(responses)]
 
 
@@ -127,7 +127,7 @@ def worker_pool(module: str, *, num_workers: int = 2, timeout_seconds: float = 1
     return WorkerPool(num_workers=num_workers, timeout_seconds=timeout_seconds, memory_bytes=1 << 30, module=module)
 
 
-def test_a_loop_an_exit_a_bomb_and_a_bug_each_cost_one_response(unruly):
+def test_a_loop_an_exit_a_memory_bomb_and_a_bug_each_fail_one_response(unruly):
     harm = {50: "loop", 51: "exit", 180: "bomb", 250: "raise"}
     pool = worker_pool(unruly)
     outcomes = pool.run(jobs(*(harm.get(i, "fine") for i in range(300))))
@@ -149,7 +149,7 @@ def test_a_loop_an_exit_a_bomb_and_a_bug_each_cost_one_response(unruly):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_the_pool_goes_on_when_every_worker_hangs(unruly):
+def test_the_pool_continues_when_every_worker_hangs(unruly):
     pool = worker_pool(unruly, timeout_seconds=0.7)
     start = time.monotonic()
     outcomes = pool.run(jobs("sleep", "loop", "sleep", "fine", "loop", "sleep"))

@@ -1,4 +1,4 @@
-"""The sandbox, against code that really runs in it; tests/reward/attempts.py holds the attempts."""
+"""Tests of the sandbox with code that runs in it; the attempts are in tests/reward/attempts.py."""
 
 import ctypes
 import json
@@ -28,20 +28,20 @@ NOBODY = 65534
 READING = {"read_secret_file", "list_home", "see_secret_file", "read_users"}
 STARTING = {"fork", "fork_by_clone3", "start_thread"}
 NOT_PREVENTED = {
-    # Layers left off: what then succeeds, at most.
+    # Disabled layers: the attempts that may succeed without them.
     (): set(),
     ("landlock",): set(),
     ("namespaces",): {"see_secret_file"},
-    # Also where a same-user driver's memory has to be protected by Yama or by its own rights alone.
+    # Only Yama or its own permissions then protect the memory of a driver of the same user.
     ("namespaces", "landlock"): READING | {"read_driver_memory", "read_driver_environment"},
-    # Processes end with the call, and memory that nobody else can see is no harm.
+    # Processes end with the call, and private memory is harmless.
     ("landlock", "seccomp"): STARTING | {"io_uring", "memory_file"},
 }
 
 
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory):
-    """Servers, files and memory that the attempts go for."""
+    """Servers, files and memory that the attempts target."""
     folder = tmp_path_factory.mktemp("surroundings")
     for path in (folder, *list(folder.parents)[:2]):  # pytest's folders are closed to other users
         path.chmod(0o755)
@@ -74,13 +74,13 @@ def surroundings(tmp_path_factory):
 
 
 def try_everything(surroundings, *, off: tuple[str, ...] = (), user: int | None = None) -> set[str]:
-    """The attempts that succeeded with these layers of isolation left off."""
+    """The attempts that succeeded with these layers of isolation disabled."""
     Path(surroundings["victim"]).write_text("")
     Path(surroundings["victim"]).chmod(0o666)
     facts = json.dumps(surroundings | {"off": off, "user": user})
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OPENBLAS_NUM_THREADS": "1"}
-    environment.pop("WANDB_API_KEY", None)  # scrubbing is the pool's part
+    environment.pop("WANDB_API_KEY", None)  # removing it is the pool's task, not the sandbox's
     command = [sys.executable, str(ATTEMPTS), facts]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def try_everything(surroundings, *, off: tuple[str, ...] = (), user: int | None 
 
 @pytest.mark.parametrize("user", [None, NOBODY])
 @pytest.mark.parametrize("off", list(NOT_PREVENTED), ids="-".join)
-def test_the_sandbox_prevents(surroundings, off, user):
+def test_the_sandbox_prevents_the_attempts(surroundings, off, user):
     if user is not None and os.geteuid() != 0:
         pytest.skip("only root can become another user; the other case ran as an ordinary one")
     assert try_everything(surroundings, off=off, user=user) <= NOT_PREVENTED[off]
@@ -112,7 +112,7 @@ def test_the_attempts_succeed_where_nothing_confines_them(surroundings):
 
 
 def run_confined(source: str, *, before: str = "", policy: str = "", timeout: float = 60.0) -> str:
-    """What a program prints whose `sandbox` is ready; `source` follows."""
+    """What a program prints that enters a sandbox, named `sandbox`, and then runs `source`."""
     program = textwrap.dedent(
         """
         import json, os, sys, time
@@ -145,7 +145,7 @@ def test_each_call_starts_from_the_same_state():
     assert printed.splitlines() == ["[[1], true, true]"] * 3
 
 
-def test_calls_end_at_their_deadline_with_their_exit_code_or_when_they_say_too_much():
+def test_a_call_ends_at_its_exit_its_deadline_or_its_output_limit():
     printed = run_confined("""
         def spin():
             while True: pass
@@ -190,19 +190,19 @@ def test_processes_of_a_call_end_with_it():
         print(sandbox.isolation.namespaces, sandbox.run(call, timeout_seconds=5).output.decode())
         try:
             os.kill(-1, 0) if os.getpid() == 1 else None
-            print("somebody is left")
+            print("processes are left")
         except ProcessLookupError:
-            print("nobody is left")
+            print("no process is left")
         """,
         before="lower = room._lower_limit; found = room.probe\n"
         "room.probe = lambda policy: room.Isolation(**{**vars(found(policy)), 'seccomp': 'off', 'landlock': 'off'})",
     )
     if not printed.startswith(" "):
         pytest.skip("this system does not offer namespaces")
-    assert printed.splitlines() == [" started", "nobody is left"]
+    assert printed.splitlines() == [" started", "no process is left"]
 
 
-def test_a_scratch_folder_is_writable_and_nothing_beside_it(tmp_path):
+def test_only_the_scratch_folder_is_writable(tmp_path):
     (tmp_path / "scratch").mkdir()
     printed = run_confined(
         f"""
@@ -284,7 +284,7 @@ def test_only_modules_of_a_folder_on_the_path_are_readable(tmp_path, monkeypatch
     assert not {Path("/"), Path.home(), Path.cwd(), tmp_path} & set(paths)
 
 
-def test_the_system_call_numbers_are_the_headers():
+def test_the_system_call_numbers_match_the_kernel_headers():
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip(f"no {header}")
@@ -297,9 +297,9 @@ def test_the_system_call_numbers_are_the_headers():
 
 
 @pytest.fixture
-def teller(tmp_path, monkeypatch) -> str:
-    """A scorer module that runs the response as a program; what it stores in `told` is its score."""
-    (tmp_path / "teller.py").write_text(
+def runs_responses(tmp_path, monkeypatch) -> str:
+    """A scorer module that runs the response as a program; the score is what it stores in `result`."""
+    (tmp_path / "runs_responses.py").write_text(
         "def resolve_scorer(scorer, data_source): return scorer\n"
         "def evaluates(scorer, data_source): return scorer == 'math'\n"
         "def preload(scorer): pass\n"
@@ -307,10 +307,10 @@ def teller(tmp_path, monkeypatch) -> str:
         "def score(response, ground_truth, data_source, *, scorer):\n"
         "    names = {}\n"
         "    exec(response, names)\n"
-        "    return names['told']\n"
+        "    return names['result']\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return "teller"
+    return "runs_responses"
 
 
 def run_responses(module: str, *responses: str, scorer: str = "exact", allow_unisolated: bool = False):
@@ -323,18 +323,18 @@ def run_responses(module: str, *responses: str, scorer: str = "exact", allow_uni
         pool.close()
 
 
-def test_no_variable_of_the_environment_reaches_a_worker(teller, monkeypatch):
+def test_no_variable_of_the_environment_reaches_a_worker(runs_responses, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("HF_TOKEN", "secret")
     known = "{'LANG', 'LC_ALL', 'LC_CTYPE', 'LD_LIBRARY_PATH', 'TZ', 'PYTHONPATH', 'OMP_NUM_THREADS',"
     known += " 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'}"
-    (outcome,) = run_responses(teller, f"import os; told = float(set(os.environ) <= {known})")
+    (outcome,) = run_responses(runs_responses, f"import os; result = float(set(os.environ) <= {known})")
     assert outcome.correctness == 1.0
 
 
-@pytest.mark.parametrize("told", ["2.0", "-1.0", "float('nan')", "float('inf')", "'1'", "None", "10**400"])
-def test_a_score_outside_0_to_1_is_a_failure_of_its_response(teller, told):
-    bad, good = run_responses(teller, f"told = {told}", "told = 0.5")
+@pytest.mark.parametrize("result", ["2.0", "-1.0", "float('nan')", "float('inf')", "'1'", "None", "10**400"])
+def test_a_score_outside_0_to_1_is_a_failure_of_its_response(runs_responses, result):
+    bad, good = run_responses(runs_responses, f"result = {result}", "result = 0.5")
     assert (bad.correctness, bad.failure) == (0.0, "crash")
     assert (good.correctness, good.failure) == (0.5, None)
 
@@ -342,9 +342,9 @@ def test_a_score_outside_0_to_1_is_a_failure_of_its_response(teller, told):
 @pytest.mark.parametrize(
     "forged", ["b's'", "b's' + bytes([255]) * 8", "b's' + bytes(9)", "b'x' * 9", "b''", "b'f' + bytes([255]) * 100"]
 )
-def test_a_forged_answer_counts_for_its_own_response_alone(teller, forged):
+def test_a_forged_answer_affects_only_its_own_response(runs_responses, forged):
     forge = f"import os; os.write(3, {forged}); os._exit(0)"
-    outcomes = run_responses(teller, forge, "told = 0.25", forge, "told = 0.75")
+    outcomes = run_responses(runs_responses, forge, "result = 0.25", forge, "result = 0.75")
     assert [o.correctness for o in outcomes[1::2]] == [0.25, 0.75]
     assert [(o.correctness, o.failure) for o in outcomes[::2]] == [(0.0, "crash")] * 2
     assert all(o.reason.isprintable() for o in outcomes)
@@ -359,8 +359,8 @@ def test_an_outcome_from_a_worker_is_validated(message):
         parse_outcome(message)
 
 
-def test_evaluating_scorers_are_refused_without_isolation(teller, monkeypatch, tmp_path):
-    # A module on the worker's path that takes its isolation away.
+def test_evaluating_scorers_are_refused_without_isolation(runs_responses, monkeypatch, tmp_path):
+    # A module on the worker's path that disables its isolation.
     (tmp_path / "sitecustomize.py").write_text(
         "from megatron_hapo.reward import sandbox\n"
         "sandbox.probe = lambda policy: sandbox.Isolation(namespaces='EPERM', landlock='ENOSYS', seccomp='EINVAL')\n"
@@ -370,12 +370,12 @@ def test_evaluating_scorers_are_refused_without_isolation(teller, monkeypatch, t
         r".*reward\.allow_unisolated=true"
     )
     with pytest.raises(RewardError, match=message):
-        run_responses(teller, "told = 1.0", scorer="math")
-    assert run_responses(teller, "told = 1.0", scorer="exact")[0].correctness == 1.0
-    assert run_responses(teller, "told = 1.0", scorer="math", allow_unisolated=True)[0].correctness == 1.0
+        run_responses(runs_responses, "result = 1.0", scorer="math")
+    assert run_responses(runs_responses, "result = 1.0", scorer="exact")[0].correctness == 1.0
+    assert run_responses(runs_responses, "result = 1.0", scorer="math", allow_unisolated=True)[0].correctness == 1.0
 
 
-def test_the_isolation_is_one_line():
+def test_the_isolation_is_described_in_one_line():
     everything = Isolation(namespaces="", landlock="", seccomp="")
     assert str(everything) == "namespaces, Landlock, seccomp"
     little = Isolation(namespaces="Operation not permitted", landlock="not in this kernel", seccomp="")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # in a compiled module
@@ -79,7 +80,7 @@ def _own_ray(folder: Path, start_timeout_seconds: float) -> Iterator[None]:
         start_timeout_seconds,
     )  # fmt: skip
     try:
-        with exit_with_ray(_core_processes()):
+        with exit_with_ray(_core_processes(), _other_processes()):
             yield
     finally:
         ray.shutdown()
@@ -90,6 +91,11 @@ def _core_processes() -> dict[str, int]:
     node: Any = worker._global_node
     assert node is not None, "Ray has started"
     return {name: info.process.pid for name in NAMES for info in node.all_processes[name]}
+
+
+def _other_processes() -> list[psutil.Process]:
+    """Ray's processes that would outlive its core by a minute, which is how long its agents wait for the raylet."""
+    return [agent for pid in _core_processes().values() for agent in psutil.Process(pid).children(recursive=True)]
 
 
 def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:

@@ -12,7 +12,9 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+import psutil
 
 EXIT_CODE = 2
 """That of every error which is reported in one line."""
@@ -20,14 +22,16 @@ NAMES = ("raylet", "gcs_server")
 
 
 @contextlib.contextmanager
-def exit_with_ray(processes: Mapping[str, int]) -> Iterator[None]:
+def exit_with_ray(processes: Mapping[str, int], others: Iterable[psutil.Process] = ()) -> Iterator[None]:
     """While the context is open, the death of one of these processes ends this one.
 
-    Ray's other processes, among them all trainer ranks and engines, end with this process or with the raylet.
+    Trainer ranks and engines end by themselves with this process or with the raylet.
 
     Args:
-        processes: children of this process; name to process id.
+        processes: Ray's core, children of this process; name to process id.
+        others: processes of Ray to kill, with what is left of its core.
     """
+    killed = [*map(psutil.Process, processes.values()), *others]
     watched = {os.pidfd_open(pid): name for name, pid in processes.items()}
     closed, closing = os.pipe()
 
@@ -40,6 +44,9 @@ def exit_with_ray(processes: Mapping[str, int]) -> Iterator[None]:
             print(
                 f"Ray's {watched[dead[0]]} died; the same command continues from the newest checkpoint", file=sys.stderr
             )
+            for process in killed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_CODE)

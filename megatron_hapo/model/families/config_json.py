@@ -110,18 +110,19 @@ def read_model_config(path: Path) -> ModelConfig:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ConfigError([f"model.path: {path} has more than {MAX_BYTES} bytes, which no config.json needs"])
-        values = json.loads(content)
     except OSError as error:
         raise ConfigError([f"model.path: {path} cannot be read: {error.strerror}"]) from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError([f"model.path: {path} has more than {MAX_BYTES} bytes, which no config.json needs"])
+    try:
+        values = json.loads(content)
     except RecursionError:
         raise ConfigError([f"model.path: {path} is not a model's config: it is nested too deeply"]) from None
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError([f"model.path: {path} is not JSON: {error}"]) from error
-    return ModelConfig(values if isinstance(values, dict) else {}, path)
+    if not isinstance(values, dict):
+        raise ConfigError([f"model.path: {path} must contain a JSON object"])
+    return ModelConfig(values, path)
 
 
 def _shown(value: Any) -> str:
