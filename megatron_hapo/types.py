@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,11 @@ class Prompt:
     ground_truth: str
     data_source: str
     """Name that selects the scorer, as in the DAPO-Math layout."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """All columns of the row that it comes from, as JSON values, for a reward of the user's own; they stay in the
+    driver. Empty for generated problems."""
+    scorer: str | None = None
+    """Overrides reward.scorer; only prompts of an evaluation set with a scorer of its own have one."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ class Score:
     """In [0, 1]; independent of length."""
     failure: ScoringFailure | None = None
     """Why the response could not be scored; it then counts as wrong."""
+    answer: str | None = None
+    """The answer that the response states, as text; None if it states none. Majority votes compare it."""
 
     @property
     def correct(self) -> bool:

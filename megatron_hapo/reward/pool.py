@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_hapo.config import RewardConfig
 from megatron_hapo.data.prompts import load_tokenizer
@@ -79,13 +79,13 @@ class ProcessRewardPool:
         """A score for each rollout, in their order."""
         texts = self._tokenizer.batch_decode([r.response_ids.tolist() for r in rollouts], skip_special_tokens=True)
         jobs = [
-            Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._config.scorer)
+            Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._scorer_of(rollout))
             for text, rollout in zip(texts, rollouts, strict=True)
         ]
         with self._lock:
             outcomes = self._pool.run(jobs)
         _log_failures(rollouts, outcomes)
-        return [self._score(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
+        return [self._score(*scored) for scored in zip(rollouts, texts, outcomes, strict=True)]
 
     def start_profile(self) -> None:
         """Start recording what each worker does."""
@@ -106,7 +106,10 @@ class ProcessRewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _score(self, rollout: Rollout, outcome: Outcome) -> Score:
+    def _scorer_of(self, rollout: Rollout) -> scorers.Scorer:
+        return cast(scorers.Scorer, rollout.prompt.scorer or self._config.scorer)
+
+    def _score(self, rollout: Rollout, text: str, outcome: Outcome) -> Score:
         config = self._config
         penalty = scorers.overlong_penalty(
             len(rollout.response_ids),
@@ -115,7 +118,12 @@ class ProcessRewardPool:
             factor=config.overlong.factor,
         )
         earned = config.wrong + outcome.correctness * (config.correct - config.wrong)
-        return Score(reward=earned + penalty, correctness=outcome.correctness, failure=outcome.failure)
+        return Score(
+            reward=earned + penalty,
+            correctness=outcome.correctness,
+            failure=outcome.failure,
+            answer=scorers.voted_answer(text),
+        )
 
 
 def _log_failures(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> None:

@@ -152,6 +152,19 @@ def stated_answer(response: str) -> str:
     return _collapse(answer).removesuffix(".")
 
 
+def voted_answer(response: str) -> str | None:
+    r"""The answer with which the response votes: in <answer> tags, else the last `Answer:` line, else the last
+    \boxed{}, without emphasis, LaTeX wrappers, white space and case; None if it states none.
+
+    Safe without a sandbox, as `settle` is. Answers that differ only in notation (0.5, 1/2) are different votes.
+    """
+    tail = response[-TAIL_CHARACTERS:]
+    before, _, _ = tail.rpartition("</answer>")
+    _, opened, tagged = before.rpartition("<answer>")
+    conclusion = tagged if opened else _math_conclusion(tail)
+    return (_plain(conclusion) or None) if conclusion is not None else None
+
+
 def _settle_math(response: str, ground_truth: str) -> float | None:
     r"""Whether the response concludes with the ground truth, where comparing text decides it; else None.
 

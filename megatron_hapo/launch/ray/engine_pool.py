@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Concatenate
 
 import ray
@@ -144,7 +145,8 @@ class RayRolloutPool:
             for engine, groups in dispatch.assign(idle).items():
                 if dispatch.busy(engine):
                     actor = holders[engine] = idle[engine]
-                    given = {group: prompts[group] for group in groups}
+                    # The row's columns, which engines do not need, can be large.
+                    given = {group: replace(prompts[group], columns={}) for group in groups}
                     working[_advance(actor, call, given, sampling)] = engine, actor
             engine, finished = self._first_finished(working, deadline)
             if isinstance(finished, RayActorError):
@@ -155,7 +157,7 @@ class RayRolloutPool:
                 continue
             for group, sample, rollout in finished:
                 self._check_versions(engine, rollout, self._versions[first_version:])
-                rollouts[group, sample] = rollout
+                rollouts[group, sample] = replace(rollout, prompt=prompts[group])
                 dispatch.finished(engine, group)
         return [[rollouts[group, sample] for sample in range(sampling.samples)] for group in range(len(prompts))]
 
