@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_hapo.algorithm.minibatches import minibatches
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 from megatron_hapo.config import Config
-from megatron_hapo.data.prompts import PromptSampler
+from megatron_hapo.data.sampling import PromptSource, SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.step_metrics import step_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
-from megatron_hapo.rollout.evaluation import evaluate
+from megatron_hapo.rollout.evaluation import EvaluationSet, evaluate
 from megatron_hapo.rollout.source import Generation, RolloutSource
 from megatron_hapo.sizing.utilization import Utilization
-from megatron_hapo.types import EntropyStats, Prompt, TokenScores, TrainBatch, pack_groups
+from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, pack_groups
 
 
 @dataclass(kw_only=True)
@@ -31,8 +31,8 @@ class Driver:
     pool: RolloutPool
     turns: MemoryTurns
     rewards: RewardPool
-    prompts: PromptSampler
-    eval_prompts: list[Prompt]
+    prompts: PromptSource
+    eval_sets: list[EvaluationSet]
     logger: MetricsLogger
     checkpoints: Checkpoints
     utilization: Utilization
@@ -43,7 +43,7 @@ class Driver:
     """Set by a signal handler: the loop ends after the current step."""
     saved_step: int = field(default=0, init=False)
     """Step of the newest checkpoint that the driver has read or written; 0: none."""
-    _prompts_after: dict[int, int] = field(default_factory=dict, init=False)
+    _prompts_after: dict[int, SamplerState] = field(default_factory=dict, init=False)
     """Step -> state of the prompt sampler after that step's generation."""
 
     def run(self) -> None:
@@ -51,7 +51,7 @@ class Driver:
         config, step = self.config, self._resume()
         self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
-            self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_prompts, config))
+            self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_sets))
         rollouts = RolloutSource(
             self._generation, ahead=config.async_.max_staleness, last_step=config.steps,
             is_stuck=lambda: self.pool.waits_for_sync, restore=self.turns.restore_engines,
@@ -62,7 +62,7 @@ class Driver:
                 metrics = self.train_step(step, rollouts, clock)
                 if self._evaluates(step):
                     with clock("eval"):
-                        metrics |= evaluate(self.pool, self.rewards, self.eval_prompts, config)
+                        metrics |= evaluate(self.pool, self.rewards, self.eval_sets)
                 metrics |= clock.metrics()
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
@@ -83,7 +83,7 @@ class Driver:
             groups=collected.groups, kept_share=collected.kept_share, batch=batch, scores=scores, stats=self.stats,
             updates=updates, step=step,
         )  # fmt: skip
-        return {**metrics, **collected.seconds, **self.utilization.of_batches(parts)}
+        return {**metrics, **collected.metrics, **collected.seconds, **self.utilization.of_batches(parts)}
 
     def _generate(self, step: int, rollouts: RolloutSource, clock: StepClock) -> Collected:
         """The step's groups with their rewards; afterwards the memory is the trainer's."""
@@ -125,16 +125,16 @@ class Driver:
         def collect(clock: StepClock) -> Collected:
             collected = collect_groups(
                 self.pool, self.rewards, self.prompts.next, sampling, clock,
-                num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling,
+                num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling, record=self.prompts.record,
             )  # fmt: skip
             self._prompts_after[step] = self.prompts.state()
-            return collected
+            return replace(collected, metrics=self.prompts.metrics())
 
         return collect
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.eval.every
-        return bool(self.eval_prompts and every) and (step % every == 0 or step == self.config.steps)
+        return bool(self.eval_sets and every) and (step % every == 0 or step == self.config.steps)
 
     def _write_checkpoint(self, step: int, clock: StepClock) -> None:
         with clock("checkpoint"):

@@ -153,9 +153,10 @@ BAD_INPUT = {
     "missing data": (["data.train.path=none.parquet"], "command line: data.train.path: no such file: none.parquet"),
     "missing column": (
         ["data.train.path=no_prompt.parquet"],
-        "command line: data.train.path: no_prompt.parquet has no column prompt; its columns: question, data_source\n"
-        "command line: data.train.path: no_prompt.parquet has no column reward_model; its columns: question, "
-        "data_source",
+        "command line: data.train.path: no_prompt.parquet has no column prompt; its columns: question, data_source "
+        "(columns.prompt chooses one)\n"
+        "command line: data.train.path: no_prompt.parquet has no column answer; its columns: question, data_source "
+        "(columns.answer chooses one)",
     ),
     "empty data": (["data.train.path=empty.parquet"], "command line: data.train.path: empty.parquet has no rows"),
     "group of one": (

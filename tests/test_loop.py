@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 
 from megatron_hapo.algorithm.step_statistics import steering
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config, ProfileConfig
-from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.data.job_prompts import evaluation_prompts, training_prompts
+from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.driver import Driver
 from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
@@ -34,8 +36,9 @@ from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.reward.pool import ProcessRewardPool
 from megatron_hapo.rollout.collect import training_sampling
+from megatron_hapo.rollout.evaluation import evaluation_sets
 from megatron_hapo.sizing.utilization import Utilization
-from megatron_hapo.types import Prompt, Sampling, pack_rollouts
+from megatron_hapo.types import Prompt, Sampling, Score, pack_rollouts
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 from tests.observe.test_metrics import documented_metrics
 from tests.time_limits import patient
@@ -111,20 +114,19 @@ class Recorder:
 
 
 @contextmanager
-def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any]]:
+def finished_run(config: Config, pool: RayRolloutPool, *, rewards: Any = None) -> Iterator[dict[str, Any]]:
     """The parts of a run that the real driver has taken from the newest checkpoint to the last step.
 
     The engine holds the last weights; the recorder has what it generated.
+
+    Args:
+        rewards: None: the config's.
     """
     tokenizer = load_tokenizer(config.model.path)
-    assert config.data.eval is not None
-    train, evaluation = (
-        list(load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=64).prompts)
-        for source in (config.data.train, config.data.eval)
-    )
+    eval_prompts = evaluation_prompts(config, tokenizer)
     recorder = Recorder(pool)
     with ExitStack() as stack:
-        rewards = stack.enter_context(
+        rewards = rewards or stack.enter_context(
             ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens)
         )
         make_room_for_trainer(config, recorder, device="cpu")
@@ -141,8 +143,8 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             pool=recorder,
             turns=MemoryTurns(config, trainer, recorder, weight_sync),
             rewards=rewards,
-            prompts=PromptSampler(train, seed=0, shuffle=True),
-            eval_prompts=evaluation,
+            prompts=training_prompts(config, tokenizer),
+            eval_sets=evaluation_sets(config, eval_prompts),
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
             utilization=Utilization(config=config, shape=read_shape(config.model.path), peak_flops=None),
@@ -157,7 +159,7 @@ def finished_run(config: Config, pool: RayRolloutPool) -> Iterator[dict[str, Any
             "driver": driver,
             "recorder": recorder,
             "trainer": trainer,
-            "prompts": evaluation,
+            "prompts": [prompt for prompts in eval_prompts.values() for prompt in prompts],
             "rewards": rewards,
             "weight_sync": weight_sync,
         }
@@ -260,8 +262,6 @@ def test_greedy_responses_equal_those_of_the_exported_model_in_transformers(trai
 
 
 def test_the_policy_changed(trained: dict[str, Any], tiny_qwen3: Path) -> None:
-    from safetensors.torch import load_file
-
     before = load_file(tiny_qwen3 / "model.safetensors")
     after: dict[str, torch.Tensor] = {}
     for path in (trained["config"].run_dir / "hf").glob("*.safetensors"):
@@ -327,6 +327,63 @@ def test_an_interrupted_run_resumes_on_the_same_trajectory(
     for row, want in zip(rows, metrics_of(trained), strict=True):
         same = {name: value for name, value in want.items() if not is_timed(name)}
         assert {name: row[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
+
+
+class RewardsByTokens:
+    """One response of two is right, so that some groups differ and others do not."""
+
+    def score(self, rollouts: list[Any]) -> list[Score]:
+        """The scores in the order of the rollouts."""
+        right = [float(rollout.response_ids.sum() % 2) for rollout in rollouts]
+        return [Score(reward=2 * correctness - 1, correctness=correctness) for correctness in right]
+
+
+def mixed_config(model: Path, folder: Path, steps: int) -> Config:
+    """A run on two sources with a curriculum, evaluated on two sets; it writes a checkpoint at its end."""
+    values = make_config(model, folder, {"tp": 1}).model_dump()
+    values |= {"steps": steps}
+    sums = {"type": "arithmetic", "size": 6}
+    values["data"] = {
+        "train": {"even": {**sums, "weight": 3}, "long": {**sums, "seed": 2, "min_terms": 6, "max_terms": 7}},
+        "eval": {"one": {**sums, "samples": 2}, "greedy": {**sums, "size": 2, "temperature": 0}},
+        "curriculum": {"enabled": True, "revisit": 0.5},
+    }
+    return Config.model_validate(values)
+
+
+@pytest.mark.slow
+def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupted_one(
+    pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: prompts, responses, state and weights after 4 steps, of which the second run resumes after 2."""
+
+    def run(folder: Path, *lengths: int) -> dict[str, Any]:
+        responses: list[Any] = []
+        for steps in lengths:
+            config = mixed_config(tiny_qwen3, folder, steps)
+            with finished_run(config, pool, rewards=RewardsByTokens()) as run:
+                for sampling, rollouts in run["recorder"].generated:
+                    if sampling.temperature == config.rollout.temperature:  # not an evaluation
+                        responses += [(r.prompt.uid, r.response_ids.tolist()) for r in rollouts]
+                run["trainer"].export_hf(folder / "hf")
+                rows = [
+                    {k: v for k, v in row.items() if not is_timed(k) and not k.startswith("utilization/")}
+                    for row in metrics_of(run)
+                ]
+        (state,) = (config.run_dir / "checkpoints").glob("step_*/run_state.json")
+        weights = {k: v for path in (folder / "hf").glob("*.safetensors") for k, v in load_file(path).items()}
+        return {"responses": responses, "rows": rows, "state": json.loads(state.read_text()), "weights": weights}
+
+    whole, resumed = run(tmp_path / "whole", 4), run(tmp_path / "resumed", 2, 4)
+    assert resumed["responses"] == whole["responses"]
+    assert resumed["state"] == whole["state"]
+    assert whole["state"]["prompts"]["taken"] == {"even": 12, "long": 4}
+    assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())
+    assert all(torch.equal(value, whole["weights"][name]) for name, value in resumed["weights"].items())
+    for row, want in zip(resumed["rows"], whole["rows"], strict=True):
+        assert row == want
+    expected = {"source/even/accuracy", "curriculum/rare_share", "eval/one/pass@2", "eval/greedy/accuracy"}
+    assert expected <= whole["rows"][-1].keys()
 
 
 def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:

@@ -15,13 +15,14 @@ from megatron_hapo.checkpoint.manifest import damaged_files
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
 from megatron_hapo.config import Config
-from megatron_hapo.data.prompts import PromptSampler
+from megatron_hapo.data.sampling import PromptSampler
 from megatron_hapo.driver import Driver
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.reward.pool import Score
+from megatron_hapo.rollout.evaluation import evaluation_sets
 from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
 
 SIZES = {"engine weights": 1, "engine kv_cache": 10, "trainer gradients": 4, "trainer optimizer": 8}
@@ -189,7 +190,7 @@ def run(config: Config) -> Books:
                 config=config,
                 turns=turns,
                 prompts=PromptSampler(PROMPTS, seed=0, shuffle=False),
-                eval_prompts=PROMPTS,
+                eval_sets=evaluation_sets(config, {"": PROMPTS}),
                 logger=logger,
                 checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),
                 **parts,

@@ -25,7 +25,8 @@ from megatron_hapo.checkpoint.model_folder import (
     is_megatron_folder,
 )
 from megatron_hapo.config import FileData
-from megatron_hapo.data.prompts import file_faults, load_prompts, load_tokenizer
+from megatron_hapo.data.problems import file_faults
+from megatron_hapo.data.prompts import load_prompts, load_tokenizer
 from megatron_hapo.errors import ConfigError, DataError
 from megatron_hapo.model.families import num_parameters, read_shape
 
@@ -106,7 +107,7 @@ def check(job: Quantization) -> None:
     shape, is_megatron = read_shape(job.source), is_megatron_folder(job.source)
     bytes_per_parameter = 1 + (DTYPE_BYTES[config_dtype(job.source)] if is_megatron else 0)
     faults = [
-        *(f"--calibration: {message}" for message in file_faults(job.calibration)),
+        *(f"--calibration: {message}" for message in file_faults(_calibration(job))),
         *target_faults(job.target, num_parameters(shape) * bytes_per_parameter),
     ]
     if job.format == "nvfp4" and not torch.cuda.is_available():
@@ -150,11 +151,15 @@ def _calibrate_and_write(job: Quantization, source: Path, folder: Path) -> Agree
     return agreement
 
 
+def _calibration(job: Quantization) -> FileData:
+    return FileData(type="file", path=job.calibration, limit=MAX_PROMPTS)
+
+
 def _prompts(job: Quantization, source: Path) -> list[list[int]]:
     """Token ids of each prompt."""
     tokenizer = load_tokenizer(source)
     prompts = load_prompts(
-        FileData(type="file", path=job.calibration, limit=MAX_PROMPTS),
+        _calibration(job),
         tokenizer,
         chat_template=tokenizer.chat_template is not None,
         max_prompt_tokens=min(MAX_PROMPT_TOKENS, read_shape(source).max_positions),

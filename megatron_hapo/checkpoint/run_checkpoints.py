@@ -16,6 +16,7 @@ from megatron_hapo.checkpoint.manifest import MANIFEST, has_manifest, quick_faul
 from megatron_hapo.checkpoint.model_folder import atomic_folder, model_fingerprint, remove_partial
 from megatron_hapo.config import Config
 from megatron_hapo.config.resumption import changed_settings, refusals
+from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.protocols import Trainer
 from megatron_hapo.types import EntropyStats
@@ -33,8 +34,8 @@ class RunState:
     """The driver's part of a checkpoint."""
 
     step: int
-    prompts: int
-    """Position of the prompt sampler: prompts consumed so far."""
+    prompts: SamplerState
+    """Where the sequence of prompts stands."""
     stats: EntropyStats | None
 
 

@@ -11,9 +11,9 @@ from typing import assert_never
 
 from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
-from megatron_hapo.config import Config, DataSource, Fault, FileData, ParallelSizes, TaskData, read_config
+from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
-from megatron_hapo.data.prompts import file_faults
+from megatron_hapo.data.problems import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
@@ -230,14 +230,14 @@ def _trainer_fault(config: Config, reason: str, spec: Spec) -> Fault:
     )
 
 
-def _data_faults(key: str, source: DataSource) -> Iterator[Fault]:
+def _data_faults(key: str, source: Source) -> Iterator[Fault]:
     """Why data cannot be read.
 
     Args:
         key: the setting that names the data, e.g. data.train.
     """
     if isinstance(source, FileData):
-        for message in file_faults(source.path):
+        for message in file_faults(source):
             yield Fault(f"{key}.path", message)
     elif isinstance(source, TaskData):
         names = import_reasoning_gym().factory.DATASETS

@@ -3,80 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from megatron_hapo.config.effects import not_with
+from megatron_hapo.config.data_sources import ArithmeticData, EvalData, FileData, Scorer, TaskData, TrainData
+from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Examples, FilePath, NonNegativeInt, PositiveInt, Seconds, Section, Seed
+from megatron_hapo.config.section import NonNegativeInt, PositiveInt, Seconds, Section
+
+Source = FileData | TaskData | ArithmeticData
+"""One source of prompts, in whatever place of the config."""
 
 
-class FileData(Section):
-    """Prompts from a file."""
+class CurriculumConfig(Section):
+    """Prompts that teach nothing now, because all responses are right or all are wrong, are drawn less often."""
 
-    type: Literal["file"]
-    """`file`: prompts from a file."""
-    path: FilePath
-    """Parquet or JSONL in the DAPO-Math layout: prompt (messages), reward_model.ground_truth (a string or a number),
-    data_source. Rows that cannot be used are dropped, counted and reported with the reason for the first."""
-    limit: PositiveInt | None = None
-    """Use only this many rows, from the start. `None`: all."""
-
-
-class TaskData(Section):
-    """Prompts from a task of reasoning-gym."""
-
-    type: Literal["reasoning_gym"]
-    """`reasoning_gym`: prompts from a task of reasoning-gym."""
-    name: str
-    """A dataset of reasoning-gym, e.g. chain_sum."""
-    size: Examples
-    """Number of prompts."""
-    seed: Seed = 0
-    """Seed of the prompts."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the dataset, e.g. {min_terms: 2, max_terms: 4}."""
-
-
-class ArithmeticData(Section):
-    """Generated sums."""
-
-    type: Literal["arithmetic"]
-    """`arithmetic`: generated sums."""
-    size: Examples
-    """Number of prompts."""
-    seed: Seed = 0
-    """Seed of the prompts."""
-    min_terms: Annotated[int, Field(ge=2, le=1000)] = 3
-    """Fewest terms of a sum."""
-    max_terms: Annotated[int, Field(ge=2, le=1000)] = 5
-    """Most terms of a sum."""
-    max_number: Annotated[int, Field(gt=0, le=10**9)] = 9
-    """Largest term of a sum."""
-
-
-DataSource = Annotated[FileData | TaskData | ArithmeticData, Field(discriminator="type")]
+    enabled: bool = False
+    """Follow how the prompts are solved during the run."""
+    after: Annotated[PositiveInt, only_with("data.curriculum.enabled", True)] = 1
+    """Consecutive groups that were solved by all responses or by none, after which a prompt is drawn less often; a
+    group that differs resets the count."""
+    revisit: Annotated[float, Field(ge=0.01, lt=1), only_with("data.curriculum.enabled", True)] = 0.25
+    """Share of the epochs in which such a prompt is still drawn, so that it is noticed when it becomes useful."""
 
 
 class DataConfig(Section):
-    """The prompts."""
+    """The prompts; docs/data.md shows examples."""
 
-    train: DataSource
-    """Prompts to train on."""
-    eval: DataSource | None = None
-    """Prompts to evaluate on. `None`: no evaluation."""
+    train: TrainData
+    """Prompts to train on: one source, or several by name, each with a `weight`."""
+    eval: EvalData | None = None
+    """Prompts to evaluate on: one source, or several sets by name, each with its own sampling. `None`: no
+    evaluation."""
     chat_template: bool = True
     """Render prompts with the tokenizer's chat template. If false, the contents of the messages are concatenated."""
     shuffle: bool = True
-    """Shuffle the training prompts in each epoch."""
+    """Shuffle the training prompts of each source in each epoch."""
+    curriculum: CurriculumConfig = CurriculumConfig()
 
     @property
-    def sources(self) -> Iterator[tuple[str, FileData | TaskData | ArithmeticData]]:
+    def train_sources(self) -> dict[str, Source]:
+        """The training sources by name; a single one has the empty name."""
+        return dict(self.train) if isinstance(self.train, dict) else {"": self.train}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each training source."""
+        return {name: getattr(source, "weight", 1.0) for name, source in self.train_sources.items()}
+
+    @property
+    def eval_sets(self) -> dict[str, Source]:
+        """The evaluation sets by name; a single one has the empty name."""
+        if self.eval is None:
+            return {}
+        return dict(self.eval) if isinstance(self.eval, dict) else {"": self.eval}
+
+    @property
+    def sources(self) -> Iterator[tuple[str, Source]]:
         """The key and the settings of each data source."""
-        yield "data.train", self.train
-        if self.eval is not None:
-            yield "data.eval", self.eval
+        for section, sources in (("data.train", self.train_sources), ("data.eval", self.eval_sets)):
+            for name, source in sources.items():
+                yield f"{section}.{name}" if name else section, source
 
     def contradictions(self) -> Iterator[Fault]:
         """Settings of a data source that do not fit each other."""
@@ -105,7 +93,7 @@ class OverlongConfig(Section):
 class RewardConfig(Section):
     """Rewards, and the processes that compute them."""
 
-    scorer: Literal["auto", "math", "exact", "reasoning_gym"] = "auto"
+    scorer: Scorer = "auto"
     """`auto`: chosen by the data source. `math`: math-verify. `exact`: the text after the last 'answer' must match.
     `reasoning_gym`: the task's own scorer."""
     correct: Reward = 1.0

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_hapo.config.section import fields_by_key, section_types
+from megatron_hapo.config.section import NAMED, ONE, SEVERAL, fields_by_key, is_named, named_types, section_types
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,25 @@ def boolean_faults(settings: Mapping[str, Any], schema: type[BaseModel], prefix:
     """The switches that are given as 1 or "yes", and the numbers that are given as true: pydantic converts both."""
     for key, info in fields_by_key(schema).items():
         value, inner = settings.get(key), list(section_types(info.annotation))
-        if isinstance(value, Mapping):
-            for section in inner:
-                if len(inner) == 1 or value.get("type") in get_args(section.model_fields["type"].annotation):
-                    yield from boolean_faults(value, section, f"{prefix}{key}.")
+        named = list(named_types(info.annotation))
+        if named and is_named(value):
+            assert isinstance(value, Mapping)
+            for name, section in value.items():
+                yield from _boolean_faults_inside(section, named, f"{prefix}{key}.{name}.")
+        elif isinstance(value, Mapping):
+            yield from _boolean_faults_inside(value, inner, f"{prefix}{key}.")
         elif info.annotation is bool:
             if value is not None and not isinstance(value, bool):
                 yield Fault(prefix + key, _MESSAGES["bool_type"].format(given=_Given(value)))
         elif _has_boolean(value) and _has_number(info.annotation):
             yield Fault(prefix + key, _MESSAGES["float_type"].format(given=_Given(value)))
+
+
+def _boolean_faults_inside(section: Mapping[str, Any], types: list[type[BaseModel]], prefix: str) -> Iterator[Fault]:
+    """The boolean faults of a section that has one of these types, chosen by its `type` if there are several."""
+    for kind in types:
+        if len(types) == 1 or section.get("type") in get_args(kind.model_fields["type"].annotation):
+            yield from boolean_faults(section, kind, prefix)
 
 
 def _has_boolean(value: Any) -> bool:
@@ -129,11 +139,24 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[s
     """The dotted key of a location in a pydantic error, and the section that owns its last part.
 
     In a choice by `type`, pydantic's location contains the chosen type as a level of its own; a config file does not.
+    The same holds for the tag of a setting's form.
     """
     sections: list[type[BaseModel]] = [schema]
+    named: list[type[BaseModel]] = []
+    """Types of the named sections that the last key may hold."""
     owner: type[BaseModel] | None = None
     keys: list[str] = []
+    is_name = False
     for part in location:
+        if part in (ONE, SEVERAL, "[key]"):
+            continue
+        if part == NAMED:
+            is_name = True
+            continue
+        if is_name:
+            keys.append(str(part))
+            sections, is_name = named, False
+            continue
         variant = [s for s in sections if len(sections) > 1 and part in get_args(s.model_fields["type"].annotation)]
         if variant:
             sections = variant
@@ -142,6 +165,7 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[s
         owner = sections[0] if sections else None
         info = fields_by_key(owner).get(str(part)) if owner else None
         sections = list(section_types(info.annotation)) if info else []
+        named = list(named_types(info.annotation)) if info else []
     return ".".join(keys), owner
 
 

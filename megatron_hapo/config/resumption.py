@@ -7,13 +7,14 @@ that the restored state embodies are refused instead. `tests/config/test_resumpt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from megatron_hapo.config.effects import declared_conditions
+from megatron_hapo.config.section import is_named
 from megatron_hapo.config.settings import Config
 
 OnResume = Literal["effective", "refused", "irrelevant"]
@@ -133,7 +134,25 @@ def changed_settings(before: Mapping[str, Any], config: Config) -> list[Change]:
             changes.append(Change(key, old, None if new is _ABSENT else new, on_resume(key)))
         elif old is _ABSENT and new is not _ABSENT and _is_inside_choice(before, key):
             changes.append(Change(key, None, new, on_resume(key)))
+    for key in ("data.train", "data.eval"):
+        changes += _changes_of_named(key, _find(before, key), _find(now, key))
     return changes
+
+
+def _changes_of_named(key: str, before: Any, now: Any) -> Iterator[Change]:
+    """The changed settings of the named sections under a key; none if there is a single section both times."""
+    if is_named(before) or is_named(now):
+        old, new = _flat(before, key), _flat(now, key)
+        for changed in dict.fromkeys((*old, *new)):
+            if old.get(changed) != new.get(changed):
+                yield Change(changed, old.get(changed), new.get(changed), on_resume(key))
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {inner: leaf for name, section in value.items() for inner, leaf in _flat(section, f"{key}.{name}").items()}
 
 
 def refusals(changes: list[Change], config: Config, *, step: int, checkpoint: object) -> list[str]:

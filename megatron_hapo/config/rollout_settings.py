@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_hapo.config.data_settings import DataConfig, Source
+from megatron_hapo.config.data_sources import EvalSet
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.section import Bytes, Fraction, NonNegativeInt, PositiveInt, Ranks, Seconds, Section
@@ -99,6 +102,18 @@ class AsyncConfig(Section):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SetSampling:
+    """How one evaluation set is sampled and scored."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+    scorer: str | None
+    """None: reward.scorer."""
+
+
 class EvalConfig(Section):
     """Evaluation on data.eval, during training and by `megatron-hapo eval`."""
 
@@ -112,7 +127,18 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1), not_with("eval.temperature", 0)] = 0.7
     """Sample from the most likely tokens whose probabilities add up to this."""
 
-    def contradictions(self) -> Iterator[Fault]:
+    def of_set(self, source: Source, *, max_response_tokens: int) -> SetSampling:
+        """How this evaluation set is sampled: as it says itself, else as this section says."""
+        own = source if isinstance(source, EvalSet) else EvalSet()
+        return SetSampling(
+            samples=self.samples if own.samples is None else own.samples,
+            temperature=self.temperature if own.temperature is None else own.temperature,
+            top_p=self.top_p if own.top_p is None else own.top_p,
+            max_response_tokens=own.max_response_tokens or max_response_tokens,
+            scorer=own.scorer,
+        )
+
+    def contradictions(self, data: DataConfig, *, max_response_tokens: int) -> Iterator[Fault]:
         """Settings of the evaluation that exclude each other."""
         if self.samples > 1 and self.temperature == 0:
             yield Fault(
@@ -120,6 +146,33 @@ class EvalConfig(Section):
                 f"must be 1 with eval.temperature=0, got {self.samples}: greedy responses are all the same",
                 ("eval.temperature",),
             )
+            return
+        for name, source in data.eval_sets.items():
+            if isinstance(source, EvalSet):
+                yield from self._set_faults(f"data.eval.{name}", source, max_response_tokens)
+
+    def _set_faults(self, key: str, source: Source, longest: int) -> Iterator[Fault]:
+        assert isinstance(source, EvalSet)
+        sampling = self.of_set(source, max_response_tokens=longest)
+        if sampling.temperature == 0 and sampling.samples > 1:
+            yield Fault(
+                f"{key}.samples",
+                f"must be 1 with {key}.temperature=0, got {sampling.samples}: greedy responses are all the same",
+                (f"{key}.temperature", "eval.samples", "eval.temperature"),
+            )
+        if sampling.temperature == 0 and source.top_p is not None:
+            yield Fault(
+                f"{key}.top_p", "has no effect: the temperature is 0", (f"{key}.temperature", "eval.temperature")
+            )
+        if sampling.max_response_tokens > longest:
+            yield Fault(
+                f"{key}.max_response_tokens",
+                f"must be at most rollout.max_response_tokens={longest}, for which the engines are started, got "
+                f"{sampling.max_response_tokens}",
+                ("rollout.max_response_tokens",),
+            )
+        if source.scorer == "reasoning_gym" and source.type != "reasoning_gym":
+            yield Fault(f"{key}.scorer", f"reasoning_gym cannot score {key}.type={source.type}", (f"{key}.type",))
 
 
 class WeightSyncConfig(Section):

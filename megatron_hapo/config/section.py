@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -51,6 +52,40 @@ FilePath = Annotated[Path, AfterValidator(_usable_path)]
 """A path of a file or folder, which need not exist."""
 
 
+ONE, SEVERAL, NAMED = "<one>", "<several>", "<named>"
+"""Tags of the forms that a setting can have; no name in a config is spelled like them."""
+
+
+def is_named(value: Any) -> bool:
+    """Whether a value is a mapping of named sections, and not one section that is chosen by its `type`."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and "type" not in value
+        and all(isinstance(section, Mapping | BaseModel) for section in value.values())
+    )
+
+
+def one_or_named(value: Any) -> str:
+    """The tag of a setting that is one section or a mapping of named ones."""
+    return NAMED if is_named(value) else ONE
+
+
+def one_or_several(value: Any) -> str:
+    """The tag of a setting that is one value or a list."""
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+def _section_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+        raise PydanticCustomError("name", "must be a name of letters, digits and underscores")
+    return name
+
+
+SectionName = Annotated[str, AfterValidator(_section_name)]
+"""What a config calls one of several named sections."""
+
+
 class Section(BaseModel):
     """A section of a config file: frozen, and unknown keys are rejected. The docstring below a field describes it."""
 
@@ -65,11 +100,25 @@ def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def section_types(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section types in a field's annotation: none for a plain value, several for a choice by `type`."""
+    """The section types in a field's annotation: none for a plain value, several for a choice by `type`.
+
+    Those of a mapping of named sections are left out: see `named_types`.
+    """
+    if get_origin(annotation) is dict:
+        return
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from section_types(argument)
+
+
+def named_types(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section types in the mapping of named sections that a field accepts; none if it accepts no such mapping."""
+    if get_origin(annotation) is dict:
+        yield from section_types(get_args(annotation)[1])
+        return
+    for argument in get_args(annotation):
+        yield from named_types(argument)
 
 
 def value_of(config: BaseModel, key: str) -> Any:

@@ -165,7 +165,7 @@ class Config(Section):
         yield from self.algorithm.contradictions(cp=self.parallel.cp)
         yield from self.reward.contradictions(max_response_tokens=self.rollout.max_response_tokens, data=self.data)
         yield from self.data.contradictions()
-        yield from self.eval.contradictions()
+        yield from self.eval.contradictions(self.data, max_response_tokens=self.rollout.max_response_tokens)
         yield from self.launch.contradictions(placement=self.placement, num_engines=self.rollout.engines)
         yield from self.profile.contradictions(last_step=self.steps)
         yield from self._colocation_faults()

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_hapo.config.section import path_fault
+from megatron_hapo.config.section import is_named, path_fault
 from megatron_hapo.config.time_limit import time_limit
 from megatron_hapo.config.yaml_text import MAX_DEPTH, UnreadableYamlError, parse_yaml, read_yaml
 from megatron_hapo.errors import ConfigError, one_line
@@ -149,7 +149,10 @@ def _to_dict(config: DictConfig) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` updated by `over`. A section whose `type` changes is replaced: the keys of the old type do not apply."""
+    """`base` updated by `over`. A section whose `type` changes is replaced: the keys of the old type do not apply.
+
+    So is a section by several named ones that have types, and the reverse.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
@@ -161,7 +164,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_type(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "type" in old and "type" in new and old["type"] != new["type"]
+    if "type" in old and "type" in new:
+        return old["type"] != new["type"]
+    return ("type" in old and _have_types(new)) or (_have_types(old) and "type" in new)
+
+
+def _have_types(sections: Mapping[str, Any]) -> bool:
+    return is_named(sections) and all("type" in section for section in sections.values())
 
 
 def _dotted_keys(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -15,17 +15,16 @@ from typing import Protocol
 import ray
 
 from megatron_hapo.checkpoint.disk_space import check_disk_space
-from megatron_hapo.checkpoint.hf_reader import HfReader
-from megatron_hapo.checkpoint.manifest import check_manifest
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import Finding, hub_findings, rehearse
 from megatron_hapo.config import Config, dump_config
-from megatron_hapo.data.prompts import PromptSampler, load_prompts, load_tokenizer
+from megatron_hapo.data.job_prompts import evaluation_prompts, training_prompts
+from megatron_hapo.data.prompts import load_tokenizer
+from megatron_hapo.data.sampling import PromptSource
 from megatron_hapo.driver import Driver
 from megatron_hapo.errors import HapoError, RankDiedError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
-from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.ray_launcher import RayLauncher
 from megatron_hapo.launch.run_lock import owned_run_folder
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
@@ -36,11 +35,10 @@ from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.report import write_report
 from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.reward.pool import ProcessRewardPool
-from megatron_hapo.rollout.evaluation import evaluate
+from megatron_hapo.rollout.evaluation import EvaluationSet, evaluation_sets
 from megatron_hapo.sizing.from_config import peak_flops
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.trainer.rank_process import resolve_device
-from megatron_hapo.types import Prompt
 from megatron_hapo.weight_sync import open_weight_sync
 
 logger = logging.getLogger(__name__)
@@ -94,7 +92,9 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
 def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
-    prompts, eval_prompts = _load_data(config)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = training_prompts(config, tokenizer)
+    eval_sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
     first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
     checkpoints = _open_checkpoints(config, resume=resume)
     check_disk_space(
@@ -107,7 +107,7 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     while True:
         prompts.restore(first_prompt)
         own = launcher or RayLauncher(config, device=resolve_device(config))
-        driver, death = _train(config, own, prompts, eval_prompts, checkpoints)
+        driver, death = _train(config, own, prompts, eval_sets, checkpoints)
         if death is None:
             break
         if launcher is not None or driver.stop_requested or restarts == config.launch.max_restarts:
@@ -145,8 +145,8 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
 def _train(
     config: Config,
     launcher: Launcher,
-    prompts: PromptSampler,
-    eval_prompts: list[Prompt],
+    prompts: PromptSource,
+    eval_sets: list[EvaluationSet],
     checkpoints: Checkpoints,
 ) -> tuple[Driver, RankDiedError | None]:
     """Opens the parts, trains and exports the model; the driver, and the death of a rank that ended the training.
@@ -165,7 +165,7 @@ def _train(
             )
         )
         driver = Driver(
-            config=config, prompts=prompts, eval_prompts=eval_prompts, logger=metrics, checkpoints=checkpoints,
+            config=config, prompts=prompts, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
                 config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
             ),
@@ -185,22 +185,9 @@ def _train(
     return driver, None
 
 
-def run_evaluation(config: Config) -> dict[str, float]:
-    """Metrics of the model folder's own weights on the evaluation data. Starts engines only."""
-    _, prompts = _load_data(config)
-    if not check_manifest(config.model.path):
-        HfReader(config.model.path, read_shape(config.model.path)).check(values=True)
-    with (
-        local_ray(config.launch.start_timeout_seconds),
-        open_rollouts(config, read_weights=True) as (pool, rewards),
-    ):
-        pool.wait_until_ready()
-        return evaluate(pool, rewards, prompts, config)
-
-
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
-    sampler, _ = _load_data(config)
+    sampler = training_prompts(config, load_tokenizer(config.model.path))
     findings = list(hub_findings(config.model.path))
     if any(finding.verdict == "fault" for finding in findings):
         return findings
@@ -254,24 +241,6 @@ def open_rollouts(
             yield pool, rewards
         finally:
             pool.close()
-
-
-def _load_data(config: Config) -> tuple[PromptSampler, list[Prompt]]:
-    """The training prompts' sampler, and the evaluation prompts, if there are any."""
-    tokenizer = load_tokenizer(config.model.path)
-    sources = [config.data.train] if config.data.eval is None else [config.data.train, config.data.eval]
-    train, *rest = [
-        list(
-            load_prompts(
-                source,
-                tokenizer,
-                chat_template=config.data.chat_template,
-                max_prompt_tokens=config.rollout.max_prompt_tokens,
-            ).prompts
-        )
-        for source in sources
-    ]
-    return PromptSampler(train, seed=config.seed, shuffle=config.data.shuffle), rest[0] if rest else []
 
 
 @contextlib.contextmanager

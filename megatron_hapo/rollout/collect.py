@@ -21,6 +21,8 @@ class Collected:
     groups: list[ScoredGroup]
     kept_share: float
     """Share of the generated groups that dynamic sampling kept, before the surplus was dropped; 1 without it."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the prompts' source says of the prompts that were drawn."""
     seconds: dict[str, float] = field(default_factory=dict)
     """`time/*` of stages that ran beside another step's training."""
 
@@ -55,11 +57,13 @@ def collect_groups(
     *,
     num_groups: int,
     dynamic: DynamicSamplingConfig,
+    record: Callable[[Sequence[ScoredGroup]], object] = lambda groups: None,
 ) -> Collected:
     """`num_groups` scored groups.
 
     With dynamic sampling (DAPO, arXiv:2503.14476, equation 11) only groups with differing correctness are kept.
-    Generation continues, num_groups prompts at a time, until there are enough; the surplus is dropped.
+    Generation continues, num_groups prompts at a time, until there are enough; the surplus is dropped. `record` gets
+    all groups, also those that are dropped.
 
     Raises:
         RolloutError: max_generation_batches did not yield enough groups.
@@ -70,6 +74,7 @@ def collect_groups(
         # Every batch has its own seed: a prompt that comes again must not repeat its responses.
         batch_sampling = replace(sampling, seed=sampling.seed + generation)
         groups = generate_scored(pool, rewards, next_prompts(num_groups), batch_sampling, clock)
+        record(groups)
         num_seen += len(groups)
         kept += [group for group in groups if group.informative or not dynamic.enabled]
         if len(kept) >= num_groups:

@@ -1,8 +1,9 @@
-"""Accuracy on held-out problems, sampled at a fixed temperature and scored without the overlong penalty."""
+"""Evaluation sets: how each is sampled, and its metrics, scored without the overlong penalty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,22 +11,92 @@ from megatron_hapo.config import Config
 from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
+from megatron_hapo.rollout.eval_statistics import ProblemResult, statistics_of
 from megatron_hapo.types import Prompt, Sampling
 
 EVAL_SEED = 1 << 40  # outside the seeds of the training steps
 
 
-def evaluate(pool: RolloutPool, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
-    """Means over `eval.samples` responses to each prompt; seeds are always the same, so that steps are comparable."""
-    sampling = Sampling(
-        samples=config.eval.samples, temperature=config.eval.temperature, top_p=config.eval.top_p,
-        max_response_tokens=config.rollout.max_response_tokens, stop_token_ids=config.rollout.stop_token_ids,
-        seed=config.seed + EVAL_SEED,
-    )  # fmt: skip
-    groups = generate_scored(pool, rewards, prompts, sampling, StepClock())
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that are evaluated alike."""
+
+    name: str
+    """Empty if `data.eval` is a single source."""
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The responses to one problem, as far as statistics need them."""
+
+    result: ProblemResult
+    lengths: tuple[int, ...]
+    """Tokens of each response."""
+    truncated: tuple[bool, ...]
+    """Whether it was cut off at the longest response."""
+
+
+def evaluation_sets(config: Config, prompts: Mapping[str, Sequence[Prompt]]) -> list[EvaluationSet]:
+    """The sets of `data.eval`. Seeds are the same at every step, so that steps are comparable."""
+    sets = []
+    for name, source in config.data.eval_sets.items():
+        how = config.eval.of_set(source, max_response_tokens=config.rollout.max_response_tokens)
+        sampling = Sampling(
+            samples=how.samples, temperature=how.temperature, top_p=how.top_p,
+            max_response_tokens=how.max_response_tokens, stop_token_ids=config.rollout.stop_token_ids,
+            seed=config.seed + EVAL_SEED,
+        )  # fmt: skip
+        scored = [replace(prompt, scorer=how.scorer) for prompt in prompts[name]] if how.scorer else prompts[name]
+        sets.append(EvaluationSet(name, scored, sampling))
+    return sets
+
+
+def evaluate(pool: RolloutPool, rewards: RewardPool, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    """The metrics of all sets, each response sampled and scored once."""
+    evaluated = {}
+    for part in sets:
+        groups = generate_scored(pool, rewards, part.prompts, part.sampling, StepClock())
+        evaluated[part.name] = [
+            Evaluated(
+                ProblemResult(
+                    group.rollouts[0].prompt.uid,
+                    tuple(score.correct for score in group.scores),
+                    tuple(score.answer for score in group.scores),
+                ),
+                tuple(len(rollout.response_ids) for rollout in group.rollouts),
+                tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
+            )
+            for group in groups
+        ]
+    return evaluation_metrics(evaluated)
+
+
+def evaluation_metrics(evaluated: Mapping[str, Sequence[Evaluated]]) -> dict[str, float]:
+    """The metrics of sets by their names. Named sets have `eval/NAME/...`, and `eval/...` is the mean over the sets."""
+    metrics = {}
+    plain = {name: _plain_metrics(problems) for name, problems in evaluated.items()}
+    for name, problems in evaluated.items():
+        if name:
+            metrics |= {f"eval/{name}/{metric}": value for metric, value in plain[name].items()}
+            num_samples = len(problems[0].result.correct)
+            for statistic, values_P in statistics_of([problem.result for problem in problems]).items():
+                if statistic != "avg":
+                    metrics[f"eval/{name}/{metric_name(statistic, num_samples)}"] = float(values_P.mean())
+    for metric in next(iter(plain.values()), {}):
+        metrics[f"eval/{metric}"] = float(np.mean([values[metric] for values in plain.values()]))
+    return metrics
+
+
+def metric_name(statistic: str, num_samples: int) -> str:
+    """What a statistic is called for this number of samples, e.g. avg@8."""
+    return statistic if "@" in statistic else f"{statistic}@{num_samples}"
+
+
+def _plain_metrics(problems: Sequence[Evaluated]) -> dict[str, float]:
     return {
-        "eval/accuracy": float(np.mean([score.correct for group in groups for score in group.scores])),
-        "eval/response_length": float(np.mean([len(rollout.response_ids) for rollout in rollouts])),
-        "eval/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "accuracy": float(np.mean([right for problem in problems for right in problem.result.correct])),
+        "response_length": float(np.mean([length for problem in problems for length in problem.lengths])),
+        "truncated": float(np.mean([cut for problem in problems for cut in problem.truncated])),
     }

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from megatron_hapo.checks.preflight import check_layout
-from megatron_hapo.config import Config, load_config
+from megatron_hapo.config import Config, FileData, dump_config, load_config
+from megatron_hapo.data.hub_rows import is_hub_name, parse_hub_name
 from megatron_hapo.model.families import FAMILIES, Shape
 from megatron_hapo.sizing.command import shape_at
 
@@ -149,3 +150,21 @@ def test_the_true_configs_of_every_known_family_can_be_planned(family: str) -> N
         cluster = Cluster(gpus=256, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
         plans, _ = search(shape, WORKLOAD, cluster, Limits(max_cp=2))
         assert all(plan.trainer.total <= 80 * GIB for plan in plans), path.name
+
+
+def test_the_papers_evaluation_is_an_overlay_of_every_job(tmp_path: Path) -> None:
+    sets = {"aime24", "aime25", "amc", "math500", "minerva", "olympiad"}
+    for job in ("recipe/qwen3_8b_hapo", "paper/llama3.2_3b_grpo"):
+        path = tmp_path / "job.yaml"
+        path.write_text(f"base: [{ROOT}/configs/{job}.yaml, {ROOT}/configs/eval/math.yaml]\n")
+        config = load_config(path)
+        assert config.data.eval_sets.keys() == sets
+        for source in config.data.eval_sets.values():
+            assert isinstance(source, FileData)
+            assert all(is_hub_name(name) and parse_hub_name(name) for name in source.paths)
+            assert source.prompt_template is not None
+            assert source.prompt_template.endswith('on its own line after "Answer:".')
+            how = config.eval.of_set(source, max_response_tokens=10)
+            assert (how.samples, how.temperature, how.top_p) == (8, 0.5, 0.7)
+        dump_config(config, tmp_path / "dumped.yaml")
+        assert load_config(tmp_path / "dumped.yaml") == config

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_hapo.config import ArithmeticData, FileData, TaskData
 from megatron_hapo.data import chat_template
-from megatron_hapo.data.prompts import PromptSampler, encode_messages, file_faults, load_prompts, load_tokenizer
+from megatron_hapo.data.problems import file_faults
+from megatron_hapo.data.prompts import encode_messages, load_prompts, load_tokenizer
 from megatron_hapo.errors import DataError
 from megatron_hapo.reward.scorers import score
-from megatron_hapo.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,9 @@ def test_a_missing_column_is_named_with_the_existing_ones(tmp_path, name):
     write = write_parquet if name.endswith("parquet") else write_jsonl
     path = write(tmp_path / name, [{"question": "1+1", "reward_model": {"style": "rule"}, "data_source": "x"}])
     there = "its columns: question, reward_model, data_source, reward_model.style"
-    assert file_faults(path) == [
-        f"{path} has no column prompt; {there}",
-        f"{path} has no column reward_model.ground_truth; {there}",
+    assert file_faults(FileData(type="file", path=path)) == [
+        f"{path} has no column prompt; {there} (columns.prompt chooses one)",
+        f"{path} has no column reward_model.ground_truth; {there} (columns.answer chooses one)",
     ]
 
 
@@ -122,14 +122,18 @@ def test_each_kind_of_unusable_file_has_its_own_message(tmp_path):
     broken.write_text("{\n")
     fake = tmp_path / "fake.parquet"
     fake.write_text("no parquet")
-    other = tmp_path / "data.csv"
+    other = tmp_path / "data.txt"
     other.touch()
-    faults = [file_faults(path)[0] for path in (tmp_path / "none.jsonl", empty, broken, fake, other)]
+    paths = (tmp_path / "none.jsonl", empty, broken, fake, other, tmp_path)
+    faults = [file_faults(FileData(type="file", path=path))[0] for path in paths]
     assert faults[0] == f"no such file: {tmp_path}/none.jsonl"
     assert faults[1] == f"{empty} has no rows"
     assert faults[2].startswith(f"{broken}: line 1 is not JSON")
     assert faults[3].startswith(f"{fake} cannot be read: ")
-    assert faults[4] == f"{other} cannot be read: the file name must end in .parquet or .jsonl, not '.csv'"
+    assert faults[4] == (
+        f"{other} cannot be read: the file name must end in .parquet, .jsonl, .json or .csv, not '.txt'"
+    )
+    assert faults[5].startswith(f"{tmp_path} is a folder: list its files, or name a split")
 
 
 @pytest.mark.parametrize(
@@ -231,55 +235,3 @@ def test_unknown_task_options_are_an_error(tokenizer):
     source = TaskData(type="reasoning_gym", name="chain_sum", size=5, options={"terms": 3})
     with pytest.raises(DataError, match=r"reasoning_gym/chain_sum: .*unexpected keyword argument 'terms'"):
         load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300)
-
-
-def sampler(size: int, *, shuffle: bool = True, seed: int = 0) -> PromptSampler:
-    prompts = [
-        Prompt(uid=f"x/{i}", token_ids=np.array([i], dtype=np.int32), ground_truth="", data_source="x")
-        for i in range(size)
-    ]
-    return PromptSampler(prompts, seed=seed, shuffle=shuffle)
-
-
-def rows(prompts: list[Prompt]) -> list[int]:
-    return [int(p.token_ids[0]) for p in prompts]
-
-
-def test_an_epoch_holds_every_prompt_once_in_an_order_of_its_own():
-    order = sampler(12)
-    first, second = [rows(order.next(4)) + rows(order.next(4)) + rows(order.next(4)) for _ in range(2)]
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert rows(sampler(12).next(12)) == first
-    assert rows(sampler(12, seed=1).next(12)) != first
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_no_batch_contains_a_prompt_twice(shuffle):
-    order = sampler(10, shuffle=shuffle)
-    for count in [4, 4, 4, 7, 10, 3, 9] * 20:
-        assert len(set(rows(order.next(count)))) == count
-
-
-def test_without_shuffling_prompts_keep_the_order_of_the_data():
-    order = sampler(5, shuffle=False)
-    assert [rows(order.next(3)) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
-
-
-def test_fewer_prompts_than_a_batch_are_repeated_equally_often():
-    prompts = sampler(3).next(9)
-    assert sorted(rows(prompts)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert len({prompt.uid for prompt in prompts}) == 9, "repetitions with the same uid would get the same responses"
-
-
-def test_a_restored_sampler_continues_where_the_other_stopped():
-    one, other = sampler(10), sampler(10)
-    one.next(4)
-    one.next(4)
-    other.restore(one.state())
-    assert [rows(one.next(4)) for _ in range(5)] == [rows(other.next(4)) for _ in range(5)]
-
-
-def test_no_prompts_is_an_error():
-    with pytest.raises(DataError, match="no prompts"):
-        sampler(0)

@@ -60,6 +60,7 @@ def cases() -> Iterator[Case]:
         _tokenizers,
         _metrics,
         _arguments,
+        _named_data,
         _paths,
         _weights,
     ):
@@ -305,6 +306,44 @@ def _arguments(draw: random.Random) -> Iterator[Case]:
         ("plan", "--model", "loop.yaml", "--gpus", "8"), ("train", "run.yaml", "\ud800=1"), ("train", "\ud800"),
     ):  # fmt: skip
         yield Case(f"argv {' '.join(map(_short, argv))}", argv)
+
+
+def _named_data(draw: random.Random) -> Iterator[Case]:
+    """Data sources by name, and the settings that only these have."""
+    file, sums = "{type: file, path: train.jsonl}", "{type: arithmetic, size: 3}"
+    sound = (f"data.train={{a: {file}, b: {sums}}}", f"data.eval={{a: {file}, b: {sums}}}")
+    yield Case("named sources", (*TRAIN, *sound))
+    for key in ("train.a.weight", "train.c", "train.a.path", "train.a.columns", "eval.a.samples", "eval.a.temperature",
+                "eval.a.top_p", "eval.a.max_response_tokens", "eval.a.scorer", "eval.c", "eval.a"):  # fmt: skip
+        for value in draw.sample(YAML_VALUES, 4):
+            yield Case(f"named {key}={_short(value)}", (*TRAIN, *sound, f"data.{key}={value}"))
+    for name in ("a-b", "'1'", "''", "'a b'", "a" * 100, "é", '"a.b"', '"\\0"', "null", "1"):
+        yield Case(f"named {_short(name)}", (*TRAIN, f"data.train={{{name}: {sums}}}"))
+    for path in (
+        "hf:",
+        "hf:a",
+        "hf:a/b",
+        "hf:a/b/c@d:e",
+        "hf:./none:train",
+        "hf:.:train",
+        "hf:/dev/zero",
+        "hf:./model",
+    ):
+        yield Case(f"hub {path}", (*TRAIN, f"data.train.path={path}"))
+    for suffix in ("json", "csv"):
+        for number, content in enumerate(
+            (b"", b"[", b"[1]", b"{}", b"\0", b"\xff\xfe", b"a,a\n1,2", b'"', DEEP.encode())
+        ):
+            yield Case(
+                f"{suffix} {number}", (*TRAIN, f"data.train.path=x.{suffix}"),
+                lambda folder, suffix=suffix, content=content: _write(folder / f"x.{suffix}", content),
+            )  # fmt: skip
+    for model in ("none", "train.jsonl", "\0", "a" * 5000, "loop.yaml"):
+        yield Case(f"eval --model {_short(model)}", ("eval", "run.yaml", *sound, "--model", model))
+    for output in ("train.jsonl", "/proc/x", "\0", "loop.yaml"):
+        yield Case(f"eval --output {_short(output)}", ("eval", "run.yaml", *sound, "--output", output))
+    yield Case("eval twice", ("eval", "run.yaml", *sound, "--model", "model", "--model", "model"))
+    yield Case("eval of sets", ("eval", "run.yaml", *sound, "--model", "model"))
 
 
 def _paths(draw: random.Random) -> Iterator[Case]:

@@ -55,10 +55,11 @@ def stubs(monkeypatch) -> None:
     """Every command ends with StartedError where its work would begin."""
     from megatron_hapo.checkpoint import convert, quantize
     from megatron_hapo.data import chat_template
-    from megatron_hapo.launch import run
+    from megatron_hapo.launch import evaluate_models, run
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "open_parts", start)
-    monkeypatch.setattr(run, "local_ray", start)
+    monkeypatch.setattr(evaluate_models, "local_ray", start)
     monkeypatch.setattr(convert, "_convert", start)
     monkeypatch.setattr(quantize, "_quantize_folder", lambda job, source, folder: start(quantize._prompts(job, source)))
     monkeypatch.setattr(chat_template, "SECONDS", 3.0)
