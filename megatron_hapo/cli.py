@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config.section import MAX_RANKS
-from megatron_hapo.errors import ConfigError, HapoError, one_line
+from megatron_hapo.errors import HapoError, one_line
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
 from megatron_hapo.sizing.command import path_argument, whole_number
 from megatron_hapo.sizing.command import run as plan_command
@@ -72,10 +71,26 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser(
         "eval",
-        help="measure the accuracy of a model",
-        description="Evaluate the model folder of a config (model.path) on its data.eval, with the settings in eval.",
+        help="measure the accuracy of one or more models",
+        description="Evaluate model folders on the data.eval of a config, with the settings in eval. Every response is "
+        "written to a file; an interrupted evaluation goes on where it stopped.",
     )
     _add_config(evaluation)
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        type=path_argument,
+        metavar="FOLDER",
+        help="model to evaluate instead of model.path, or a run's folder hf_steps; given several times, the models are "
+        "compared with the first",
+    )
+    evaluation.add_argument(
+        "--output",
+        type=path_argument,
+        metavar="FOLDER",
+        help="where the responses go (default: eval in the run folder)",
+    )
     evaluation.set_defaults(run=_eval)
 
     _add_convert(commands)
@@ -194,23 +209,24 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from megatron_hapo.checks.preflight import load_checked_config
+    from megatron_hapo.checks.evaluated_models import check_output, evaluated_configs
 
-    config = load_checked_config(arguments.config, arguments.overrides, writes=False)
-    if config.data.eval is None:
-        raise ConfigError([f"{arguments.config}: data.eval: must be set to evaluate"])
-    if is_megatron_folder(config.model.path):
-        raise ConfigError(
-            [
-                f"{arguments.config}: model.path: must be a Hugging Face folder, which engines can read; "
-                "`megatron-hapo convert megatron-to-hf` writes one"
-            ]
-        )
+    configs = evaluated_configs(arguments.config, arguments.overrides, arguments.model)
+    output = arguments.output or next(iter(configs.values())).run_dir / "eval"
+    check_output(output)
 
-    from megatron_hapo.launch.run import run_evaluation
+    from megatron_hapo.launch.evaluate_models import run_evaluations, write_summary
+    from megatron_hapo.rollout.eval_table import as_json, compare, print_table
+    from megatron_hapo.rollout.evaluation import evaluation_metrics
 
-    for name, value in run_evaluation(config).items():
-        print(f"{name + ':':<21} {value:.4g}")
+    evaluated = run_evaluations(configs, output)
+    results = compare(evaluated)
+    print_table(results)
+    if len(evaluated) == 1:
+        for name, value in evaluation_metrics(*evaluated.values()).items():
+            print(f"{name + ':':<21} {value:.4g}")
+    write_summary(output / "summary.json", as_json(results))
+    print(f"responses and summary.json: {output}")
 
 
 def _up_to(limit: int) -> Callable[[str], int]:
