@@ -17,11 +17,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, size, seed in (("train", 2000, 0), ("eval", 200, 1)):
         rows = [
-            {
-                "prompt": [{"role": "user", "content": problem.question}],
-                "reward_model": {"ground_truth": problem.answer},
-                "data_source": problem.data_source,
-            }
+            {"prompt": problem.question, "answer": problem.answer}
             for problem in problems(size=size, seed=seed, min_terms=4, max_terms=5, max_number=12)
         ]
         path = folder / f"{name}.jsonl"

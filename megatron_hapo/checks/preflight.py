@@ -13,6 +13,7 @@ from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
+from megatron_hapo.data.hub_rows import is_hub_name
 from megatron_hapo.data.problems import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
@@ -36,11 +37,14 @@ _OWN_FOLDERS = ("models", "runs")
 """Folders where the shipped configs expect models and where runs write."""
 
 
-def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writes: bool = True) -> Config:
+def load_checked_config(
+    path: Path | str, overrides: Sequence[str] = (), *, writes: bool = True, reads_hub: bool = True
+) -> Config:
     """The config of a run, checked against its files, with `parallel: auto` resolved.
 
     Args:
         writes: whether the run will write into its folder, which is then tried.
+        reads_hub: whether this process will read data from the Hub, which is then downloaded.
 
     Raises:
         ConfigError: all faults of the config and of the files at once.
@@ -49,11 +53,11 @@ def load_checked_config(path: Path | str, overrides: Sequence[str] = (), *, writ
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
     if draft.config is not None:
         output_faults = [*_output_faults(draft.config)] if writes else []
-        draft = draft.with_checks(check_run(draft.config)).with_checks(output_faults)
+        draft = draft.with_checks(check_run(draft.config, reads_hub=reads_hub)).with_checks(output_faults)
     return draft.accept()
 
 
-def check_run(config: Config) -> list[Fault]:
+def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
     """What is wrong with the model folder, the data, the packages and the layout; empty if nothing is."""
     faults: list[Fault] = []
     try:
@@ -61,7 +65,8 @@ def check_run(config: Config) -> list[Fault]:
     except OSError as error:  # e.g. no permission to look into the folder
         faults.append(Fault("model.path", f"{config.model.path} cannot be read: {error.strerror}"))
     for key, source in config.data.sources:
-        faults += _data_faults(key, source)
+        if reads_hub or not (isinstance(source, FileData) and any(map(is_hub_name, source.paths))):
+            faults += _data_faults(key, source)
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults

@@ -42,6 +42,8 @@ _MESSAGES = {
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number, got {given!r}"),
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number, got {given!r}"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false, got {given!r}"),
+    "path_type": "must be a path, got {given!r}",
+    "too_short": "must not be empty",
     "finite_number": "must be a finite number, got {given!r}",
     "int_parsing_size": "must be a whole number of at most 64 bits, got {given!r}",
     "tuple_type": "must be a list, e.g. [{given}]",

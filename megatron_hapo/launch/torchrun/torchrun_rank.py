@@ -64,7 +64,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     quieten()
     fault, config = None, None
     try:
-        config = load_checked_config(path, overrides)
+        config = load_checked_config(path, overrides, reads_hub=place.rank == 0)
         rank_rendezvous.check_world_size(config, place.world_size)
     except ConfigError as error:
         fault = error
