@@ -1,4 +1,4 @@
-"""Write train.jsonl and eval.jsonl in the DAPO-Math layout."""
+"""Write train.jsonl and eval.jsonl, each row with a prompt and an answer."""
 
 from __future__ import annotations
 

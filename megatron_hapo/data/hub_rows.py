@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from megatron_hapo.data.rows import BATCH_ROWS, RowFile, batch_rows, nested_columns
+from megatron_hapo.data.rows import ARROW_ROWS, RowFile, batch_rows, nested_columns
 from megatron_hapo.errors import DataError, one_line
 
 _ON_HUB = re.compile(
@@ -80,7 +80,7 @@ def open_hub_rows(path: Path) -> RowFile:
     assert isinstance(table, datasets.Dataset)
 
     def batches() -> Iterator[pa.Table]:
-        yield from table.with_format("arrow").iter(batch_size=BATCH_ROWS)  # pyright: ignore[reportReturnType]
+        yield from table.with_format("arrow").iter(batch_size=ARROW_ROWS)  # pyright: ignore[reportReturnType]
 
     return RowFile(nested_columns(table.features.arrow_schema), len(table) > 0, lambda: batch_rows(batches()))
 

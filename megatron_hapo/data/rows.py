@@ -21,6 +21,8 @@ from megatron_hapo.errors import DataError, one_line
 Row = dict[str, Any]
 
 BATCH_ROWS = 1000
+ARROW_ROWS = 100
+"""Rows of Arrow tables that are converted at once: a row with test cases or images can have megabytes."""
 LONGEST_ROW = 16 << 20
 LARGEST_JSON_ARRAY = 4 << 30
 """A JSON array is read as a whole, JSON Lines row by row."""
@@ -130,7 +132,7 @@ def _from_first_rows(path: Path, rows: Callable[[], Iterator[Row | InvalidRow]])
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    yield from pq.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
+    yield from pq.ParquetFile(path).iter_batches(batch_size=ARROW_ROWS)
 
 
 def _single_row(batch: pa.RecordBatch | pa.Table, index: int, number: int) -> Row | InvalidRow:
