@@ -343,8 +343,12 @@ def mixed_config(model: Path, folder: Path, steps: int) -> Config:
     values = make_config(model, folder, {"tp": 1}).model_dump()
     values |= {"steps": steps}
     sums = {"type": "arithmetic", "size": 6}
+    folder.mkdir(exist_ok=True)
+    rows = "".join(f"{number}+{number}=,{2 * number}\n" for number in range(5))
+    (folder / "doubles.csv").write_text(f"question,answer\n{rows}")
+    doubles = {"type": "file", "path": folder / "doubles.csv", "columns": {"prompt": "question"}}
     values["data"] = {
-        "train": {"even": {**sums, "weight": 3}, "long": {**sums, "seed": 2, "min_terms": 6, "max_terms": 7}},
+        "train": {"sums": {**sums, "weight": 3}, "doubles": doubles},
         "eval": {"one": {**sums, "samples": 2}, "greedy": {**sums, "size": 2, "temperature": 0}},
         "curriculum": {"enabled": True, "revisit": 0.5},
     }
@@ -364,7 +368,7 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
             with finished_run(config, pool, rewards=RewardsByTokens()) as run:
                 for sampling, rollouts in run["recorder"].generated:
                     if sampling.temperature == config.rollout.temperature:  # not an evaluation
-                        responses += [(r.prompt.uid, r.response_ids.tolist()) for r in rollouts]
+                        responses += [(r.prompt.uid, r.prompt.columns, r.response_ids.tolist()) for r in rollouts]
                 run["trainer"].export_hf(folder / "hf")
                 rows = [
                     {k: v for k, v in row.items() if not is_timed(k) and not k.startswith("utilization/")}
@@ -377,12 +381,13 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
     whole, resumed = run(tmp_path / "whole", 4), run(tmp_path / "resumed", 2, 4)
     assert resumed["responses"] == whole["responses"]
     assert resumed["state"] == whole["state"]
-    assert whole["state"]["prompts"]["taken"] == {"even": 12, "long": 4}
+    assert {"question": "3+3=", "answer": "6"} in [columns for _, columns, _ in whole["responses"]]
+    assert whole["state"]["prompts"]["taken"] == {"sums": 12, "doubles": 4}
     assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())
     assert all(torch.equal(value, whole["weights"][name]) for name, value in resumed["weights"].items())
     for row, want in zip(resumed["rows"], whole["rows"], strict=True):
         assert row == want
-    expected = {"source/even/accuracy", "curriculum/rare_share", "eval/one/pass@2", "eval/greedy/accuracy"}
+    expected = {"source/sums/accuracy", "curriculum/rare_share", "eval/one/pass@2", "eval/greedy/accuracy"}
     assert expected <= whole["rows"][-1].keys()
 
 

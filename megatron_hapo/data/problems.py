@@ -75,22 +75,31 @@ def problems(source: Source) -> Iterator[Problem | InvalidRow]:
 
 def file_faults(source: FileData) -> list[str]:
     """Reasons why the files cannot be used: missing, unreadable, or without a column. Their rows are not checked."""
-    return [fault for path in source.paths for fault in _path_faults(path, source)]
+    opened = (_open(path, source) for path in source.paths)
+    return [fault for file in opened if not isinstance(file, RowFile) for fault in file]
 
 
-def _path_faults(path: Path, source: FileData) -> list[str]:
+def _open(path: Path, source: FileData) -> RowFile | list[str]:
+    """The file, or the reasons why it cannot be used."""
     try:
-        if not is_hub_name(path) and not path.is_file():
-            if path.is_dir():
-                return [f"{path} is a folder: list its files, or name a split of a data set as hf:./{path}:train"]
+        if is_hub_name(path):
+            file = open_hub_rows(path)
+        elif path.is_dir():
+            folder = path if path.is_absolute() else f"./{path}"
+            return [f"{path} is a folder: list its files, or name a split of a data set as hf:{folder}:train"]
+        elif not path.is_file():
             return [f"no such file: {path}"]
-        file = _open(path)
+        else:
+            file = open_rows(path)
     except DataError as error:
         return [str(error)]
     except (OSError, ValueError, pa.ArrowException) as error:
         return [f"{path} cannot be read: {one_line(error)}"]
-    if not file.has_rows:
-        return [f"{path} has no rows"]
+    return (_column_faults(path, file, source) if file.has_rows else [f"{path} has no rows"]) or file
+
+
+def _column_faults(path: Path, file: RowFile, source: FileData) -> list[str]:
+    """The columns that the file should have and does not."""
     answer = _answer_column(source, file)
     parent = answer.partition(".")[0]
     shown = [*file.columns, *(f"{parent}.{child}" for child in file.columns.get(parent, ()))]
@@ -102,10 +111,6 @@ def _path_faults(path: Path, source: FileData) -> list[str]:
         for setting, column in needed.items()
         if not _has_column(file, column)
     ]
-
-
-def _open(path: Path) -> RowFile:
-    return open_hub_rows(path) if is_hub_name(path) else open_rows(path)
 
 
 def _answer_column(source: FileData, file: RowFile) -> str:
@@ -122,18 +127,18 @@ def _has_column(file: RowFile, column: str) -> bool:
 
 
 def _file_problems(source: FileData) -> Iterator[Problem | InvalidRow]:
-    if faults := file_faults(source):
+    opened = [_open(path, source) for path in source.paths]
+    if faults := [fault for file in opened if not isinstance(file, RowFile) for fault in file]:
         raise DataError("\n".join(faults))
     stems = [parse_hub_name(path).stem if is_hub_name(path) else path.stem for path in source.paths]
-    for index, (path, stem) in enumerate(zip(source.paths, stems, strict=True)):
+    for index, (path, file, stem) in enumerate(zip(source.paths, opened, stems, strict=True)):
+        assert isinstance(file, RowFile)
         prefix = stem if stems.count(stem) == 1 else f"{index}-{stem}"
         place = "" if len(stems) == 1 else f"{path}, "
         try:
-            yield from _problems_of_file(_open(path), source, stem=stem, prefix=prefix, place=place)
+            yield from _problems_of_file(file, source, stem=stem, prefix=prefix, place=place)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise (
-                error if isinstance(error, DataError) else DataError(f"{path} cannot be read: {one_line(error)}")
-            ) from None
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _problems_of_file(

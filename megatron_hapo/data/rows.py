@@ -65,7 +65,10 @@ def open_rows(path: Path) -> RowFile:
         case ".jsonl":
             return _from_first_rows(path, lambda: _json_lines(path))
         case ".json":
-            return _from_first_rows(path, lambda: _json_array(path) if _is_array(path) else _json_lines(path))
+            if not _is_array(path):
+                return _from_first_rows(path, lambda: _json_lines(path))
+            rows = _json_array(path)
+            return _from_first_rows(path, lambda: iter(rows))
         case ".csv":
             return _from_first_rows(path, lambda: _csv_rows(path))
     raise ValueError(f"the file name must end in .parquet, .jsonl, .json or .csv, not {path.suffix!r}")
@@ -171,15 +174,17 @@ def _is_array(path: Path) -> bool:
         return file.read(4096).lstrip().startswith(b"[")
 
 
-def _json_array(path: Path) -> Iterator[Row | InvalidRow]:
+def _json_array(path: Path) -> list[Row | InvalidRow]:
     if path.stat().st_size > LARGEST_JSON_ARRAY:
         raise ValueError(f"a JSON array may have {LARGEST_JSON_ARRAY >> 30} GiB; write the rows as JSON Lines (.jsonl)")
     try:
         rows = json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("is not JSON: it is nested too deeply") from None
-    for number, row in enumerate(rows):
-        yield row if isinstance(row, dict) else InvalidRow(f"row {number}", "is not a JSON object")
+    return [
+        row if isinstance(row, dict) else InvalidRow(f"row {number}", "is not a JSON object")
+        for number, row in enumerate(rows)
+    ]
 
 
 def _csv_rows(path: Path) -> Iterator[Row | InvalidRow]:
