@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["megatron_hapo*", "sglang_ext*"]),
+    package_data={"megatron_hapo.observe.view": ["assets/*"]},
     install_requires=read_requirements("pins.txt"),
     extras_require={
         "dev": read_requirements("dev.txt"),

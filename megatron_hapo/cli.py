@@ -113,7 +113,32 @@ def _parser() -> argparse.ArgumentParser:
         "run_dirs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu"
     )
     report.set_defaults(run=_report)
+    _add_view(commands)
     return parser
+
+
+def _add_view(commands: _Commands) -> None:
+    view = commands.add_parser(
+        "view",
+        help="look at the recorded responses of one or more runs, token by token",
+        description="Write static pages that show the recorded responses of one or more runs.",
+    )
+    view.add_argument(
+        "run_dirs", nargs="+", type=path_argument, metavar="RUN", help="folder of a run that records responses"
+    )
+    where = view.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="FOLDER",
+        help="where the pages go (default: view in the first run's folder)",
+    )
+    where.add_argument(
+        "--serve",
+        action="store_true",
+        help="write nothing; serve the pages on this machine and read the records when a page needs them",
+    )
+    view.set_defaults(run=_view)
 
 
 def _add_convert(commands: _Commands) -> None:
@@ -267,3 +292,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from megatron_hapo.observe.report import write_report
 
     print(write_report(*arguments.run_dirs))
+
+
+def _view(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.observe.view.build_view import serve_view, write_view
+
+    if arguments.serve:
+        serve_view(arguments.run_dirs)
+    else:
+        print(write_view(arguments.run_dirs, arguments.out))

@@ -295,3 +295,11 @@ def test_the_module_is_the_command(run_folder):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "none.yaml: no such config file\n")
+
+
+def test_view_of_a_folder_without_records_is_one_line(tmp_path, capsys):
+    assert cli.main(["view", str(tmp_path)]) == cli.EXIT_FAULT
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path}: no records in rollouts/; it must be the folder of a run that records responses\n"
+    )

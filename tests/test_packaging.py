@@ -95,6 +95,13 @@ def test_the_lock_satisfies_what_the_pinned_packages_ask_for():
             assert needed.specifier.contains(exact_version(LOCK[needed_name]), prereleases=True), (name, str(needed))
 
 
+def test_packages_contain_the_pages_of_the_viewer(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=patient(60))
+    assets = Path("megatron_hapo/observe/view/assets")
+    assert {path.name for path in (tmp_path / assets).iterdir()} == {path.name for path in (ROOT / assets).iterdir()}
+
+
 def test_requirements_name_no_index_and_no_path():
     for path in (ROOT / "requirements").iterdir():
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]

@@ -1,0 +1,1 @@
+"""The viewer: static pages that show a run's recorded responses, token by token."""

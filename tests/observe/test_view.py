@@ -1,0 +1,273 @@
+"""The viewer's data against the records, and its pages in a real Chromium."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_hapo.errors import DataError
+from megatron_hapo.observe.view.build_view import view_server, write_view
+from megatron_hapo.observe.view.data_pages import DataPages, utf16_ends
+from megatron_hapo.observe.view.record_files import RecordFile, recorded_runs
+from megatron_hapo.observe.view.token_statistics import token_statistics
+from tests import chromium
+from tests.observe.recorded import HOSTILE, response, some_rows, write_records
+
+
+def content(text: str) -> Any:
+    """What a data file hands to the page."""
+    name, _, data = text.removeprefix("hapo.receive(").removesuffix(");\n").partition(", ")
+    assert json.loads(name)
+    return json.loads(data)
+
+
+def test_a_group_holds_exactly_the_values_of_the_records(tmp_path):
+    rows = some_rows()
+    write_records(tmp_path, "step_00000001", rows[::-1])  # in any order
+    group = content(DataPages(recorded_runs([tmp_path])).text("0/step_00000001/group_0"))
+    assert [sample["sample"] for sample in group["samples"]] == [0, 1, 2, 3]
+    for sample, row in zip(group["samples"], rows[:4], strict=True):
+        assert sample["response"] == row["response"]
+        assert np.frombuffer(base64.b64decode(sample["ids"]), "<i4").tolist() == row["response_ids"]
+        assert np.frombuffer(base64.b64decode(sample["values"]["entropies"]), "<f4").tolist() == row["entropies"]
+    assert "h" in group["samples"][2]["values"]
+    assert "h" not in group["samples"][3]["values"]  # null in the records
+
+
+def test_ends_count_as_javascript_does():
+    text, ends = "a😀b", np.array([1, 1, 2, 3])
+    assert utf16_ends(text, ends).tolist() == [1, 1, 3, 4]
+    units = text.encode("utf-16-le")
+    assert units[2 * 1 : 2 * 3].decode("utf-16-le") == "😀"
+
+
+def test_every_data_file_is_the_one_that_is_served(tmp_path):
+    write_records(tmp_path, "step_00000001", some_rows())
+    pages = DataPages(recorded_runs([tmp_path]))
+    files = dict(pages.all())
+    assert {"index", "0/prompts", "0/step_00000001/tokens", "0/step_00000001/text_0"} <= files.keys()
+    assert len([name for name in files if "/group_" in name]) == 3
+    assert all(pages.text(name) == text for name, text in files.items())
+
+
+@pytest.mark.parametrize(
+    "name", ["2/prompts", "0/step_00000001/group_9", "0/step_00000001/text_1", "0/../../x", "0/x/y"]
+)
+def test_an_unknown_data_file_does_not_exist(tmp_path, name):
+    write_records(tmp_path, "step_00000001", some_rows())
+    with pytest.raises(KeyError):
+        DataPages(recorded_runs([tmp_path])).text(name)
+
+
+def test_forking_tokens_are_those_of_highest_mean_entropy(tmp_path):
+    """Three tokens four times each; "if" has entropy 3 and is followed by "x" three times and "y" once."""
+    entropies = {"if": 3.0, "x": 1.0, "y": 2.0, ".": 0.1}
+    lines = [["if", "x", ".", "y"], ["if", "x", ".", "y"], ["if", "x", ".", "."], ["if", "y", "x", "."]]
+    rows = [
+        response(pieces, sample=i, entropies=[entropies[piece] for piece in pieces]) for i, pieces in enumerate(lines)
+    ]
+    found = token_statistics(RecordFile(write_records(tmp_path, "step_00000001", rows)))["forking"]
+    assert [token["text"] for token in found] == ["if", "y", "x", "."]
+    assert (found[0]["count"], found[0]["entropy"]) == (4, 3.0)
+    assert [(f["text"], f["count"], f["entropy"]) for f in found[0]["followers"]] == [("x", 3, 1.0), ("y", 1, 2.0)]
+    assert found[0]["examples"][-1] == [0, 3, 0]
+    assert found[1]["followers"] == [{"id": found[2]["id"], "text": "x", "count": 1, "entropy": 1.0}]
+
+
+def test_clipping_is_counted_by_quantile_of_entropy(tmp_path):
+    """Twenty tokens in the order of their entropy: the highest two are clipped above, and one of the lowest below."""
+    ratios, advantages = [1.0] * 20, [1.0] * 20
+    ratios[18:], ratios[0], advantages[0], ratios[1] = [1.5, 1.5], 0.5, -1.0, 0.5
+    row = response(
+        ["a"] * 20, entropies=[0.1 * i for i in range(20)], importance_ratios=ratios, token_advantages=advantages
+    )
+    parts = token_statistics(RecordFile(write_records(tmp_path, "step_00000001", [row])))["quantiles"]
+    assert [part["high"] for part in parts] == [0] * 9 + [1]
+    assert [part["low"] for part in parts] == [0.5] + [0] * 9
+    assert parts[9]["entropy"] == pytest.approx(1.85)
+
+
+def test_faults_of_records_are_named(tmp_path):
+    with pytest.raises(DataError, match="no records in rollouts/"):
+        write_view([tmp_path])
+    path = write_records(tmp_path, "step_00000001", some_rows())
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["h"]), path)
+    with pytest.raises(DataError, match="columns h are missing"):
+        write_view([tmp_path])
+    pq.write_table(table.replace_schema_metadata({"megatron_hapo.schema": "9"}), path)
+    with pytest.raises(DataError, match="have schema 9"):
+        write_view([tmp_path])
+    pq.write_table(table, path)
+    write_records(tmp_path, "step_00000002", [response(["a", "b"], entropies=[1.0])])
+    with pytest.raises(DataError, match="entropies has another number of values"):
+        write_view([tmp_path])
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read"):
+        write_view([tmp_path])
+
+
+def test_the_server_answers_on_loopback_and_only_below_its_word(tmp_path):
+    write_records(tmp_path, "step_00000001", some_rows())
+    server, address = view_server([tmp_path])
+    assert server.server_address[0] == "127.0.0.1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        base = address.removesuffix("index.html")
+        with urllib.request.urlopen(f"{base}data/0/step_00000001/group_0.js") as answer:
+            assert answer.read().decode() == DataPages(recorded_runs([tmp_path])).text("0/step_00000001/group_0")
+        root = f"http://127.0.0.1:{server.server_port}/"
+        for wrong in (f"{root}index.html", f"{root}data/index.js", f"{base}../../etc/passwd", f"{base}data/x.js"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(wrong)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """Two runs; the first with two steps and a response of 10,000 tokens."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
+    long = response([f" word{i % 97}" for i in range(10_000)], group=3, uid="long", seed=9)
+    write_records(first, "step_00000001", [*some_rows(), long])
+    write_records(first, "step_00000002", some_rows(2))
+    write_records(second, "eval_00000002", some_rows(3))
+    return [first, second]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[chromium.Page]:
+    if chromium.PATH is None:
+        pytest.skip(chromium.MISSING)
+    with chromium.chromium(tmp_path_factory.mktemp("chromium")) as page:
+        page.size(1300, 900)
+        yield page
+
+
+@pytest.fixture(scope="module")
+def address(runs) -> str:
+    return write_view(runs).as_uri()
+
+
+def shown(page: chromium.Page) -> dict[str, str]:
+    """The numbers of the token under the pointer, by column of the records."""
+    page.wait("!document.getElementById('tip').hidden")
+    cells = page.value("[...document.querySelectorAll('#tip td[data-key]')].map(c => [c.dataset.key, c.textContent])")
+    return dict(cells)
+
+
+def test_every_page_loads_without_a_fault_and_text_stays_text(page, address):
+    step = f"{address}#/0/step_00000001"
+    others = (
+        "/tokens",
+        "/group/0",
+        "/group/1",
+        "/group/1/0",
+        "/group/2/1/3",
+        "/group/3",
+        "/group/0/with/1/eval_00000002/0",
+    )
+    for place in (address, step, *(f"{step}{other}" for other in others)):
+        page.open(place)
+        assert page.value("document.querySelectorAll('.fault').length") == 0, place
+        assert page.value("document.title") == "Responses"
+    page.open(f"{step}/group/1")
+    assert page.value("document.querySelector('[data-i=\"0\"]').textContent") == HOSTILE
+    assert page.value("document.querySelector('.prompt-text').textContent") == HOSTILE
+    assert page.faults == []
+
+
+def test_a_hover_shows_the_numbers_of_the_records(page, address, runs):
+    row = pq.read_table(runs[0] / "rollouts/step_00000001.parquet").to_pylist()[1]
+    page.open(f"{address}#/0/step_00000001/group/0")
+    page.hover("[data-sample='1'] [data-i='3']")
+    numbers = shown(page)
+    assert len(numbers) == 9
+    for name, text in numbers.items():
+        assert float(text) == pytest.approx(row[name][3], rel=1e-5), name
+    assert page.value("document.querySelector('#tip td').textContent") == "“ 1”"
+    assert "0.8 to 1.28" in page.value("document.getElementById('tip').textContent")
+
+
+def test_numbers_that_were_not_recorded_are_a_dash(page, address):
+    page.open(f"{address}#/0/step_00000001/group/0")
+    page.hover("[data-sample='3'] [data-i='2']")
+    numbers = shown(page)
+    assert numbers["h"] == numbers["importance_ratios"] == "-"
+    assert float(numbers["temperatures"]) > 0
+
+
+def test_characters_of_several_tokens_and_control_characters_are_visible(page, address):
+    page.open(f"{address}#/0/step_00000001/group/2/0")
+    texts = page.value("[...document.querySelectorAll('[data-i]')].map(s => s.textContent)")
+    assert texts[:2] == ["日本", "語"]
+    assert texts[6:] == ["·", "·", "·", "😀", " é", "⟨U+202E⟩", "ab", "\t", "␇"]
+
+
+def test_the_filters_filter(page, address):
+    page.open(f"{address}#/0/step_00000001")
+    groups = "[...document.querySelectorAll('[data-group]')].map(g => Number(g.dataset.group))"
+    chips = "document.querySelectorAll('.chip').length"
+    assert page.value(groups) == [0, 1, 2, 3]
+    for name, value, expected, count in (
+        ("source", "strings", [1, 2], 3),
+        ("source", "", [0, 1, 2, 3], 8),
+        ("finish", "truncated", [0], 1),
+        ("finish", "failed", [0], 1),
+        ("finish", "", [0, 1, 2, 3], 8),
+        ("rewardHigh", "0.5", [0], 2),
+        ("rewardHigh", "", [0, 1, 2, 3], 8),
+        ("lengthLow", "100", [3], 1),
+        ("lengthLow", "", [0, 1, 2, 3], 8),
+        ("text", "日本語", [2], 2),
+        ("text", "<script>", [1], 1),
+    ):
+        page.type_into(f"[data-filter='{name}']", value)
+        page.wait(f"JSON.stringify({groups}) === {json.dumps(json.dumps(expected, separators=(',', ':')))}")
+        assert page.value(chips) == count, (name, value)
+
+
+def test_colours_follow_the_measure(page, address, runs):
+    row = pq.read_table(runs[0] / "rollouts/step_00000001.parquet").to_pylist()[0]
+    page.open(f"{address}#/0/step_00000001/group/0/0")
+    page.type_into("[data-control='measure']", "h")
+    colours = page.value("[...document.querySelectorAll('[data-i]')].map(s => s.style.backgroundColor)")
+    blue, orange = "rgba(0, 114, 178", "rgba(213, 94, 0"
+    assert [colour.startswith(orange if h > 0 else blue) for colour, h in zip(colours, row["h"], strict=True)] == [
+        True
+    ] * 8
+    page.type_into("[data-control='measure']", "entropy")
+
+
+def test_a_long_response_becomes_elements_as_one_scrolls(page, address):
+    page.open(f"{address}#/0/step_00000001/group/3")
+    count = "document.querySelectorAll('[data-i]').length"
+    assert page.value(count) < 5000
+    page.value("(() => { const b = document.querySelector('.token-box'); b.scrollTop = b.scrollHeight; })()")
+    before = page.value(count)
+    page.wait(f"{count} > {before}")
+    page.open(f"{address}#/0/step_00000001/group/3/0/9999")
+    assert page.value(count) == 10_000
+    assert page.value("document.querySelector('.cursor').textContent") == " word8"
+
+
+def test_the_same_prompt_of_another_run_is_beside_it(page, address, runs):
+    page.open(f"{address}#/0/step_00000001/group/0")
+    places = page.value("[...document.querySelector('[data-control=compare]').options].map(o => o.value)")
+    assert places == ["", "0/step_00000002/0", "1/eval_00000002/0"]
+    page.type_into("[data-control='compare']", "1/eval_00000002/0")
+    page.wait("document.querySelectorAll('.columns.two > section').length === 2")
+    headings = page.value("[...document.querySelectorAll('.columns h2')].map(h => h.textContent)")
+    assert headings == [f"{runs[0].name}, step 1", f"{runs[1].name}, evaluation, step 2"]
+    assert page.faults == []
