@@ -386,7 +386,10 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
     assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())
     assert all(torch.equal(value, whole["weights"][name]) for name, value in resumed["weights"].items())
     for row, want in zip(resumed["rows"], whole["rows"], strict=True):
-        assert row == want
+        # The engine's own log-probs and temperatures depend, in the last bit, on the responses that it decodes at once.
+        engines = {name for name in want if name.startswith(("temperature/", "rollout/logprob", "rollout/mismatch"))}
+        assert {k: v for k, v in row.items() if k not in engines} == {k: v for k, v in want.items() if k not in engines}
+        assert {k: row[k] for k in engines} == pytest.approx({k: want[k] for k in engines}, abs=1e-6)
     expected = {"source/sums/accuracy", "curriculum/rare_share", "eval/one/pass@2", "eval/greedy/accuracy"}
     assert expected <= whole["rows"][-1].keys()
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hapo.rollout.eval_statistics import Estimate, estimate, paired_difference, statistics_of
-from megatron_hapo.rollout.evaluation import Evaluated
+from megatron_hapo.rollout.evaluation import Evaluated, metric_name
 
 ALL = "all sets"
 """The row over all sets, in which each counts the same; no set has a name with a space."""
@@ -50,31 +50,35 @@ def compare(models: Mapping[str, Mapping[str, Sequence[Evaluated]]]) -> dict[str
 
 
 def print_table(results: Mapping[str, Mapping[str, SetResult]], console: Console | None = None) -> None:
-    """Print each model's results in percent with their 95 % intervals, and the differences to the first model."""
+    """Print a table for each model: its results in percent with their intervals, and the differences to the first."""
     console = console or Console()
-    rows = [row for sets in results.values() for row in sets.values()]
-    statistics = dict.fromkeys(statistic for row in rows for statistic in row.estimates)
-    has_models, has_sets = len(results) > 1, any(len(sets) > 1 or "" not in sets for sets in results.values())
-    table = Table(
-        box=SIMPLE_HEAD, caption="percent, with 95 % bootstrap intervals over the problems", caption_justify="left"
-    )
-    for shown, title in ((has_models, "model"), (has_sets, "set")):
-        if shown:
-            table.add_column(title, overflow="fold")
-    table.add_column("problems", justify="right")
-    table.add_column("samples", justify="right")
-    for statistic in statistics:
-        table.add_column(_title(statistic, rows), justify="right", no_wrap=True)
-    if has_models:
-        table.add_column("avg: difference to the first", justify="right", no_wrap=True)
+    first = next(iter(results))
     for model, sets in results.items():
-        for number, (name, row) in enumerate(sets.items()):
-            labels = [*([model if number == 0 else ""] if has_models else []), *([name] if has_sets else [])]
-            cells = [_cell(row.estimates.get(statistic)) for statistic in statistics]
-            difference = [_cell(row.differences.get("avg"), signed=True)] if has_models else []
-            samples = "mixed" if row.num_samples is None else str(row.num_samples)
-            table.add_row(*labels, str(row.num_problems), samples, *cells, *difference)
-    console.print(table)
+        if len(results) > 1:
+            console.print(model, markup=False, style="bold")
+        console.print(_model_table(sets, is_first=model == first))
+    note = "percent, with 95 % bootstrap intervals over the problems"
+    console.print(f"{note}; differences are to {first}" if len(results) > 1 else note, markup=False)
+
+
+def _model_table(sets: Mapping[str, SetResult], *, is_first: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    has_names = list(sets) != [""]
+    if has_names:
+        table.add_column("set", overflow="fold")
+    table.add_column("problems", justify="right", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("percent", justify="right", no_wrap=True)
+    if not is_first:
+        table.add_column("difference", justify="right", no_wrap=True)
+    for name, row in sets.items():
+        for number, (statistic, value) in enumerate(row.estimates.items()):
+            labels = [name if number == 0 else ""] if has_names else []
+            cells = [str(row.num_problems) if number == 0 else "", _title(statistic, row), _cell(value)]
+            if not is_first:
+                cells.append(_cell(row.differences[statistic], signed=True) if statistic in row.differences else "")
+            table.add_row(*labels, *cells)
+    return table
 
 
 def as_json(results: Mapping[str, Mapping[str, SetResult]]) -> dict[str, Any]:
@@ -116,14 +120,10 @@ def _result(sets: Sequence[_ProblemValues], first: Sequence[_ProblemValues]) -> 
     )
 
 
-def _title(statistic: str, rows: Sequence[SetResult]) -> str:
-    numbers = {row.num_samples for row in rows}
-    number = str(*numbers) if len(numbers) == 1 and None not in numbers else "n"
-    return statistic if "@" in statistic else f"{statistic}@{number}"
+def _title(statistic: str, row: SetResult) -> str:
+    return metric_name(statistic, "n" if row.num_samples is None else row.num_samples)
 
 
-def _cell(value: Estimate | None, *, signed: bool = False) -> str:
-    if value is None:
-        return ""
+def _cell(value: Estimate, *, signed: bool = False) -> str:
     form = "+.1f" if signed else ".1f"
     return f"{100 * value.value:{form}} [{100 * value.low:{form}}, {100 * value.high:{form}}]"

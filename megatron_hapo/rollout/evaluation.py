@@ -89,7 +89,7 @@ def evaluation_metrics(evaluated: Mapping[str, Sequence[Evaluated]]) -> dict[str
     return metrics
 
 
-def metric_name(statistic: str, num_samples: int) -> str:
+def metric_name(statistic: str, num_samples: int | str) -> str:
     """What a statistic is called for this number of samples, e.g. avg@8."""
     return statistic if "@" in statistic else f"{statistic}@{num_samples}"
 

@@ -33,7 +33,7 @@ def test_a_run_s_exports_are_compared_and_an_interrupted_evaluation_goes_on(
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "step_00000001" in printed
-    assert "avg: difference to the first" in printed
+    assert "differences are to step_00000001" in printed
 
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert list(summary) == ["step_00000001", "step_00000002"]

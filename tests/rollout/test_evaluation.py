@@ -197,27 +197,35 @@ def test_models_are_compared_with_the_first() -> None:
 
 def printed(results: Any) -> list[list[str]]:
     text = io.StringIO()
-    print_table(results, Console(file=text, width=200))
+    print_table(results, Console(file=text, width=80))
     return [line.split() for line in text.getvalue().splitlines() if line.strip()]
 
 
 def test_the_table_of_one_set_has_neither_model_nor_set() -> None:
-    header, _, row, note = printed(compare({"m": {"": problems("10", "11")}}))
-    assert header == ["problems", "samples", "avg@2", "pass@2", "maj@2"]
-    assert row == ["2", "2", "75.0", "[50.0,", "100.0]", "100.0", "[100.0,", "100.0]", "75.0", "[50.0,", "100.0]"]
+    header, _, first, second, third, note = printed(compare({"m": {"": problems("10", "11")}}))
+    assert header == ["problems", "metric", "percent"]
+    assert first == ["2", "avg@2", "75.0", "[50.0,", "100.0]"]
+    assert second == ["pass@2", "100.0", "[100.0,", "100.0]"]
+    assert third == ["maj@2", "75.0", "[50.0,", "100.0]"]
     assert note[0] == "percent,"
 
 
-def test_the_table_of_two_models_shows_the_difference() -> None:
+def test_the_tables_of_two_models_show_the_differences_and_fit_into_80_columns() -> None:
     lines = printed(
-        compare({"old": {"a": problems("10"), "b": problems("00")}, "new": {"a": problems("11"), "b": problems("00")}})
+        compare(
+            {
+                "old": {"a": problems("1000"), "b_set_with_a_long_name": problems("00")},
+                "new": {"a": problems("1111"), "b_set_with_a_long_name": problems("00")},
+            }
+        )
     )
-    assert lines[0][:4] == ["model", "set", "problems", "samples"]
-    assert lines[2][:2] == ["old", "a"]
-    assert lines[5][:2] == ["new", "a"]
-    assert lines[5][-3:] == ["+50.0", "[+50.0,", "+50.0]"]
-    assert lines[6][-3:] == ["+0.0", "[+0.0,", "+0.0]"]
-    assert lines[7][:2] == ["all", "sets"]
+    assert lines[:2] == [["old"], ["set", "problems", "metric", "percent"]]
+    new = lines[lines.index(["new"]) :]
+    assert new[1] == ["set", "problems", "metric", "percent", "difference"]
+    assert new[3] == ["a", "1", "avg@4", "100.0", "[100.0,", "100.0]", "+75.0", "[+75.0,", "+75.0]"]
+    assert ["all", "2", "avg@n", "50.0", "[50.0,", "50.0]", "+37.5", "[+37.5,", "+37.5]"] in new
+    assert not [word for line in lines for word in line if "…" in word]
+    assert " ".join(new[-1]).endswith("differences are to old")
 
 
 def test_no_sets_have_no_metrics() -> None:
