@@ -19,6 +19,7 @@ import threading
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
+from megatron_hapo.weight_sync import with_living_engines
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,17 @@ class MemoryTurns:
         if WEIGHTS in self._engine_parts:
             self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS)
             self._pool.broadcast(RolloutEngine.take_memory, (WEIGHTS,))
-        for attempt in range(self._num_engines + 1):
-            self._weight_sync.sync(policy_version=policy_version)
-            try:
-                if KV_CACHE in self._engine_parts:
-                    self._pool.broadcast(RolloutEngine.take_memory, (KV_CACHE,))
-                return
-            except RolloutError:
-                replaced = self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS)
-                if not replaced or attempt == self._num_engines:
-                    raise
+        with_living_engines(
+            lambda: self._sync(policy_version),
+            lambda: self._pool.replace_dead_engines(patience_seconds=_PATIENCE_SECONDS),
+            num_engines=self._num_engines,
+            error=RolloutError,
+        )
+
+    def _sync(self, policy_version: int) -> None:
+        self._weight_sync.sync(policy_version=policy_version)
+        if KV_CACHE in self._engine_parts:
+            self._pool.broadcast(RolloutEngine.take_memory, (KV_CACHE,))
 
     def restore_engines(self) -> bool:
         """In the engines' turn: brings the current weights into engines whose predecessors have died.

@@ -193,7 +193,7 @@ def _delete(entry: Path) -> None:
 
 def _keep_compile_cache() -> None:
     """Let torch keep compiled code in the user's cache: its default is a folder beside the temporary files."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-hapo" / "torchinductor"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-hapo" / "torchinductor"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))

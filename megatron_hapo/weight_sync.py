@@ -46,7 +46,7 @@ def open_weight_sync(
     """
     settings = config.weight_sync
     if settings.method == "gather":
-        yield GatherSync(trainer, pool, verify_every=settings.verify_every)
+        yield GatherSync(trainer, pool, num_engines=config.rollout.engines, verify_every=settings.verify_every)
         return
     shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     # Readable by this user only; the path is short because it must fit a socket's.
@@ -55,28 +55,68 @@ def open_weight_sync(
             weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder), address=address)
         except ValueError as reason:  # a layout that direct does not know
             logger.warning("weight_sync.method: gather is used instead of direct: %s", reason)
-            weight_sync = GatherSync(trainer, pool, verify_every=settings.verify_every)
+            weight_sync = GatherSync(
+                trainer, pool, num_engines=config.rollout.engines, verify_every=settings.verify_every
+            )
         yield weight_sync
+
+
+def with_living_engines(
+    attempt: Callable[[], None], replace_dead: Callable[[], list[int]], *, num_engines: int, error: type[HapoError]
+) -> None:
+    """Makes an attempt, and repeats it as long as it fails because engines have died, at most once per engine.
+
+    Args:
+        attempt: raises `error` if an engine dies in it; must be complete for all engines to be of use.
+        replace_dead: the indices of the engines that it has replaced. If there are none, the failure is raised.
+    """
+    for number in range(num_engines + 1):
+        try:
+            attempt()
+            return
+        except error as failed:
+            replaced = replace_dead()
+            if not replaced or number == num_engines:
+                raise
+            logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
 
 
 class GatherSync:
     """Every tensor is gathered from its tensor-parallel shards and loaded under its Hugging Face name.
 
-    The engines' parameters are compared with the trainer's checksums on the first and every `verify_every`-th sync.
+    The engines' parameters are compared with the trainer's checksums on the first and every `verify_every`-th sync. An
+    engine that dies meanwhile, or has died since the last sync, is replaced; all of them then receive everything again.
     """
 
-    def __init__(self, trainer: Trainer, pool: RolloutPool, *, verify_every: int):
+    def __init__(self, trainer: Trainer, pool: RolloutPool, *, num_engines: int, verify_every: int):
         self._trainer, self._pool, self._verify_every = trainer, pool, verify_every
-        self._num_syncs = 0
+        self._num_engines, self._num_syncs = num_engines, 0
 
     def sync(self, *, policy_version: int) -> None:
-        self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
-        verify = self._num_syncs % self._verify_every == 0 or bool(self._pool.new_engines)
+        is_due = self._num_syncs % self._verify_every == 0
+        self._num_syncs += 1
+        self._replace_dead()
+        with_living_engines(
+            lambda: self._attempt(policy_version, verify=is_due or bool(self._pool.new_engines)),
+            self._replace_dead,
+            num_engines=self._num_engines,
+            error=WeightSyncError,
+        )
+
+    def _replace_dead(self) -> list[int]:
+        return self._pool.replace_dead_engines(patience_seconds=_GRACE_SECONDS)
+
+    def _attempt(self, policy_version: int, *, verify: bool) -> None:
         with self._pool.weight_update(policy_version=policy_version):
             self._pool.broadcast(RolloutEngine.begin_weight_update)
-            for bucket in self._trainer.weight_buckets(verify=verify):
-                self._pool.broadcast(RolloutEngine.load_bucket, bucket)
-        self._num_syncs += 1
+            buckets = self._trainer.weight_buckets(verify=verify)
+            try:
+                for bucket in buckets:
+                    self._pool.broadcast(RolloutEngine.load_bucket, bucket)
+            except WeightSyncError:
+                for _ in buckets:  # the ranks take no other command before they have delivered all
+                    pass
+                raise
 
 
 class DirectSync:
@@ -146,22 +186,19 @@ class DirectSync:
         )  # fmt: skip
 
     def sync(self, *, policy_version: int) -> None:
-        verify = self._num_syncs % self._settings.verify_every == 0
+        is_due = self._num_syncs % self._settings.verify_every == 0
         self._num_syncs += 1
         self._prepare_new_engines()  # for those that died since the last sync
-        verify |= bool(self._pool.new_engines)
-        for attempt in range(self._rollout.engines + 1):
-            try:
-                self._attempt(policy_version, verify=verify)
-                return
-            except WeightSyncError as failed:
-                self._leave_group()
-                # All engines receive everything again: an update that is complete on some of them is of no use.
-                replaced = self._prepare_new_engines()
-                if not replaced or attempt == self._rollout.engines:
-                    raise
-                logger.warning("engines %s died in the weight sync and were replaced: %s", replaced, failed)
-                verify = True
+        with_living_engines(
+            lambda: self._attempt(policy_version, verify=is_due or bool(self._pool.new_engines)),
+            self._replace_after_failure,
+            num_engines=self._rollout.engines,
+            error=WeightSyncError,
+        )
+
+    def _replace_after_failure(self) -> list[int]:
+        self._leave_group()
+        return self._prepare_new_engines()
 
     def _prepare_new_engines(self) -> list[int]:
         """Replaces dead engines, and gives the plan to all if any are new; the indices of those replaced now."""

@@ -461,7 +461,7 @@ def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
 
 def test_gathered_weights_are_verified_too(trained: dict[str, Any]) -> None:
     """`gather`, for models whose layout in the engine is unknown: engines load whole tensors and compare checksums."""
-    GatherSync(trained["trainer"], trained["recorder"], verify_every=1).sync(policy_version=9)
+    GatherSync(trained["trainer"], trained["recorder"], num_engines=1, verify_every=1).sync(policy_version=9)
     (rollout,) = trained["recorder"].generate(trained["prompts"][:1], replace(sampling_of(trained, 0), samples=1))[0]
     assert rollout.policy_version == 9
 

@@ -104,3 +104,13 @@ def test_a_long_path_for_temporary_files_is_avoided(parent: Path, monkeypatch: p
         assert folder.parent == Path("/tmp")
         longest = f"{folder}{private_folder._RAY_SOCKET}"
         assert len(longest) <= 107
+
+
+def test_a_user_without_a_home_gets_a_folder_too(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(private_folder.Path, "home", no_home)
+    with run_time_folder() as folder:
+        assert folder.is_dir()

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_hapo.checkpoint.mapped_file import MappedFile
 from megatron_hapo.checkpoint.model_folder import INDEX
 from megatron_hapo.checkpoint.plausible import check_plausible
+from megatron_hapo.checkpoint.safetensors_header import read_header
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import FusedExpert, Placement, Shape, fused_expert, hf_tensor_shapes
 
@@ -41,11 +42,8 @@ class _File:
         path = folder / name
         with safe_open(path, framework="pt"):  # validates the header, and the file's length against it
             pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return cls(name, header, 8 + length, MappedFile(path))
+        header, start = read_header(path)
+        return cls(name, header, start, MappedFile(path))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import assert_never
 
 from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
+from megatron_hapo.checkpoint.safetensors_header import shape_faults
 from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
 from megatron_hapo.data.hub_rows import is_hub_name
@@ -108,6 +109,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
         for line in error.faults:
             yield Fault("model.path", line.removeprefix("model.path: "))
         return
+    yield from (Fault("model.path", line) for line in shape_faults(folder, shape))
     if (reason := unsupported_by_engine(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)

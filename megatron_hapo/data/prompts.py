@@ -40,15 +40,20 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model folder. Code in the folder is never run."""
+def load_tokenizer(path: Path | str, *, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face model folder. Code in the folder is never run.
+
+    Args:
+        vocab_size: the model's, which must have the tokenizer's tokens; None: not compared.
+    Raises:
+        DataError: damaged files, or a tokenizer of another model.
+    """
     from transformers import AutoTokenizer  # imports torch
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         if type(tokenizer.model_max_length) not in (int, float):
             raise TypeError(f"model_max_length must be a number, not a {type(tokenizer.model_max_length).__name__}")
-        return tokenizer
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # Damaged files raise whatever the parsers run into; a panic in Rust is a BaseException.
@@ -57,6 +62,28 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
             f"model.path: the tokenizer in {path} cannot be loaded from its files (tokenizer.json, "
             f"tokenizer_config.json, ...): {type(error).__name__}: {one_line(error)[:300]}"
         ) from error
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size=vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> None:
+    """Checks that the model has the tokenizer's tokens; some models lack one that was added to it, e.g. for padding.
+
+    Args:
+        vocab_size: the model's.
+    Raises:
+        DataError: an ordinary token is missing, or the one that ends a response.
+    """
+    fault = None
+    if tokenizer.vocab_size > vocab_size:
+        fault = f"has {tokenizer.vocab_size} tokens, but the model {vocab_size}"
+    elif isinstance(tokenizer.eos_token_id, int) and tokenizer.eos_token_id >= vocab_size:
+        fault = f"ends responses with token {tokenizer.eos_token_id}, but the model's last one is {vocab_size - 1}"
+    if fault is not None:
+        raise DataError(
+            f"model.path: the tokenizer {fault} (vocab_size in its config.json): they are of different models"
+        )
 
 
 def load_prompts(

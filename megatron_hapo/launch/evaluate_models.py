@@ -48,7 +48,7 @@ def run_evaluations(configs: Mapping[str, Config], output: Path) -> dict[str, di
     with contextlib.ExitStack() as stack:
         has_ray = False
         for label, config in configs.items():
-            tokenizer = load_tokenizer(config.model.path)
+            tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
             sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
             folder = output / _folder_name(config.model.path)
             files = [ResultFile(folder, part, _settings(config, part)) for part in sets]

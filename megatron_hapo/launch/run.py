@@ -43,6 +43,8 @@ from megatron_hapo.weight_sync import open_weight_sync
 
 logger = logging.getLogger(__name__)
 
+_CONTINUE = "the same command continues from the newest checkpoint, or starts over if there is none"
+
 
 class LaunchedTrainer(Trainer, Protocol):
     """A trainer whose processes the run must close."""
@@ -92,7 +94,7 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
 def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
     prompts = training_prompts(config, tokenizer)
     eval_sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
     first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
@@ -106,7 +108,7 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     dump_config(config, config.run_dir / "config.yaml")
     while True:
         prompts.restore(first_prompt)
-        own = launcher or RayLauncher(config, device=resolve_device(config))
+        own = launcher or RayLauncher(config, device=resolve_device(config), advice=_CONTINUE)
         driver, death = _train(config, own, prompts, eval_sets, checkpoints)
         if death is None:
             break
@@ -187,7 +189,8 @@ def _train(
 
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
-    sampler = training_prompts(config, load_tokenizer(config.model.path))
+    tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
+    sampler = training_prompts(config, tokenizer)
     findings = list(hub_findings(config.model.path))
     if any(finding.verdict == "fault" for finding in findings):
         return findings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_hapo.checkpoint.hf_reader import HfReader
 from megatron_hapo.checkpoint.mapped_file import MappedFile
 from megatron_hapo.checkpoint.model_folder import INDEX
+from megatron_hapo.checkpoint.safetensors_header import shape_faults
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Placement, Run, hf_tensor_shapes, read_shape
 from tests.tiny_families import STACKED, expected_tensors, write_family
@@ -149,3 +151,24 @@ def test_contiguous_runs_are_a_view_and_others_are_concatenated(
     assert (value.data_ptr() == first.data_ptr()) == adjacent
     value.zero_()
     assert torch.equal(HfReader(folder, read_shape(folder)).read(place), want), "the file has changed"
+
+
+@pytest.mark.parametrize("family", ["qwen3", STACKED])
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size"])
+def test_a_config_of_other_sizes_than_the_weights_is_found_in_their_headers(
+    family: str, key: str, tmp_path: Path
+) -> None:
+    folder = write_family(tmp_path, family)
+    assert shape_faults(folder, read_shape(folder)) == []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: 2 * config[key]}))
+    (fault, *_) = shape_faults(folder, read_shape(folder))
+    assert fault.startswith(f"{folder}/model")
+    assert re.search(r"has shape \(.*\), but config.json implies \(.*\)", fault)
+    assert str(2 * config[key]) in fault.partition("implies")[2]
+
+
+def test_files_without_a_header_are_left_to_the_reader(sharded: Path) -> None:
+    (sharded / "model-0.safetensors").write_bytes(b"\xff" * 64)
+    (sharded / "model-1.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]")
+    assert shape_faults(sharded, read_shape(sharded)) == []

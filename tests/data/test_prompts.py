@@ -13,9 +13,10 @@ import pytest
 from megatron_hapo.config import ArithmeticData, FileData, TaskData
 from megatron_hapo.data import chat_template
 from megatron_hapo.data.problems import file_faults
-from megatron_hapo.data.prompts import encode_messages, load_prompts, load_tokenizer
+from megatron_hapo.data.prompts import check_vocabulary, encode_messages, load_prompts, load_tokenizer
 from megatron_hapo.errors import DataError
 from megatron_hapo.reward.scorers import score
+from tests.tiny_model import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,19 @@ def test_unknown_task_options_are_an_error(tokenizer):
     source = TaskData(type="reasoning_gym", name="chain_sum", size=5, options={"terms": 3})
     with pytest.raises(DataError, match=r"reasoning_gym/chain_sum: .*unexpected keyword argument 'terms'"):
         load_prompts(source, tokenizer, chat_template=True, max_prompt_tokens=300)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (262, None),
+        (100, "has 256 tokens, but the model 100"),
+        (258, "ends responses with token 258, but the model's last"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(vocab_size: int, message: str | None) -> None:
+    if message is None:
+        check_vocabulary(byte_tokenizer(), vocab_size=vocab_size)
+        return
+    with pytest.raises(DataError, match=message):
+        check_vocabulary(byte_tokenizer(), vocab_size=vocab_size)

@@ -17,6 +17,7 @@ from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import local_ray as module
 from megatron_hapo.launch.ray.cluster import RayNode, connected
 from megatron_hapo.launch.ray.local_ray import local_ray
+from megatron_hapo.launch.ray.node import timed_out
 from tests.time_limits import patient
 
 TIMEOUT = "The current node timed out during startup.\nThis could happen because\nthe GCS has become overloaded."
@@ -25,13 +26,14 @@ TIMEOUT = "The current node timed out during startup.\nThis could happen because
 class Starts:
     """Stands for ray.init: fails some times."""
 
-    def __init__(self, failures: int):
+    def __init__(self, failures: int, error: Exception | None = None):
         self.failures, self.number = failures, 0
+        self.error = error or Exception(TIMEOUT)
 
     def __call__(self, **options: Any) -> None:
         self.number += 1
         if self.number <= self.failures:
-            raise Exception(TIMEOUT)
+            raise self.error
 
 
 @pytest.fixture
@@ -63,12 +65,32 @@ def test_starts_that_fail_are_one_line(
     )
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("no such resource")])
+def test_a_start_that_fails_for_another_reason_is_not_repeated(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    starts = Starts(9, error)
+    monkeypatch.setattr(module.ray, "init", starts)
+    with pytest.raises(RolloutError) as caught, local_ray(300):
+        pass
+    assert starts.number == 1
+    assert str(caught.value) == f"Ray did not start: {type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Failed to start GCS. Last connection error: None"), TimeoutError("late"), Exception(TIMEOUT)],
+)
+def test_rays_ways_to_say_that_it_was_late(error: Exception) -> None:
+    assert timed_out(error)
+
+
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_the_death_of_ray_is_one_line(name: str) -> None:
     code = (
         "import os, signal, time, ray\n"
         "from megatron_hapo.launch.ray import local_ray as module\n"
-        "with module.local_ray():\n"
+        "with module.local_ray(advice='start it again'):\n"
         "    actor = ray.remote(type('Idle', (), {'ready': lambda self: None})).options(num_cpus=0).remote()\n"
         "    ray.get(actor.ready.remote())\n"
         f"    os.kill(module._core_processes()['{name}'], signal.SIGKILL)\n"
@@ -85,7 +107,7 @@ def test_the_death_of_ray_is_one_line(name: str) -> None:
             time.sleep(0.1)
         assert run.stdout is not None
         output = run.stdout.read()
-    assert output == f"Ray's {name} died; the same command continues from the newest checkpoint\n"
+    assert output == f"Ray's {name} died; start it again\n"
     assert run.returncode == 2
     _, alive = psutil.wait_procs(started, timeout=patient(60))
     assert not alive

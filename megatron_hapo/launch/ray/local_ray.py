@@ -20,24 +20,26 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.ray import cluster
-from megatron_hapo.launch.ray.node import start_environment, system_config
+from megatron_hapo.launch.ray.node import start_environment, system_config, timed_out
 from megatron_hapo.launch.ray.ray_death import NAMES, exit_with_ray
 from megatron_hapo.private_folder import run_time_folder
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 5
-"""Starts of Ray that fail before the run does."""
+"""Starts of Ray that time out before the run fails."""
+_AGAIN = "run the same command again"
 
 
 @contextlib.contextmanager
-def local_ray(start_timeout_seconds: float = 300) -> Iterator[None]:
+def local_ray(start_timeout_seconds: float = 300, *, advice: str = _AGAIN) -> Iterator[None]:
     """A Ray of our own on the loopback interface, or the cluster that RAY_ADDRESS names, while the context is open.
 
     Temporary files of this process, and of a Ray of our own, are in a private folder meanwhile.
 
     Args:
         start_timeout_seconds: launch.start_timeout_seconds.
+        advice: what the user can do if a Ray of our own dies, for the line in which that is reported.
     Raises:
         RolloutError: Ray did not start, or the cluster cannot be joined.
     """
@@ -49,14 +51,14 @@ def local_ray(start_timeout_seconds: float = 300) -> Iterator[None]:
     _interrupt_on_sigterm()
     with (
         run_time_folder() as folder,
-        _own_ray(folder, start_timeout_seconds) if address is None else cluster.connected(address),
+        _own_ray(folder, start_timeout_seconds, advice) if address is None else cluster.connected(address),
     ):
         _interrupt_on_sigterm()  # Ray has set a handler of its own, which leaves its processes behind
         yield
 
 
 @contextlib.contextmanager
-def _own_ray(folder: Path, start_timeout_seconds: float) -> Iterator[None]:
+def _own_ray(folder: Path, start_timeout_seconds: float, advice: str) -> Iterator[None]:
     # Ray's switch for "one node, on loopback", which it turns on by itself only on Windows and macOS: the constant for
     # this process, the variable for those that it starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
@@ -80,7 +82,7 @@ def _own_ray(folder: Path, start_timeout_seconds: float) -> Iterator[None]:
         start_timeout_seconds,
     )  # fmt: skip
     try:
-        with exit_with_ray(_core_processes(), _other_processes()):
+        with exit_with_ray(_core_processes(), _other_processes(), advice=advice):
             yield
     finally:
         ray.shutdown()
@@ -102,7 +104,7 @@ def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
     """Starts Ray. Its processes wait half a minute for each other, which a busy machine may exceed: so it tries again.
 
     Raises:
-        RolloutError: no try succeeded.
+        RolloutError: no try succeeded, or one failed for a reason that another try would not mend.
     """
     deadline = time.monotonic() + start_timeout_seconds
     for attempt in range(1, _TRIES + 1):
@@ -110,9 +112,11 @@ def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
             ray.init(**options)
             return
         except Exception as error:  # Ray raises many types, for timeouts a bare Exception
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason, is_late = f"{type(error).__name__}: {' '.join(str(error).split())}", timed_out(error)
             with contextlib.suppress(Exception):  # what has started of it
                 ray.shutdown()
+        if not is_late:
+            raise RolloutError(f"Ray did not start: {reason}")
         if attempt == _TRIES or time.monotonic() > deadline:
             raise RolloutError(
                 f"Ray did not start ({attempt} tries; launch.start_timeout_seconds={start_timeout_seconds:g}): {reason}"

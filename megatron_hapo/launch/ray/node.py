@@ -41,6 +41,18 @@ def system_config(timeout_seconds: float) -> dict[str, Any]:
     }
 
 
+def timed_out(error: Exception) -> bool:
+    """Whether a start of Ray failed because its processes were not up in time, so that another one may succeed.
+
+    Ray (2.60) has no type for that. Its messages: "The current node timed out during startup", "Failed to start GCS",
+    "Failed to get node info", "Head node temp_dir not found in NodeInfo".
+    """
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    signs = ("timed out", "timeout", "failed to start gcs", "failed to connect to gcs", "node info", "nodeinfo")
+    return any(sign in str(error).lower() for sign in signs)
+
+
 def start(
     *,
     head: bool,
@@ -138,7 +150,7 @@ def main() -> int:
         return 1
     except Exception as error:  # any error is reported to the rank
         reason = " ".join(str(error).split())
-        fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": "timed out" in reason}
+        fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": timed_out(error)}
         print(json.dumps(fault), file=answer, flush=True)
         return 1
     print(json.dumps({"address": node.gcs_address, "node_id": node.node_id}), file=answer, flush=True)

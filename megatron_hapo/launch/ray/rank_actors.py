@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RankDiedError, TrainingError
 from megatron_hapo.launch.places import GpuPlacement
-from megatron_hapo.launch.ray.remote import gather, shared
+from megatron_hapo.launch.ray.remote import gather, items, shared
 from megatron_hapo.model import rank_environment
 from megatron_hapo.trainer import rank_process
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
@@ -63,6 +63,11 @@ class RankProcesses:
         calls = {f"trainer rank {rank}": reference for rank, reference in enumerate(references)}
         return gather(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError, died=RankDiedError)
 
+    def items(self, streams: list[ray.ObjectRefGenerator], what: str) -> Iterator[ray.ObjectRef]:
+        """What the ranks' streams yield, rank after rank; errors as those of `gather`."""
+        calls = {f"trainer rank {rank}": stream for rank, stream in enumerate(streams)}
+        return items(calls, timeout_seconds=self._timeout_seconds, what=what, error=TrainingError, died=RankDiedError)
+
     def placements(self) -> list[GpuPlacement]:
         """The placement of each rank."""
         return self.gather([actor.placement.remote() for actor in self.actors], "starting the trainer's processes")
@@ -74,7 +79,7 @@ class RayTrainer(TrainerOverRanks):
     def __init__(self, config: Config, processes: RankProcesses):
         super().__init__(config)
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
-        self._actors, self._gather = processes.actors, processes.gather
+        self._processes, self._actors, self._gather = processes, processes.actors, processes.gather
         init_method, world_size = rank_environment.rendezvous_file(Path(self._scratch.name)), len(self._actors)
         self._gather(
             [
@@ -88,8 +93,7 @@ class RayTrainer(TrainerOverRanks):
         # Generators start together, and each waits after two buckets until those have been taken.
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
         streams = [actor.stream.options(**streaming).remote("weight_buckets", verify=verify) for actor in self._actors]
-        for stream in streams:
-            yield from stream
+        yield from self._processes.items(streams, "weight_buckets")
 
     def close(self) -> None:
         """Ends the ranks' processes."""

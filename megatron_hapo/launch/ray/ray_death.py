@@ -22,7 +22,9 @@ NAMES = ("raylet", "gcs_server")
 
 
 @contextlib.contextmanager
-def exit_with_ray(processes: Mapping[str, int], others: Iterable[psutil.Process] = ()) -> Iterator[None]:
+def exit_with_ray(
+    processes: Mapping[str, int], others: Iterable[psutil.Process] = (), *, advice: str
+) -> Iterator[None]:
     """While the context is open, the death of one of these processes ends this one.
 
     Trainer ranks and engines end by themselves with this process or with the raylet.
@@ -30,6 +32,7 @@ def exit_with_ray(processes: Mapping[str, int], others: Iterable[psutil.Process]
     Args:
         processes: Ray's core, children of this process; name to process id.
         others: processes of Ray to kill, with what is left of its core.
+        advice: what the user can do then; the end of the line.
     """
     killed = [*map(psutil.Process, processes.values()), *others]
     watched = {os.pidfd_open(pid): name for name, pid in processes.items()}
@@ -41,9 +44,7 @@ def exit_with_ray(processes: Mapping[str, int], others: Iterable[psutil.Process]
             poll.register(descriptor, select.POLLIN | select.POLLHUP)
         dead = [descriptor for descriptor, _ in poll.poll()]
         if closed not in dead:
-            print(
-                f"Ray's {watched[dead[0]]} died; the same command continues from the newest checkpoint", file=sys.stderr
-            )
+            print(f"Ray's {watched[dead[0]]} died; {advice}", file=sys.stderr)
             for process in killed:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -19,16 +19,18 @@ class RayLauncher:
 
     Args:
         device: cpu or cuda.
+        advice: what the user can do if Ray dies; None: run the command again.
     """
 
-    def __init__(self, config: Config, *, device: str):
+    def __init__(self, config: Config, *, device: str, advice: str | None = None):
         self._config, self.device = config, device
+        self._advice = {} if advice is None else {"advice": advice}
         self._processes: RankProcesses | None = None
 
     @contextlib.contextmanager
     def ray_cluster(self) -> Iterator[None]:
         """Ray, with the processes of the trainer's ranks, while the context is open."""
-        with local_ray(self._config.launch.start_timeout_seconds):
+        with local_ray(self._config.launch.start_timeout_seconds, **self._advice):
             if self.device == "cuda":
                 everywhere = int(ray.cluster_resources().get("GPU", 0))
                 check_gpus(self._config, here=_gpus_of_this_node(), everywhere=everywhere)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,47 @@ def gather(
             except RayActorError as failure:
                 raise (died or error)(death(f"{what}: {names[reference]}", failure)) from None
     return [results[reference] for reference in calls.values()]
+
+
+def items(
+    streams: Mapping[str, ray.ObjectRefGenerator],
+    *,
+    timeout_seconds: float,
+    what: str,
+    error: type[HapoError],
+    died: type[HapoError],
+) -> Iterator[ray.ObjectRef]:
+    """References to what these streams yield, stream after stream; none of them refers to an error.
+
+    Raises:
+        error: a stream has not yielded its next item in time.
+        died: a process died, be it that of the present stream or another, for which the present one may wait. An
+            exception of a stream itself is raised unchanged.
+    """
+    ends = {stream.completed(): name for name, stream in streams.items()}
+
+    def check(done: Sequence[Any]) -> None:
+        for end in [end for end in done if end in ends]:
+            try:
+                result(end)
+            except RayActorError as failure:
+                raise died(death(f"{what}: {ends[end]}", failure)) from None
+            del ends[end]
+
+    for name, stream in streams.items():
+        # Ray ends a failed stream with a reference to the error, so an item is good once another one follows, or the
+        # stream has ended without an error.
+        held: list[ray.ObjectRef] = []
+        while not stream.is_finished():
+            done, _ = ray.wait([stream, *ends], num_returns=1, timeout=timeout_seconds, fetch_local=False)
+            if not done:
+                raise error(f"{what}: no answer within {timeout_seconds:g} s from {name}")
+            check(done)
+            if stream in done and not stream.is_finished():
+                yield from held
+                held = [next(stream)]
+        check([stream.completed()])
+        yield from held
 
 
 def result(reference: ray.ObjectRef) -> Any:

@@ -1,0 +1,78 @@
+"""Streams of several processes: their items in order, and whoever fails is the one that is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from megatron_hapo.errors import RankDiedError, TrainingError
+from megatron_hapo.launch.ray.local_ray import local_ray
+from megatron_hapo.launch.ray.remote import items
+from tests.time_limits import patient
+
+
+class Source:
+    """Yields numbers; what else it does follows from its orders."""
+
+    def stream(self, first: int, orders: str) -> Iterator[int]:
+        yield first
+        if orders == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if orders == "wait":
+            time.sleep(3600)
+        if orders == "fail":
+            raise ZeroDivisionError("a fault of the test")
+        yield from range(first + 1, first + 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+def numbers(*orders: str, timeout_seconds: float = 600) -> Iterator[int]:
+    """What the streams of as many processes yield, under these orders."""
+    remote: Any = ray.remote(Source)
+    options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
+    actors = [remote.options(num_cpus=0).remote() for _ in orders]
+    streams = {
+        f"rank {rank}": actor.stream.options(**options).remote(10 * rank, orders[rank])
+        for rank, actor in enumerate(actors)
+    }
+    try:
+        found = items(
+            streams, timeout_seconds=timeout_seconds, what="streaming", error=TrainingError, died=RankDiedError
+        )
+        yield from (ray.get(item) for item in found)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_items_come_stream_after_stream() -> None:
+    assert list(numbers("", "")) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("orders", [("", "die"), ("die", ""), ("wait", "die")])
+def test_the_process_that_died_is_named_even_if_another_one_waits_for_it(orders: tuple[str, ...]) -> None:
+    with pytest.raises(RankDiedError, match=f"streaming: rank {orders.index('die')}: the process died"):
+        list(numbers(*orders))
+
+
+def test_the_error_of_a_stream_is_raised_and_not_handed_on() -> None:
+    found = []
+    with pytest.raises(ZeroDivisionError, match="a fault of the test"):
+        found.extend(numbers("fail", ""))
+    assert found == []
+
+
+def test_a_late_stream_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"streaming: no answer within \S+ s from rank 1"):
+        list(numbers("", "wait", timeout_seconds=patient(3)))
