@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hapo.config import Config
@@ -22,8 +24,8 @@ from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.resharding.channel_ends import ChannelId
-from megatron_hapo.types import Sampling
-from megatron_hapo.weight_sync import DirectSync
+from megatron_hapo.types import Sampling, WeightBucket
+from megatron_hapo.weight_sync import DirectSync, GatherSync
 from tests.resharding.test_direct_sync import LAYERS, LAYOUTS, make_settings
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.test_engine import (
@@ -233,6 +235,41 @@ def test_engines_killed_in_rollouts_lose_and_double_no_sample(tmp_path) -> None:
             for one, other in zip(groups, undisturbed, strict=True):
                 assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in other]
             assert_greedy_equals(case.pool, load_reference(case.new), version=version)
+
+
+class WholeTensors:
+    """A trainer that delivers a folder's tensors one by one; `on_bucket` sees each one's number."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.on_bucket: Callable[[int], None] = lambda number: None
+
+    def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
+        for number, (name, tensor) in enumerate(load_file(self.folder / "model.safetensors").items()):
+            self.on_bucket(number)
+            data = tensor.contiguous().view(torch.uint8).flatten().numpy()
+            yield WeightBucket((name,), (tuple(tensor.shape),), (str(tensor.dtype).removeprefix("torch."),), data)
+
+
+def test_an_engine_killed_in_a_gathered_sync_is_replaced_and_gets_everything(tmp_path: Path, caplog) -> None:
+    """With the other engine's weights half replaced, both must end with all of the new ones."""
+    start, new = (write_tiny_qwen3(tmp_path / f"seed{seed}", layers=LAYERS, seed=seed) for seed in (9, 1))
+    with closing(RayRolloutPool(make_config(start, tmp_path, engines=2, tp=1), device="cpu")) as pool:
+        pool.wait_until_ready()
+        trainer: Any = WholeTensors(start)
+        sync = GatherSync(trainer, pool, num_engines=2, verify_every=1000)
+        sync.sync(policy_version=1)
+        (victim,) = rank_processes(pool, 1)
+
+        def kill(number: int) -> None:
+            if number == 5 and victim.is_running():
+                victim.send_signal(signal.SIGKILL)
+
+        trainer.folder, trainer.on_bucket = new, kill
+        sync.sync(policy_version=2)
+        assert not victim.is_running()
+        assert "engines [1] died in the weight sync and were replaced" in caplog.text
+        assert_greedy_equals(pool, load_reference(new), version=2)
 
 
 def take_weights_of_every_layout(pool: RayRolloutPool, folder: Path, *, tied: bool) -> None:
