@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_hapo.config.section import MAX_RANKS
 from megatron_hapo.errors import HapoError, one_line
+from megatron_hapo.private_folder import keep_compile_cache
 from megatron_hapo.sizing.command import add_arguments as add_plan_arguments
 from megatron_hapo.sizing.command import path_argument, whole_number
 from megatron_hapo.sizing.command import run as plan_command
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_hapo").setLevel(logging.INFO)
+    keep_compile_cache()
     try:
         arguments.run(arguments)
     except HapoError as error:

@@ -53,7 +53,7 @@ class PrivateFolder:
     def for_temporary_files(self) -> Iterator[None]:
         """Temporary files of this process and of those that it starts are in this folder while the context is open."""
         previous = os.environ.get("TMPDIR")
-        _keep_compile_cache()
+        keep_compile_cache()
         os.environ["TMPDIR"] = str(self.path)
         tempfile.tempdir = None  # read TMPDIR again
         try:
@@ -116,6 +116,17 @@ def remove_abandoned(parent: Path) -> None:
             continue
         finally:
             os.close(file)
+
+
+def keep_compile_cache() -> None:
+    """Let torch keep compiled code in the user's cache: its default is a folder beside the temporary files.
+
+    To be called before anything imports torch._dynamo (2.14), whose import creates that folder.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-hapo" / "torchinductor"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _parent_for_sockets() -> Path:
@@ -189,11 +200,3 @@ def _delete(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink(missing_ok=True)
-
-
-def _keep_compile_cache() -> None:
-    """Let torch keep compiled code in the user's cache: its default is a folder beside the temporary files."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-hapo" / "torchinductor"
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))

@@ -193,6 +193,18 @@ def rows_of(run_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not is_timed(name)} for row in rows]
 
 
+def differences(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> list[str]:
+    """What distinguishes these rows from the expected ones: the first step, and the metrics that differ there."""
+    if len(rows) != len(expected):
+        return [f"{len(rows)} steps instead of {len(expected)}"]
+    for row, want in zip(rows, expected, strict=True):
+        if row != want:
+            names = [name for name in row | want if row.get(name) != want.get(name)]
+            shown = ", ".join(f"{name} {row.get(name)} instead of {want.get(name)}" for name in names[:3])
+            return [f"{len(names)} other metrics in step {row['step']:g}: {shown}"]
+    return []
+
+
 @dataclass(kw_only=True)
 class Chaos:
     """Hits runs, and compares them with the reference."""
@@ -251,6 +263,9 @@ class Chaos:
         seconds = json.loads(times.read_text())
         self.start_seconds, self.step_seconds = seconds["start"], seconds["step"]
 
+    def _reference_rows(self) -> list[dict[str, float]]:
+        return rows_of(self.folder / "runs" / "reference")
+
     def _hit_one_run(self, numbers: Sequence[int]) -> list[Moment]:
         """Results of these moments, or of as many as fit into one run, with the comparison at its end."""
         done: list[Moment] = []
@@ -279,9 +294,7 @@ class Chaos:
         """What distinguishes a run that has ended from the reference, and what it has left behind."""
         if run.code() != 0:
             return [f"the run ended with {run.code()}: {last_line(run.errors())}"]
-        reference, faults = self.folder / "runs" / "reference", []
-        if run.rows() != rows_of(reference):
-            faults.append("other metrics")
+        reference, faults = self.folder / "runs" / "reference", differences(run.rows(), self._reference_rows())
         weights = [(folder / "hf" / "model.safetensors") for folder in (run.config.run_dir, reference)]
         files = [sorted(path.parent.glob("*.safetensors")) for path in weights]
         if [file.read_bytes() for file in files[0]] != [file.read_bytes() for file in files[1]] or not files[1]:
@@ -312,8 +325,7 @@ class Chaos:
             moment.steps_lost = step
         if "Traceback" in moment.errors:
             moment.faults.append("a traceback")
-        if run.rows() != rows_of(self.folder / "runs" / "reference")[: len(run.rows())]:
-            moment.faults.append("other metrics")
+        moment.faults += differences(run.rows(), self._reference_rows()[: len(run.rows())])
         return moment
 
     def _wait_for_moment(self, moment: Moment, run: Run, dice: random.Random, *, is_first: bool) -> None:

@@ -28,7 +28,7 @@ class Source:
             time.sleep(3600)
         if orders == "fail":
             raise ZeroDivisionError("a fault of the test")
-        yield from range(first + 1, first + 5)
+        yield from (number for number in range(first + 1, first + 5))  # Ray sends into it, as into a generator
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -109,5 +109,6 @@ def result(reference: ray.ObjectRef) -> Any:
 
 
 def death(who: str, failure: RayActorError) -> str:
-    """The message for a process that died, with Ray's reason in one line."""
-    return f"{who}: the process died: {' '.join(str(failure).split())}"
+    """The message for a process that died, with Ray's reason in one line, without its general advice."""
+    reason = " ".join(str(failure).split()).partition(" Some common causes include")[0]
+    return f"{who}: the process died: {reason}"
