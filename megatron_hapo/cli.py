@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_hapo.config.section import MAX_RANKS
 from megatron_hapo.errors import HapoError, one_line
@@ -114,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "run_dirs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run, e.g. runs/demo_cpu"
     )
+    report.add_argument("--html", action="store_true", help="also write an interactive page: report.html")
+    report.add_argument("--watch", action="store_true", help="draw again whenever a run has made a step, until Ctrl-C")
     report.set_defaults(run=_report)
     _add_view(commands)
     return parser
@@ -292,8 +295,16 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from megatron_hapo.observe.report import write_report
+    from megatron_hapo.observe.report_page import watch, write_report_page
 
-    print(write_report(*arguments.run_dirs))
+    def draw(*, live: bool) -> list[Path]:
+        pages = [write_report_page(arguments.run_dirs, live=live)] if arguments.html else []
+        return [write_report(*arguments.run_dirs), *pages]
+
+    for path in draw(live=arguments.watch):
+        print(path, flush=True)
+    if arguments.watch:
+        watch(arguments.run_dirs, draw)
 
 
 def _view(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,10 @@ from PIL import Image
 
 from megatron_hapo.errors import DataError
 from megatron_hapo.observe.report import write_report
+from megatron_hapo.observe.report_page import joined_seeds, watch, write_report_page
+from megatron_hapo.observe.view.build_view import write_view
+from tests import chromium
+from tests.observe.recorded import some_rows, write_records
 from tests.observe.test_metrics import METRICS
 
 
@@ -49,3 +53,77 @@ def test_a_run_that_stopped_before_its_first_step_has_a_picture(tmp_path):
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(DataError, match="empty"):
         write_report(tmp_path / "empty")
+
+
+CONFIG = "name: {name}\nseed: {seed}\noptimizer: {{lr: {lr}}}\n"
+
+
+def seeds(tmp_path: Path) -> list[Path]:
+    """Two seeds of one experiment and one run of another."""
+    runs = []
+    for name, seed, lr, reward in (("a", 0, 1, 1.0), ("a2", 1, 1, 3.0), ("b", 0, 2, 5.0)):
+        runs.append(write_rows(tmp_path / name, 4, **{"reward/mean": reward, "reward/accuracy": 0.5}))
+        (runs[-1] / "config.yaml").write_text(CONFIG.format(name=name, seed=seed, lr=lr))
+    return runs
+
+
+def test_seeds_of_one_experiment_become_a_line_with_a_band(tmp_path):
+    first, second = joined_seeds(seeds(tmp_path))
+    assert (first.name, second.name) == ("a, 2 seeds", "b")
+    assert first.points("reward/mean")[0] == [1, 2.0, 1.0, 3.0]
+    assert second.points("reward/mean") == [[step, 5.0] for step in (1, 2, 3, 4)]
+
+
+def test_runs_without_a_config_are_lines_of_their_own(tmp_path):
+    runs = [write_rows(tmp_path / name, 2) for name in ("a", "b")]
+    assert [line.name for line in joined_seeds(runs)] == ["a", "b"]
+
+
+def test_the_page_is_one_file_and_names_nothing_outside(tmp_path):
+    run = write_rows(tmp_path / "<script><b>", 2)
+    text = write_report_page([run]).read_text()
+    assert "<b>" not in text
+    assert "http://www.w3.org/2000/svg" in text
+    assert text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+
+
+def test_watching_draws_again_after_a_step(tmp_path, monkeypatch):
+    run, drawn = write_rows(tmp_path / "run", 1), []
+    pauses = iter(["step", "nothing", "end"])
+
+    def sleep(seconds: float) -> None:
+        match next(pauses):
+            case "step":
+                with (run / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": 2}) + "\n")
+            case "end":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_hapo.observe.report_page.time.sleep", sleep)
+    watch([run], lambda *, live: drawn.append(live))
+    assert drawn == [True, False]
+
+
+def test_the_page_shows_the_numbers_under_the_pointer_and_links_to_responses(tmp_path):
+    if chromium.PATH is None:
+        pytest.skip(chromium.MISSING)
+    runs = seeds(tmp_path)
+    write_records(runs[0], "step_00000003", some_rows(3))
+    write_view(runs[:1])
+    with chromium.chromium(tmp_path / "chromium") as page:
+        page.size(1300, 900)
+        page.open(write_report_page(runs).as_uri())
+        reward = "[...document.querySelectorAll('.panel')].find(p => p.textContent.startsWith('Reward'))"
+        page.value(f"{reward}.id = 'reward'")
+        page.hover("#reward svg.chart")
+        numbers = dict(
+            page.value("[...document.querySelectorAll('#tip tr')].map(r => [...r.children].map(c => c.textContent))")
+        )
+        assert numbers["a, 2 seeds"] == "2 (1 to 3)"
+        assert numbers["b"] == "5"
+        page.value("document.querySelector('#reward svg.chart').dispatchEvent(new MouseEvent('click'))")
+        link = page.value("document.querySelector('#links a').href")
+        assert link == f"{(runs[0] / 'view/index.html').as_uri()}#/0/step_00000003"
+        page.open(link)
+        assert page.value("document.querySelectorAll('.card').length") == 3
+        assert page.faults == []

@@ -104,7 +104,7 @@ function band(points, chart, colour) {
 }
 
 function seriesLegend(series) {
-  if (series.length < 2) return null ?? "";
+  if (series.length < 2) return "";
   const item = (s) =>
     el(
       "span",

@@ -158,18 +158,3 @@ function numbersOf(sample, i) {
     ["version of the weights", value("policy_versions"), "policy_versions"],
   ];
 }
-
-function showTip(rows, x, y) {
-  const tip = document.getElementById("tip");
-  tip.replaceChildren(
-    el("table", {}, ...rows.map(([name, value, key]) => el("tr", {}, el("th", {}, name), el("td", { "data-key": key }, value)))),
-  );
-  tip.hidden = false;
-  const { width, height } = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 8))}px`;
-  tip.style.top = `${y + 20 + height > innerHeight ? Math.max(4, y - height - 14) : y + 20}px`;
-}
-
-function hideTip() {
-  document.getElementById("tip").hidden = true;
-}
