@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.set_defaults(run=_eval)
 
+    _add_score(commands)
     _add_convert(commands)
     _add_quantize(commands)
 
@@ -144,6 +145,23 @@ def _add_view(commands: _Commands) -> None:
         help="write nothing; serve the pages on this machine and read the records when a page needs them",
     )
     view.set_defaults(run=_view)
+
+
+def _add_score(commands: _Commands) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score a file of responses",
+        description="Score the responses of a JSONL file by the rewards of a config. No model is needed.",
+    )
+    score.add_argument("config", type=path_argument, metavar="CONFIG", help="YAML file with the settings of rewards")
+    score.add_argument(
+        "file", type=path_argument, metavar="FILE", help="JSONL: response, ground_truth, data_source, other columns"
+    )
+    score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that override CONFIG")
+    score.add_argument(
+        "--output", type=path_argument, metavar="FILE", help="write each row with its reward and the reward's parts"
+    )
+    score.set_defaults(run=_score)
 
 
 def _add_convert(commands: _Commands) -> None:
@@ -257,6 +275,22 @@ def _eval(arguments: argparse.Namespace) -> None:
             print(f"{name + ':':<21} {value:.4g}")
     write_summary(output / "summary.json", as_json(results))
     print(f"responses and summary.json: {output}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.config import load_config
+    from megatron_hapo.reward.score_file import score_file
+
+    config = load_config(arguments.config, arguments.overrides)
+    scored = score_file(config, arguments.file)
+    for name, value in scored.summary().items():
+        print(f"{name + ':':<21} {value:.4g}")
+    if arguments.output is not None:
+        try:
+            arguments.output.write_text("".join(f"{line}\n" for line in scored.lines()))
+        except OSError as error:
+            raise HapoError(f"{arguments.output}: cannot be written: {error.strerror}") from None
+        print(arguments.output)
 
 
 def _up_to(limit: int) -> Callable[[str], int]:

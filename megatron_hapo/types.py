@@ -114,6 +114,11 @@ class Score:
     """Why the response could not be scored; it then counts as wrong."""
     answer: str | None = None
     """The answer that the response states, as text; None if it states none. Majority votes compare it."""
+    earned: float | None = None
+    """The reward before the overlong penalty, where it does not follow from correctness: with a scorer of the user's
+    own, or several scorers. None: it follows."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named parts of the reward, for the metrics and the records of responses."""
 
     @property
     def correct(self) -> bool:
@@ -130,8 +135,8 @@ class ScoredGroup:
 
     @property
     def informative(self) -> bool:
-        """Whether correctness differs between responses; a difference in length alone teaches the policy nothing."""
-        return len({score.correctness for score in self.scores}) > 1
+        """Whether rewards differ between responses; a difference in length alone teaches the policy nothing."""
+        return len({score.correctness if score.earned is None else score.earned for score in self.scores}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.checkpoint.safetensors_header import shape_faults
 from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
+from megatron_hapo.config.scorer_names import function_of, is_file, is_own
 from megatron_hapo.data.hub_rows import is_hub_name
 from megatron_hapo.data.problems import file_faults
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
@@ -68,9 +69,18 @@ def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
     for key, source in config.data.sources:
         if reads_hub or not (isinstance(source, FileData) and any(map(is_hub_name, source.paths))):
             faults += _data_faults(key, source)
+    faults += _reward_faults(config)
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
+
+
+def _reward_faults(config: Config) -> Iterator[Fault]:
+    """Files of the user's own rewards that do not exist; what is in them is checked in a reward worker."""
+    for scorer, key in config.reward.used_scorers(config.data).items():
+        target, _ = function_of(scorer)
+        if is_own(scorer) and is_file(target) and not Path(target).is_file():
+            yield Fault(key, f"no such file: {target}")
 
 
 def _output_faults(config: Config) -> Iterator[Fault]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,11 +20,15 @@ from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import generate_scored, training_sampling
 from megatron_hapo.types import Prompt, ScoredGroup, pack_groups
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
 """Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by dtype; at bfloat16 the kernels
 of the two sides round differently."""
+SHOWN_RESPONSES = 8
 
-Verdict = Literal["ok", "warning", "fault"]
+Verdict = Literal["ok", "warning", "fault", "response"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ def rehearse(
     turns: MemoryTurns,
     rewards: RewardPool,
     prompts: Sequence[Prompt],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Finding]:
     """The findings of a verified sync, rollouts with and without adaptive temperature, rewards and trainer log-probs.
 
@@ -64,6 +70,7 @@ def rehearse(
         Finding("ok", f"entropy: mean {entropy['entropy/mean']:.3f} nats, pivot {entropy['entropy/pivot']:.3f}")
     )
     findings += group_findings(groups)
+    findings += response_findings(groups, tokenizer)
     if steered := steering(config.algorithm, stats):
         turns.to_engines(policy_version=0)
         groups = generate_scored(pool, rewards, prompts, replace(sampling, adaptive=steered), clock)
@@ -74,6 +81,20 @@ def rehearse(
         steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)
         findings += [Finding(f.verdict, f"at the adaptive temperature, {f.message}") for f in steered_findings]
     return findings
+
+
+def response_findings(groups: Sequence[ScoredGroup], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """SHOWN_RESPONSES responses with their rewards and parts, of as many prompts as possible."""
+    scored = [list(zip(group.rollouts, group.scores, strict=True)) for group in groups]
+    by_sample = [pair for sample in zip(*scored, strict=True) for pair in sample]
+    for rollout, score in by_sample[:SHOWN_RESPONSES]:
+        text = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)
+        shown = text if len(text) <= 120 else f"...{text[-117:]}"
+        parts = "".join(f", {name} {value:g}" for name, value in score.parts.items())
+        failed = f", {score.failure}" if score.failure else ""
+        truth = rollout.prompt.ground_truth
+        truth = truth if len(truth) <= 40 else f"{truth[:37]}..."
+        yield Finding("response", f"reward {score.reward:g}{parts}{failed}; truth {truth!r}: {shown!r}")
 
 
 def hub_findings(folder: Path) -> Iterator[Finding]:

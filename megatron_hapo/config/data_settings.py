@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from megatron_hapo.config.data_sources import ArithmeticData, EvalData, FileData, Scorer, TaskData, TrainData
+from megatron_hapo.config.data_sources import ArithmeticData, EvalData, EvalSet, FileData, TaskData, TrainData
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import NonNegativeInt, PositiveInt, Seconds, Section
+from megatron_hapo.config.scorer_names import Scorer
+from megatron_hapo.config.section import (
+    ONE,
+    SEVERAL,
+    NonNegativeInt,
+    PositiveInt,
+    Seconds,
+    Section,
+    one_or_several,
+)
 
 Source = FileData | TaskData | ArithmeticData
 """One source of prompts, in whatever place of the config."""
@@ -78,6 +87,7 @@ class DataConfig(Section):
 
 
 Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class OverlongConfig(Section):
@@ -91,15 +101,24 @@ class OverlongConfig(Section):
 
 
 class RewardConfig(Section):
-    """Rewards, and the processes that compute them."""
+    """Rewards, and the processes that compute them; docs/rewards.md shows examples."""
 
-    scorer: Scorer = "auto"
+    scorer: Annotated[
+        Annotated[Scorer, Tag(ONE)]
+        | Annotated[Annotated[tuple[Scorer, ...], Field(min_length=1, max_length=16)], Tag(SEVERAL)],
+        Discriminator(one_or_several),
+    ] = "auto"
     """`auto`: chosen by the data source. `math`: math-verify. `exact`: the text after the last 'answer' must match.
-    `reasoning_gym`: the task's own scorer."""
+    `reasoning_gym`: the task's own scorer. FILE.py:NAME or MODULE:NAME: a function of your own; the file's path is
+    relative to the config file. A list: several, whose weighted sum is the reward; accuracy is the first one's."""
+    weights: tuple[Weight, ...] | None = None
+    """Weight of each scorer in a list. `None`: 1 each."""
+    scorers: dict[str, Scorer] = Field(default_factory=dict)
+    """The scorer of each data source by its name, e.g. {openai/gsm8k: math}; other data sources have `scorer`."""
     correct: Reward = 1.0
-    """Reward of a correct response."""
+    """Reward of a correct response, where a built-in scorer judges alone."""
     wrong: Reward = -1.0
-    """Reward of a wrong response."""
+    """Reward of a wrong response there, and of a response that could not be scored."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 2
     """Number of reward processes."""
     timeout_seconds: Seconds = 10.0
@@ -110,6 +129,22 @@ class RewardConfig(Section):
     """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A
     response can then run code with the rights of the user who trains."""
     overlong: OverlongConfig = OverlongConfig()
+
+    @property
+    def default_scorers(self) -> dict[str, float | None]:
+        """The scorers of `scorer` with their weights; a single scorer has none."""
+        if isinstance(self.scorer, str):
+            return {self.scorer: None}
+        return dict(zip(self.scorer, self.weights or (1.0,) * len(self.scorer), strict=False))
+
+    def used_scorers(self, data: DataConfig) -> dict[str, str]:
+        """Every scorer that the config names, with the setting that names it."""
+        named = dict.fromkeys(self.default_scorers, "reward.scorer")
+        named |= {scorer: f"reward.scorers.{source}" for source, scorer in self.scorers.items()}
+        for name, source in data.eval_sets.items():
+            if isinstance(source, EvalSet) and source.scorer is not None:
+                named.setdefault(source.scorer, f"data.eval.{name}.scorer")
+        return named
 
     def contradictions(self, *, max_response_tokens: int, data: DataConfig) -> Iterator[Fault]:
         """Rewards that do not fit each other, the longest response or the data."""
@@ -126,10 +161,27 @@ class RewardConfig(Section):
                 f"must be greater than reward.wrong={self.wrong}, got {self.correct}",
                 ("reward.wrong",),
             )
+        yield from self._weight_faults()
         for key, source in data.sources:
-            if self.scorer == "reasoning_gym" and source.type != "reasoning_gym":
+            if "reasoning_gym" in self.default_scorers and source.type != "reasoning_gym":
                 yield Fault(
                     "reward.scorer",
                     f"reasoning_gym cannot score {key}.type={source.type}; use auto, which chooses by the data source",
                     (f"{key}.type",),
                 )
+
+    def _weight_faults(self) -> Iterator[Fault]:
+        """Scorers and weights that do not fit each other."""
+        several = () if isinstance(self.scorer, str) else self.scorer
+        if len(set(several)) < len(several):
+            yield Fault("reward.scorer", "must not name a scorer twice")
+        if self.weights is None:
+            return
+        if not several:
+            yield Fault("reward.weights", "has no effect: reward.scorer is not a list", ("reward.scorer",))
+        elif len(self.weights) != len(several):
+            yield Fault(
+                "reward.weights",
+                f"must be one for each of the {len(several)} scorers, got {len(self.weights)}",
+                ("reward.scorer",),
+            )

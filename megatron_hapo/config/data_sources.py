@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from megatron_hapo.config.scorer_names import Scorer
 from megatron_hapo.config.section import (
     NAMED,
     ONE,
@@ -21,9 +22,6 @@ from megatron_hapo.config.section import (
     one_or_named,
     one_or_several,
 )
-
-Scorer = Literal["auto", "math", "exact", "reasoning_gym"]
-"""The scorers that `reward.scorer` describes."""
 
 
 def _with_placeholder(template: str) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_hapo.config.scorer_names import with_located_scorers
 from megatron_hapo.config.section import is_named, path_fault
 from megatron_hapo.config.time_limit import time_limit
 from megatron_hapo.config.yaml_text import MAX_DEPTH, UnreadableYamlError, parse_yaml, read_yaml
@@ -104,7 +105,7 @@ def _file_layers(
             break
         else:
             layers += _file_layers(path.parent / name, faults, read, including=(*including, resolved))
-    return [*layers, (str(path), layer)]
+    return [*layers, (str(path), with_located_scorers(layer, path.parent))]
 
 
 def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _parse_overrides(overrides: Sequence[str], faults: list[str]) -> dict[str, A
             faults.append(f"{COMMAND_LINE}: {shown}: {error}")
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError, ArithmeticError, LookupError) as error:
             faults.append(f"{COMMAND_LINE}: {shown}: cannot be read: {one_line(error)}")
-    return merged
+    return with_located_scorers(merged, Path())
 
 
 def _resolve(raw: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_hapo.checkpoint.hf_reader import HfReader
 from megatron_hapo.checkpoint.manifest import check_manifest
 from megatron_hapo.checkpoint.model_folder import model_fingerprint
+from megatron_hapo.checks.own_rewards import ROWS, check_own_rewards
 from megatron_hapo.config import Config
 from megatron_hapo.data.job_prompts import evaluation_prompts
 from megatron_hapo.data.prompts import load_tokenizer
@@ -50,6 +51,7 @@ def run_evaluations(configs: Mapping[str, Config], output: Path) -> dict[str, di
         for label, config in configs.items():
             tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
             sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
+            check_own_rewards(config, [prompt for part in sets for prompt in part.prompts[:ROWS]])
             folder = output / _folder_name(config.model.path)
             files = [ResultFile(folder, part, _settings(config, part)) for part in sets]
             if any(file.missing() for file in files):

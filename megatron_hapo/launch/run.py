@@ -16,6 +16,7 @@ import ray
 
 from megatron_hapo.checkpoint.disk_space import check_disk_space
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
+from megatron_hapo.checks.own_rewards import ROWS, check_own_rewards
 from megatron_hapo.checks.rehearsal import Finding, hub_findings, rehearse
 from megatron_hapo.config import Config, dump_config
 from megatron_hapo.data.job_prompts import evaluation_prompts, training_prompts
@@ -98,6 +99,7 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     prompts = training_prompts(config, tokenizer)
     eval_sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
     first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
+    check_own_rewards(config, [*prompts.next(ROWS), *(prompt for part in eval_sets for prompt in part.prompts[:ROWS])])
     checkpoints = _open_checkpoints(config, resume=resume)
     check_disk_space(
         num_parameters(read_shape(config.model.path)),
@@ -194,9 +196,12 @@ def run_check(config: Config, *, prompts: int) -> list[Finding]:
     findings = list(hub_findings(config.model.path))
     if any(finding.verdict == "fault" for finding in findings):
         return findings
+    prompts_tried = sampler.next(prompts)
+    findings += [Finding("warning", warning) for warning in check_own_rewards(config, prompts_tried)]
     with open_parts(config, RayLauncher(config, device=resolve_device(config))) as parts:
-        prompts_tried = sampler.next(prompts)
-        return findings + rehearse(config, parts.trainer, parts.pool, parts.turns, parts.rewards, prompts_tried)
+        return findings + rehearse(
+            config, parts.trainer, parts.pool, parts.turns, parts.rewards, prompts_tried, tokenizer=tokenizer
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +243,9 @@ def open_rollouts(
         placements: of each engine; None leaves it to Ray.
         read_weights: whether the engines read the model folder; otherwise a sync must bring the weights.
     """
-    with ProcessRewardPool(config.reward, config.model.path, config.rollout.max_response_tokens) as rewards:
+    scorers = config.reward.used_scorers(config.data)
+    longest = config.rollout.max_response_tokens
+    with ProcessRewardPool(config.reward, config.model.path, longest, scorers=scorers) as rewards:
         pool = RayRolloutPool(config, device=resolve_device(config), placements=placements, read_weights=read_weights)
         try:
             yield pool, rewards

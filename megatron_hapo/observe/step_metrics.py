@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_hapo.types import EntropyStats, ScoredGroup, TokenScores, TrainBatch
+from megatron_hapo.types import EntropyStats, Score, ScoredGroup, TokenScores, TrainBatch
 
 MISMATCH_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 
@@ -56,6 +56,7 @@ def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "reward/mean": float(np.mean([score.reward for score in scores])),
         "reward/accuracy": float(np.mean([score.correct for score in scores])),
         "reward/failures": sum(score.failure is not None for score in scores),
+        **part_metrics(scores),
         "rollout/informative_groups": float(np.mean([group.informative for group in groups])),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
@@ -65,6 +66,12 @@ def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "temperature/max": float(temperatures.max()),
         "num_response_tokens": float(lengths.sum()),
     }
+
+
+def part_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """The mean of each named part of the rewards, over the responses that have it."""
+    names = sorted({name for score in scores for name in score.parts})
+    return {f"reward/{name}": float(np.mean([s.parts[name] for s in scores if name in s.parts])) for name in names}
 
 
 def staleness(groups: Sequence[ScoredGroup], step: int) -> float:

@@ -18,20 +18,23 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from megatron_hapo.config import RewardConfig
+from megatron_hapo.config.scorer_names import is_own
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.errors import RewardError
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
-from megatron_hapo.reward import scorers
+from megatron_hapo.reward.composition import Earned, earned, job_of, scorers_of
 from megatron_hapo.reward.frames import FrameReader, encode_frame
+from megatron_hapo.reward.own_scorer import readable_folders
 from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
+from megatron_hapo.reward.scorers import overlong_penalty, voted_answer
 from megatron_hapo.reward.worker import Job, Outcome, WorkerSettings, parse_outcome
-from megatron_hapo.types import Rollout, Score, ScoringFailure
+from megatron_hapo.types import Prompt, Rollout, Score, ScoringFailure
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ GRACE_SECONDS = 10.0
 MAX_FAILED_STARTS = 3
 """Consecutive failed starts that are tolerated: one may be bad luck, e.g. an idle worker that the OOM killer chose."""
 MAX_MESSAGE_BYTES = 1 << 14
+MIN_RESPONSES_OF_BROKEN = 4
+"""A function of the user's own that fails on all of at least this many responses ends the run."""
 
 _KEPT_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ")
 """The only variables that a worker inherits: none is secret, and loading libraries and decoding text need them."""
@@ -55,21 +60,27 @@ class ProcessRewardPool:
         RewardError: workers do not start, or would have to evaluate answers without isolation.
     """
 
-    def __init__(self, config: RewardConfig, tokenizer_path: Path | str, max_response_tokens: int):
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer_path: Path | str,
+        max_response_tokens: int,
+        *,
+        scorers: Collection[str] = (),
+    ):
+        """
+        Args:
+            scorers: those of the config's evaluation sets (`RewardConfig.used_scorers`).
+        """
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._lock = threading.Lock()  # a step generated ahead is scored beside an evaluation
-        self._pool = WorkerPool(
-            num_workers=config.workers,
-            timeout_seconds=config.timeout_seconds,
-            memory_bytes=config.memory_bytes,
-            allow_unisolated=config.allow_unisolated,
-        )
+        self._pool = open_workers(config, scorers)
         try:
             isolation = self._pool.isolation()
             logger.info("isolation of reward workers: %s", isolation)
-            if not isolation.any and not config.allow_unisolated and config.scorer == "math":
+            if not isolation.any and not config.allow_unisolated and "math" in config.default_scorers:
                 raise RewardError(unisolated_message("Answers", isolation))
         except BaseException:
             self._pool.close()
@@ -78,14 +89,10 @@ class ProcessRewardPool:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """A score for each rollout, in their order."""
         texts = self._tokenizer.batch_decode([r.response_ids.tolist() for r in rollouts], skip_special_tokens=True)
-        jobs = [
-            Job(text, rollout.prompt.ground_truth, rollout.prompt.data_source, self._scorer_of(rollout))
-            for text, rollout in zip(texts, rollouts, strict=True)
-        ]
         with self._lock:
-            outcomes = self._pool.run(jobs)
-        _log_failures(rollouts, outcomes)
-        return [self._score(*scored) for scored in zip(rollouts, texts, outcomes, strict=True)]
+            results = score_texts(self._pool, self._config, [rollout.prompt for rollout in rollouts], texts)
+        _log_failures(rollouts, [result.outcome for result in results])
+        return [self._score(*scored) for scored in zip(rollouts, texts, results, strict=True)]
 
     def start_profile(self) -> None:
         """Start recording what each worker does."""
@@ -106,24 +113,72 @@ class ProcessRewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _scorer_of(self, rollout: Rollout) -> scorers.Scorer:
-        return cast(scorers.Scorer, rollout.prompt.scorer or self._config.scorer)
-
-    def _score(self, rollout: Rollout, text: str, outcome: Outcome) -> Score:
-        config = self._config
-        penalty = scorers.overlong_penalty(
+    def _score(self, rollout: Rollout, text: str, result: Earned) -> Score:
+        config, outcome = self._config, result.outcome
+        penalty = overlong_penalty(
             len(rollout.response_ids),
             max_response_tokens=self._max_response_tokens,
             buffer_tokens=config.overlong.buffer_tokens,
             factor=config.overlong.factor,
         )
-        earned = config.wrong + outcome.correctness * (config.correct - config.wrong)
         return Score(
-            reward=earned + penalty,
+            reward=result.reward + penalty,
             correctness=outcome.correctness,
             failure=outcome.failure,
-            answer=scorers.voted_answer(text),
+            answer=voted_answer(text),
+            earned=result.reward if result.differs else None,
+            parts=outcome.parts,
         )
+
+
+def open_workers(config: RewardConfig, scorers: Collection[str] = ()) -> WorkerPool:
+    """The worker processes of a config.
+
+    Args:
+        scorers: those that the config names elsewhere than in `reward`.
+    """
+    own = {*config.default_scorers, *config.scorers.values(), *scorers}
+    return WorkerPool(
+        num_workers=config.workers,
+        timeout_seconds=config.timeout_seconds,
+        memory_bytes=config.memory_bytes,
+        allow_unisolated=config.allow_unisolated,
+        readable=readable_folders(own),
+    )
+
+
+def score_texts(
+    pool: WorkerPool, config: RewardConfig, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[Earned]:
+    """What the response to each prompt earned, by all of its scorers.
+
+    Raises:
+        RewardError: see `WorkerPool.run`; or a function of the user's own failed on every response.
+    """
+    weights = [scorers_of(prompt, config) for prompt in prompts]
+    jobs = [
+        job_of(prompt, text, scorer)
+        for prompt, text, its_scorers in zip(prompts, texts, weights, strict=True)
+        for scorer in its_scorers
+    ]
+    outcomes = pool.run(jobs)
+    _refuse_broken_scorers(jobs, outcomes)
+    remaining = iter(outcomes)
+    return [earned(its_scorers, [*islice(remaining, len(its_scorers))], config) for its_scorers in weights]
+
+
+def _refuse_broken_scorers(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
+    """Raise RewardError if a function of the user's own raised an error on all of several responses."""
+    failures: dict[str, list[Outcome]] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if is_own(job.scorer):
+            failures.setdefault(job.scorer, []).append(outcome)
+    for scorer, its_outcomes in failures.items():
+        if len(its_outcomes) >= MIN_RESPONSES_OF_BROKEN and all(o.failure == "crash" for o in its_outcomes):
+            raise RewardError(
+                f"{scorer}: failed on all of {len(its_outcomes)} responses, the first time with: "
+                f"{its_outcomes[0].reason}"
+            )
 
 
 def _log_failures(rollouts: Sequence[Rollout], outcomes: Sequence[Outcome]) -> None:
@@ -160,18 +215,21 @@ class WorkerPool:
         memory_bytes: int,
         allow_unisolated: bool = False,
         module: str = "megatron_hapo.reward.scorers",
+        readable: tuple[Path, ...] = (),
     ):
         """
         Args:
             timeout_seconds: limit for each response; scoring that takes longer is killed.
             memory_bytes: limit of a worker's address space.
             module: see worker.WorkerSettings.
+            readable: folders that scorers may read, in addition to those that Python needs.
         """
         settings = WorkerSettings(
             module=module,
             timeout_seconds=timeout_seconds,
             memory_bytes=memory_bytes,
             allow_unisolated=allow_unisolated,
+            readable=readable,
         )
         self._timeout_seconds = timeout_seconds
         self._spawn: Callable[[], _Worker] = lambda: _Worker(settings)
@@ -225,6 +283,8 @@ class WorkerPool:
         """Receive what busy workers send next, and replace those that failed."""
         self._receive(outcomes)
         for index, worker in enumerate(self._workers):
+            if worker.unusable:
+                raise RewardError(worker.unusable)
             if worker.refused:
                 assert worker.isolation is not None, "a worker refuses after it has reported its isolation"
                 raise RewardError(unisolated_message(worker.refused, worker.isolation))
@@ -298,6 +358,8 @@ class _Worker:
         self.isolation: Isolation | None = None
         self.refused = ""
         """Which responses it refused to evaluate without isolation; empty if none."""
+        self.unusable = ""
+        """Which scorer cannot be used, and why; empty if none."""
         self.idle = False
         self.scoring = False
         """Whether it has begun to score its chunk; stays True when the chunk is finished."""
@@ -328,7 +390,7 @@ class _Worker:
         self.rows = deque(rows)
         self.renew_deadline(START_SECONDS)
         try:
-            self._socket.sendall(encode_frame([astuple(job) for job in jobs]))
+            self._socket.sendall(encode_frame([_fields(job) for job in jobs]))
         except OSError:
             self._dead = True
 
@@ -373,3 +435,9 @@ class _Worker:
             self.scoring = True
         elif "refused" in message:
             self.refused = str(message["refused"])
+        elif "unusable" in message:
+            self.unusable = str(message["unusable"])
+
+
+def _fields(job: Job) -> list[Any]:
+    return [job.response, job.ground_truth, job.data_source, job.scorer, dict(job.row)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import logging
 import math
 import os
@@ -11,10 +12,14 @@ import signal
 import socket
 import struct
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hapo.config.scorer_names import is_own
 from megatron_hapo.reward.frames import encode_frame, receive_frame
+from megatron_hapo.reward.own_scorer import OwnScorerError, load_own_scorer, own_reward, read_result
 from megatron_hapo.reward.sandbox import (
     EXIT_OUT_OF_MEMORY,
     Ending,
@@ -25,13 +30,12 @@ from megatron_hapo.reward.sandbox import (
     python_paths,
 )
 
-if TYPE_CHECKING:  # they import numpy, which the outer process does not need
-    from megatron_hapo.reward.scorers import Scorer
+if TYPE_CHECKING:  # it imports numpy, which the outer process does not need
     from megatron_hapo.types import ScoringFailure
 
 MAX_REASON_CHARACTERS = 300
 
-_SCORED, _FAILED = b"s", b"f"
+_SCORED, _OWN, _FAILED = b"s", b"o", b"f"
 _SCORE = struct.Struct("!d")
 
 
@@ -42,7 +46,9 @@ class Job:
     response: str
     ground_truth: str
     data_source: str
-    scorer: Scorer
+    scorer: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The columns of its row, only for a scorer of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,10 @@ class Outcome:
     failure: ScoringFailure | None = None
     reason: str = ""
     """Why it failed, for the log."""
+    total: float | None = None
+    """The reward, if a scorer of the user's own gave it."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Its named parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,8 @@ class WorkerSettings:
     memory_bytes: int
     """Limit of the address space."""
     allow_unisolated: bool
+    readable: tuple[Path, ...] = ()
+    """Folders that scorers may read, in addition to those that Python needs."""
 
     def arguments(self, descriptor: int) -> list[str]:
         """The command line of `main`, with the descriptor of the worker's socket."""
@@ -76,17 +88,19 @@ class WorkerSettings:
             str(self.timeout_seconds),
             str(self.memory_bytes),
             str(int(self.allow_unisolated)),
+            *map(str, self.readable),
         ]
 
     @staticmethod
     def parse(arguments: list[str]) -> tuple[int, WorkerSettings]:
         """The descriptor and the settings in a command line made by `arguments`."""
-        descriptor, module, timeout_seconds, memory_bytes, allow_unisolated = arguments
+        descriptor, module, timeout_seconds, memory_bytes, allow_unisolated, *readable = arguments
         return int(descriptor), WorkerSettings(
             module=module,
             timeout_seconds=float(timeout_seconds),
             memory_bytes=int(memory_bytes),
             allow_unisolated=bool(int(allow_unisolated)),
+            readable=tuple(map(Path, readable)),
         )
 
 
@@ -96,7 +110,7 @@ def main() -> None:
     # Ctrl-C, and torchrun's SIGTERM to the process group, are for the driver, which then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    policy = Policy(readable=python_paths(), memory_bytes=settings.memory_bytes)
+    policy = Policy(readable=(*python_paths(), *settings.readable), memory_bytes=settings.memory_bytes)
     sandbox = enter_sandbox(policy, lifeline=descriptor)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; ours is on
     _Server(socket.socket(fileno=descriptor), importlib.import_module(settings.module), sandbox, settings).serve()
@@ -108,12 +122,15 @@ def parse_outcome(message: Any) -> Outcome:
     Raises:
         ValueError: the message is not a valid outcome.
     """
-    if not isinstance(message, list) or len(message) != 3:
-        raise ValueError("an outcome must have three fields")
-    correctness, failure, reason = message
+    if not isinstance(message, list) or len(message) != 5:
+        raise ValueError("an outcome must have five fields")
+    correctness, failure, reason, total, parts = message
     if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARACTERS or failure not in (None, "timeout", "crash"):
         raise ValueError("an outcome's failure must be None, timeout or crash, and its reason a short string")
-    return Outcome(_checked_score(correctness), failure, reason)
+    if total is None:
+        return Outcome(_checked_score(correctness), failure, reason)
+    reward = read_result({**parts, "total": total})
+    return Outcome(_checked_score(correctness), failure, reason, reward.total, reward.parts)
 
 
 class _Server:
@@ -132,9 +149,13 @@ class _Server:
             if refusal:
                 self._send({"refused": refusal})
                 return
-            needed = {self._scorers.resolve_scorer(job.scorer, job.data_source) for job in jobs}
+            needed = {self._resolved(job) for job in jobs}
             for scorer in needed - loaded:
-                self._scorers.preload(scorer)
+                try:
+                    load_own_scorer(scorer) if is_own(scorer) else self._scorers.preload(scorer)
+                except OwnScorerError as error:
+                    self._send({"unusable": f"{scorer}: {_printable(str(error))}"})
+                    return
                 gc.collect()
                 gc.freeze()  # garbage collection in a child then leaves the pages shared with this process untouched
             loaded |= needed
@@ -143,7 +164,10 @@ class _Server:
             self._send({"started": True})
             for job in jobs:
                 outcome = self._outcome(job)
-                self._send([outcome.correctness, outcome.failure, outcome.reason])
+                self._send([outcome.correctness, outcome.failure, outcome.reason, outcome.total, outcome.parts])
+
+    def _resolved(self, job: Job) -> str:
+        return job.scorer if is_own(job.scorer) else self._scorers.resolve_scorer(job.scorer, job.data_source)
 
     def _send(self, message: Any) -> None:
         self._connection.sendall(encode_frame(message))
@@ -152,10 +176,13 @@ class _Server:
         """Which of these responses must not be scored without isolation; empty if all may be scored."""
         if self._sandbox.isolation.any or self._settings.allow_unisolated:
             return ""
-        evaluated = next((job for job in jobs if self._scorers.evaluates(job.scorer, job.data_source)), None)
+        built_in = (job for job in jobs if not is_own(job.scorer))
+        evaluated = next((job for job in built_in if self._scorers.evaluates(job.scorer, job.data_source)), None)
         return "" if evaluated is None else f"Answers to {evaluated.data_source} (scorer {evaluated.scorer})"
 
     def _outcome(self, job: Job) -> Outcome:
+        if is_own(job.scorer):
+            return self._own_outcome(job)
         fields = (job.response, job.ground_truth, job.data_source)
         try:
             settled = self._scorers.settle(*fields, scorer=job.scorer)
@@ -177,6 +204,19 @@ class _Server:
         seconds = self._settings.timeout_seconds
         return _read(self._sandbox.run(judge, timeout_seconds=seconds, max_bytes=2048), seconds)
 
+    def _own_outcome(self, job: Job) -> Outcome:
+        row = {**job.row, "ground_truth": job.ground_truth, "data_source": job.data_source}
+
+        def judge() -> bytes:
+            try:
+                reward = own_reward(job.scorer, job.response, row)
+                return _OWN + json.dumps({**reward.parts, "total": reward.total}).encode()
+            except OwnScorerError as error:
+                return _FAILED + _printable(str(error)).encode()
+
+        seconds = self._settings.timeout_seconds
+        return _read(self._sandbox.run(judge, timeout_seconds=seconds, max_bytes=8192), seconds)
+
 
 def _read(ending: Ending, timeout_seconds: float) -> Outcome:
     """The outcome of a confined call. Its output may be hostile, and affects only its own response."""
@@ -192,7 +232,10 @@ def _read(ending: Ending, timeout_seconds: float) -> Outcome:
     try:
         if kind == _SCORED:
             return Outcome(_checked_score(_SCORE.unpack(body)[0]))
-    except (ValueError, struct.error):
+        if kind == _OWN:
+            reward = read_result(json.loads(body))
+            return Outcome(reward.correctness, total=reward.total, parts=reward.parts)
+    except (ValueError, RecursionError, struct.error):
         pass
     return Outcome(0.0, "crash", "the scorer's output is not a score in [0, 1]")
 
