@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from megatron_hapo.config.section import MAX_RANKS
@@ -55,7 +57,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-hapo", description="HAPO reinforcement learning at Megatron scale")
+    parser.add_argument("--version", action="version", version=f"megatron-hapo {version('megatron-hapo')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    init = commands.add_parser(
+        "init",
+        help="write a first job, ready to run",
+        description="Write data, a reward, a config and a small model into a new folder; each can be replaced by your "
+        "own.",
+    )
+    init.add_argument("folder", type=path_argument, metavar="FOLDER", help="new folder")
+    init.set_defaults(run=_init)
 
     train = commands.add_parser("train", help="train a model", description="Check a config, then train.")
     _add_config(train)
@@ -225,6 +237,13 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="settings that override the file, e.g. optimizer.lr=1e-6",
     )
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.data.new_job import write_job
+
+    write_job(arguments.folder)
+    print(f"next: cd {shlex.quote(str(arguments.folder))} && megatron-hapo train config.yaml")
 
 
 def _train(arguments: argparse.Namespace) -> None:
