@@ -11,6 +11,7 @@ from megatron_hapo.config.scorer_names import is_own
 from megatron_hapo.errors import RewardError
 from megatron_hapo.reward.composition import job_of, scorers_of
 from megatron_hapo.reward.pool import open_workers
+from megatron_hapo.reward.programs import CodeTestsError, tests_of_row
 from megatron_hapo.reward.worker import Job, Outcome
 from megatron_hapo.types import Prompt
 
@@ -55,6 +56,7 @@ def check_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     Raises:
         RewardError: a function cannot be imported or called, or fails on every response.
     """
+    _check_tests(config, prompts)
     tried = try_own_rewards(config, prompts)
     for scorer in tried:
         if len(scorer.failures) == len(scorer.outcomes):
@@ -63,6 +65,16 @@ def check_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     for warning in warnings:
         logger.warning("%s", warning)
     return warnings
+
+
+def _check_tests(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Raise RewardError if rows whose programs are to be tested have no tests."""
+    for prompt in prompts:
+        if "code" in scorers_of(prompt, config.reward):
+            try:
+                tests_of_row(prompt.ground_truth, prompt.columns)
+            except CodeTestsError as error:
+                raise RewardError(f"scorer code: row {prompt.uid}: {error}") from None
 
 
 def try_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[TriedScorer]:
@@ -74,7 +86,7 @@ def try_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[TriedScor
             rows[scorer] = rows.get(scorer, 0) + 1
             if rows[scorer] <= ROWS:
                 texts = sample_responses(prompt.ground_truth)
-                jobs.setdefault(scorer, []).extend(job_of(prompt, text, scorer) for text in texts)
+                jobs.setdefault(scorer, []).extend(job_of(prompt, text, scorer, config.reward) for text in texts)
     if not jobs:
         return []
     pool = open_workers(config.reward.model_copy(update={"workers": 1}), tuple(jobs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -100,6 +100,15 @@ class OverlongConfig(Section):
     """Largest penalty."""
 
 
+class CodeConfig(Section):
+    """How programs are tested by the scorer `code`; docs/rewards.md shows the layouts of tests."""
+
+    credit: Literal["all_or_nothing", "share"] = "all_or_nothing"
+    """`all_or_nothing`: a program is correct if it passes all tests. `share`: the share of tests that it passes."""
+    test_seconds: Seconds = 6.0
+    """A test that runs longer has failed. All tests of a program together have reward.timeout_seconds."""
+
+
 class RewardConfig(Section):
     """Rewards, and the processes that compute them; docs/rewards.md shows examples."""
 
@@ -109,8 +118,9 @@ class RewardConfig(Section):
         Discriminator(one_or_several),
     ] = "auto"
     """`auto`: chosen by the data source. `math`: math-verify. `exact`: the text after the last 'answer' must match.
-    `reasoning_gym`: the task's own scorer. FILE.py:NAME or MODULE:NAME: a function of your own; the file's path is
-    relative to the config file. A list: several, whose weighted sum is the reward; accuracy is the first one's."""
+    `reasoning_gym`: the task's own scorer. `code`: runs the program on the row's tests. FILE.py:NAME or MODULE:NAME: a
+    function of your own; the file's path is relative to the config file. A list: several, whose weighted sum is the
+    reward; accuracy is the first one's."""
     weights: tuple[Weight, ...] | None = None
     """Weight of each scorer in a list. `None`: 1 each."""
     scorers: dict[str, Scorer] = Field(default_factory=dict)
@@ -128,6 +138,7 @@ class RewardConfig(Section):
     allow_unisolated: bool = False
     """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A
     response can then run code with the rights of the user who trains."""
+    code: CodeConfig = CodeConfig()
     overlong: OverlongConfig = OverlongConfig()
 
     @property
@@ -162,6 +173,8 @@ class RewardConfig(Section):
                 ("reward.wrong",),
             )
         yield from self._weight_faults()
+        if self.code != CodeConfig() and "code" not in self.used_scorers(data):
+            yield Fault("reward.code", "has no effect: no scorer is code", ("reward.scorer", "reward.scorers"))
         for key, source in data.sources:
             if "reasoning_gym" in self.default_scorers and source.type != "reasoning_gym":
                 yield Fault(

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_hapo.config.section import path_fault
 
-BUILT_IN_SCORERS = ("auto", "math", "exact", "reasoning_gym")
+BUILT_IN_SCORERS = ("auto", "math", "exact", "reasoning_gym", "code")
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 

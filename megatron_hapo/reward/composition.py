@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_hapo.config import RewardConfig
 from megatron_hapo.config.scorer_names import function_of, is_own
+from megatron_hapo.reward.programs import CodeTestsError, share_passed, tests_of_row
 from megatron_hapo.reward.worker import Job, Outcome
 from megatron_hapo.types import Prompt
 
@@ -30,10 +32,25 @@ def scorers_of(prompt: Prompt, config: RewardConfig) -> dict[str, float | None]:
     return {single: None} if single is not None else config.default_scorers
 
 
-def job_of(prompt: Prompt, response: str, scorer: str) -> Job:
-    """The job of one scorer on one response."""
-    row = prompt.columns if is_own(scorer) else {}
-    return Job(response, prompt.ground_truth, prompt.data_source, scorer, row)
+def job_of(prompt: Prompt, response: str, scorer: str, config: RewardConfig) -> Job:
+    """The job of one scorer on one response. That of `code` holds the tests without their results."""
+    if scorer != "code":
+        row = prompt.columns if is_own(scorer) else {}
+        return Job(response, prompt.ground_truth, prompt.data_source, scorer, row)
+    try:
+        tests = tests_of_row(prompt.ground_truth, prompt.columns).for_worker()
+    except CodeTestsError as error:
+        return Job(response, "", prompt.data_source, scorer, {"fault": str(error)})
+    how = {"test_seconds": config.code.test_seconds, "stop_at_failure": config.code.credit == "all_or_nothing"}
+    return Job(response, "", prompt.data_source, scorer, tests | how)
+
+
+def graded(prompt: Prompt, scorer: str, outcome: Outcome, config: RewardConfig) -> Outcome:
+    """The outcome with its correctness: that of a program follows from the results of its tests."""
+    if scorer != "code" or outcome.failure is not None:
+        return outcome
+    share = share_passed(tests_of_row(prompt.ground_truth, prompt.columns), outcome.digests)
+    return replace(outcome, correctness=share if config.code.credit == "share" else float(share == 1), digests=())
 
 
 def earned(weights: dict[str, float | None], outcomes: Sequence[Outcome], config: RewardConfig) -> Earned:

@@ -28,7 +28,7 @@ from megatron_hapo.config.scorer_names import is_own
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.errors import RewardError
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
-from megatron_hapo.reward.composition import Earned, earned, job_of, scorers_of
+from megatron_hapo.reward.composition import Earned, earned, graded, job_of, scorers_of
 from megatron_hapo.reward.frames import FrameReader, encode_frame
 from megatron_hapo.reward.own_scorer import readable_folders
 from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
@@ -157,13 +157,14 @@ def score_texts(
     """
     weights = [scorers_of(prompt, config) for prompt in prompts]
     jobs = [
-        job_of(prompt, text, scorer)
+        job_of(prompt, text, scorer, config)
         for prompt, text, its_scorers in zip(prompts, texts, weights, strict=True)
         for scorer in its_scorers
     ]
     outcomes = pool.run(jobs)
     _refuse_broken_scorers(jobs, outcomes)
-    remaining = iter(outcomes)
+    judged = [(prompt, scorer) for prompt, its_scorers in zip(prompts, weights, strict=True) for scorer in its_scorers]
+    remaining = iter([graded(*of, outcome, config) for of, outcome in zip(judged, outcomes, strict=True)])
     return [earned(its_scorers, [*islice(remaining, len(its_scorers))], config) for its_scorers in weights]
 
 

@@ -72,6 +72,11 @@ class Isolation:
         return not (self.namespaces and self.landlock and self.seccomp)
 
     @property
+    def confines_programs(self) -> bool:
+        """Whether a program can neither read files outside the policy nor reach the network."""
+        return not self.namespaces or not (self.landlock or self.seccomp)
+
+    @property
     def limits_reading(self) -> bool:
         """Whether files outside the policy are unreadable; seccomp cannot see paths."""
         return not (self.namespaces and self.landlock)
@@ -174,18 +179,24 @@ class Sandbox:
         if trial.output != b"confined":
             raise SandboxError(f"a confined process failed to start: {trial.output.decode(errors='replace')}")
 
-    def run(self, function: Callable[[], bytes], *, timeout_seconds: float, max_bytes: int = 4096) -> Ending:
+    def run(
+        self, function: Callable[[], bytes], *, timeout_seconds: float, max_bytes: int = 4096, stdin: bytes = b""
+    ) -> Ending:
         """Call the function in a confined child; returns how the call ended. Nothing that it did or started remains.
 
         Args:
             timeout_seconds: wall-clock limit, at which the child is killed.
             max_bytes: of output; a child that writes more is killed.
+            stdin: what the child reads on descriptor 0.
         """
         ours, theirs = os.pipe()
+        given = _file_of(stdin) if stdin else None
         child = os.fork()
         if child == 0:
-            self._be_child(function, theirs, timeout_seconds)
-        os.close(theirs)
+            self._be_child(function, theirs, timeout_seconds, given)
+        for descriptor in (theirs, given):
+            if descriptor is not None:
+                os.close(descriptor)
         try:
             output, late = _read_all(ours, time.monotonic() + timeout_seconds, max_bytes)
         finally:
@@ -193,11 +204,13 @@ class Sandbox:
             os.close(ours)
         return Ending(output, exit_code, late)
 
-    def _be_child(self, function: Callable[[], bytes], answer: int, timeout_seconds: float) -> NoReturn:
+    def _be_child(
+        self, function: Callable[[], bytes], answer: int, timeout_seconds: float, stdin: int | None
+    ) -> NoReturn:
         code = EXIT_NOT_CONFINED
         try:
             try:
-                self._confine(answer, timeout_seconds)
+                self._confine(answer, timeout_seconds, stdin)
             except Exception as error:
                 os.write(answer, repr(error).encode())
                 os._exit(code)
@@ -211,7 +224,7 @@ class Sandbox:
         finally:
             os._exit(code)  # also after SystemExit: the frames above this one belong to the inner process
 
-    def _confine(self, answer: int, timeout_seconds: float) -> None:
+    def _confine(self, answer: int, timeout_seconds: float, stdin: int | None) -> None:
         """Confine this child to computing. The order matters: a step may need a right that a later step removes."""
         os.setsid()
         if self._root is not None:
@@ -220,7 +233,7 @@ class Sandbox:
         if self._ruleset is not None:
             kernel_calls.landlock_restrict(self._ruleset)
         for descriptor in range(3):
-            os.dup2(self._null, descriptor)
+            os.dup2(self._null if stdin is None or descriptor else stdin, descriptor)
         os.dup2(answer, _ANSWER)
         os.closerange(_ANSWER + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         _lower_limit(resource.RLIMIT_CPU, math.ceil(timeout_seconds) + 1)
@@ -341,6 +354,16 @@ def _guard(inner: int, lifeline: int) -> NoReturn:
     os.kill(inner, signal.SIGKILL)
     os.waitpid(inner, 0)
     os._exit(0)
+
+
+def _file_of(content: bytes) -> int:
+    """A descriptor of a file in memory with this content, at its start."""
+    descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
 
 
 def _read_all(descriptor: int, deadline: float, max_bytes: int) -> tuple[bytes, bool]:

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hapo.config.scorer_names import is_own
 from megatron_hapo.reward.frames import encode_frame, receive_frame
 from megatron_hapo.reward.own_scorer import OwnScorerError, load_own_scorer, own_reward, read_result
+from megatron_hapo.reward.programs import MAX_OUTPUT_BYTES, MAX_TESTS, digest_of_output, program_of, run_test
 from megatron_hapo.reward.sandbox import (
     EXIT_OUT_OF_MEMORY,
     Ending,
@@ -48,7 +51,7 @@ class Job:
     data_source: str
     scorer: str
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The columns of its row, only for a scorer of the user's own."""
+    """The columns of its row for a scorer of the user's own; the tests, without their results, for `code`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Outcome:
     """The reward, if a scorer of the user's own gave it."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Its named parts."""
+    digests: tuple[str | None, ...] = ()
+    """Of what a program gave in each of its tests; the driver compares them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +127,15 @@ def parse_outcome(message: Any) -> Outcome:
     Raises:
         ValueError: the message is not a valid outcome.
     """
-    if not isinstance(message, list) or len(message) != 5:
-        raise ValueError("an outcome must have five fields")
-    correctness, failure, reason, total, parts = message
+    if not isinstance(message, list) or len(message) != 6:
+        raise ValueError("an outcome must have six fields")
+    correctness, failure, reason, total, parts, digests = message
     if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARACTERS or failure not in (None, "timeout", "crash"):
         raise ValueError("an outcome's failure must be None, timeout or crash, and its reason a short string")
+    if len(digests) > MAX_TESTS or not all(digest is None or isinstance(digest, str) for digest in digests):
+        raise ValueError("digests must be strings or None, at most one for each test")
     if total is None:
-        return Outcome(_checked_score(correctness), failure, reason)
+        return Outcome(_checked_score(correctness), failure, reason, digests=tuple(digests))
     reward = read_result({**parts, "total": total})
     return Outcome(_checked_score(correctness), failure, reason, reward.total, reward.parts)
 
@@ -152,7 +159,10 @@ class _Server:
             needed = {self._resolved(job) for job in jobs}
             for scorer in needed - loaded:
                 try:
-                    load_own_scorer(scorer) if is_own(scorer) else self._scorers.preload(scorer)
+                    if is_own(scorer):
+                        load_own_scorer(scorer)
+                    elif not _is_here(scorer):
+                        self._scorers.preload(scorer)
                 except OwnScorerError as error:
                     self._send({"unusable": f"{scorer}: {_printable(str(error))}"})
                     return
@@ -164,25 +174,33 @@ class _Server:
             self._send({"started": True})
             for job in jobs:
                 outcome = self._outcome(job)
-                self._send([outcome.correctness, outcome.failure, outcome.reason, outcome.total, outcome.parts])
+                judged = [outcome.correctness, outcome.failure, outcome.reason, outcome.total, outcome.parts]
+                self._send([*judged, outcome.digests])
 
     def _resolved(self, job: Job) -> str:
-        return job.scorer if is_own(job.scorer) else self._scorers.resolve_scorer(job.scorer, job.data_source)
+        return job.scorer if _is_here(job.scorer) else self._scorers.resolve_scorer(job.scorer, job.data_source)
 
     def _send(self, message: Any) -> None:
         self._connection.sendall(encode_frame(message))
 
     def _refusal(self, jobs: list[Job]) -> str:
         """Which of these responses must not be scored without isolation; empty if all may be scored."""
-        if self._sandbox.isolation.any or self._settings.allow_unisolated:
+        if self._settings.allow_unisolated:
             return ""
-        built_in = (job for job in jobs if not is_own(job.scorer))
+        programs = next((job for job in jobs if job.scorer == "code"), None)
+        if programs is not None and not self._sandbox.isolation.confines_programs:
+            return f"Programs of {programs.data_source} (scorer code)"
+        if self._sandbox.isolation.any:
+            return ""
+        built_in = (job for job in jobs if not _is_here(job.scorer))
         evaluated = next((job for job in built_in if self._scorers.evaluates(job.scorer, job.data_source)), None)
         return "" if evaluated is None else f"Answers to {evaluated.data_source} (scorer {evaluated.scorer})"
 
     def _outcome(self, job: Job) -> Outcome:
         if is_own(job.scorer):
             return self._own_outcome(job)
+        if job.scorer == "code":
+            return self._code_outcome(job)
         fields = (job.response, job.ground_truth, job.data_source)
         try:
             settled = self._scorers.settle(*fields, scorer=job.scorer)
@@ -204,6 +222,37 @@ class _Server:
         seconds = self._settings.timeout_seconds
         return _read(self._sandbox.run(judge, timeout_seconds=seconds, max_bytes=2048), seconds)
 
+    def _code_outcome(self, job: Job) -> Outcome:
+        """The digest of each test's result. A program that is wrong, slow or hostile fails tests, which is no failure
+        of the scoring."""
+        if "fault" in job.row:
+            return Outcome(0.0, "crash", _printable(job.row["fault"]))
+        program = program_of(job.response)
+        if program is None:
+            return Outcome(0.0)
+        row, digests = job.row, []
+        deadline = time.monotonic() + self._settings.timeout_seconds
+        for test in row["inputs"]:
+            remaining = min(row["test_seconds"], deadline - time.monotonic())
+            if remaining <= 0:
+                break
+            digests.append(self._test(program, test, row, remaining))
+            if digests[-1] is None and row["stop_at_failure"]:
+                break
+        return Outcome(0.0, digests=tuple(digests))
+
+    def _test(self, program: str, test: str, row: Mapping[str, Any], seconds: float) -> str | None:
+        nonce, kind = secrets.token_bytes(16), row["kind"]
+
+        def execute() -> bytes:
+            return run_test(program, kind, test, function=row["function"], prompt=row["prompt"], nonce=nonce)
+
+        stdin = test.encode(errors="replace") if kind == "stdin" else b""
+        ending = self._sandbox.run(execute, timeout_seconds=seconds, max_bytes=MAX_OUTPUT_BYTES, stdin=stdin)
+        if ending.late or ending.exit_code != 0 or len(ending.output) >= MAX_OUTPUT_BYTES:
+            return None
+        return digest_of_output(kind, ending.output, nonce)
+
     def _own_outcome(self, job: Job) -> Outcome:
         row = {**job.row, "ground_truth": job.ground_truth, "data_source": job.data_source}
 
@@ -216,6 +265,11 @@ class _Server:
 
         seconds = self._settings.timeout_seconds
         return _read(self._sandbox.run(judge, timeout_seconds=seconds, max_bytes=8192), seconds)
+
+
+def _is_here(scorer: str) -> bool:
+    """Whether the worker calls the scorer itself, and not the module of built-in scorers."""
+    return is_own(scorer) or scorer == "code"
 
 
 def _read(ending: Ending, timeout_seconds: float) -> Outcome:

@@ -107,7 +107,7 @@ def test_a_file_is_relative_to_the_config_that_names_it_and_stays_the_same_in_th
     [
         (
             "reward.scorer=maths",
-            "reward.scorer: must be auto, math, exact, reasoning_gym, or a function as FILE.py:NAME",
+            "reward.scorer: must be auto, math, exact, reasoning_gym, code, or a function as FILE.py:NAME",
         ),
         ("reward.scorer=a.py:1", "or a function as FILE.py:NAME or MODULE:NAME, got"),
         ("reward.scorer=[math,math]", "reward.scorer: must not name a scorer twice"),

@@ -82,7 +82,7 @@ def test_auto_chooses_by_the_data_source():
 
 
 def test_the_config_and_the_scorers_module_list_the_same_scorers():
-    assert set(BUILT_IN_SCORERS) == {"auto", *get_args(NamedScorer)}
+    assert set(BUILT_IN_SCORERS) == {"auto", "code", *get_args(NamedScorer)}
 
 
 def test_the_overlong_penalty_grows_linearly_over_the_buffer():
