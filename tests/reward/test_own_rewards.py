@@ -155,7 +155,7 @@ def test_scorers_by_data_source_and_several_with_weights(folder):
 
 
 def test_the_function_is_confined_and_fails_one_response_at_a_time(folder):
-    config = RewardConfig(scorer=f"{folder}/rewards.py:hostile", workers=1, timeout_seconds=1.0)
+    config = RewardConfig(scorer=f"{folder}/rewards.py:hostile", workers=1, timeout_seconds=4.0)
     texts = ["loop", "exit", "write", "secret", "fine"]
     results = score(config, [prompt()] * len(texts), texts)
     assert [result.outcome.failure for result in results] == ["timeout", "crash", "crash", "crash", None]
