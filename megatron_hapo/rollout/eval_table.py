@@ -55,10 +55,11 @@ def print_table(results: Mapping[str, Mapping[str, SetResult]], console: Console
     first = next(iter(results))
     for model, sets in results.items():
         if len(results) > 1:
-            console.print(model, markup=False, style="bold")
+            console.print(model, markup=False, style="bold", soft_wrap=True)
         console.print(_model_table(sets, is_first=model == first))
     note = "percent, with 95 % bootstrap intervals over the problems"
-    console.print(f"{note}; differences are to {first}" if len(results) > 1 else note, markup=False)
+    note = f"{note}; differences are to {first}" if len(results) > 1 else note
+    console.print(note, markup=False, soft_wrap=True)
 
 
 def _model_table(sets: Mapping[str, SetResult], *, is_first: bool) -> Table:
