@@ -131,18 +131,18 @@ class PackedAttention(torch.nn.Module):
         """
         assert attention_mask is None, "packed sequences define their own mask"
         assert isinstance(packed_seq_params, PackedBatchParams)
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        output = torch.empty_like(query)
+        params, query, key, value = packed_seq_params, query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None:
-            key, value = (self._gather(x, packed_seq_params) for x in (key, value))
-        for group in packed_seq_params.padded_groups:
-            q = query[group.index].transpose(1, 2)
-            k, v = (x[group.key_index].transpose(1, 2) for x in (key, value))
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=self.softmax_scale, enable_gqa=True
+            key, value = (self._gather(x, params) for x in (key, value))
+        queries = params.query_layout.spread(query)
+        keys, values = (params.key_layout.spread(x) for x in (key, value))
+        attended = [
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
             )
-            output = output.index_put((group.index[group.valid],), attended.transpose(1, 2)[group.valid])
-        return output.flatten(1)[:, None]
+            for q, k, v, mask in zip(queries, keys, values, params.masks, strict=True)
+        ]
+        return params.query_layout.collect(attended).flatten(1)[:, None]
 
     def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
         """The slices of all ranks in sequence order; the backward pass sums and scatters the gradients."""
@@ -150,24 +150,64 @@ class PackedAttention(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class PaddedGroup:
-    """Sequences of similar lengths, as a padded rectangle."""
+class PaddedLayout:
+    """Packed tokens as a few padded rectangles, each of sequences of similar lengths."""
 
-    index: Tensor
-    """[sequences, longest] positions of the queries in this rank's slice; padding points at its sequence's first."""
-    valid: Tensor
-    """[sequences, longest] bool: False on padding."""
-    key_index: Tensor
-    """[sequences, longest key] positions of the keys in the packed batch."""
-    mask: Tensor | None
-    """[sequences, 1, longest, longest key] bool: which keys a query attends to. None is the plain causal mask, which
-    suffices where padding comes after each sequence: no real token attends to it."""
+    shapes: list[tuple[int, int]]
+    """(sequences, longest) of each rectangle."""
+    place: Tensor
+    """[t] int64, place of each packed token among the elements of all rectangles, laid end to end."""
+
+    def spread(self, x_thd: Tensor) -> list[Tensor]:
+        """The rectangles of packed x, zero on padding. [sequences, heads, longest, d] each"""
+        flat = _Spread.apply(x_thd, self.place, sum(rows * columns for rows, columns in self.shapes))
+        parts = flat.split([rows * columns for rows, columns in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def collect(self, rectangles: list[Tensor]) -> Tensor:
+        """The inverse of `spread`: what lies on padding is dropped. [t, heads, d]"""
+        flat = [rectangle.transpose(1, 2).flatten(0, 1) for rectangle in rectangles]
+        return _Collect.apply(flat[0] if len(flat) == 1 else torch.cat(flat), self.place)
+
+
+class _Spread(torch.autograd.Function):
+    """x to the places `place` of a tensor of zeros. As no two tokens share a place, the gradient is a plain gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, place, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The values at the places `place`. Torch's own gradient would add row by row, for places that occur twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 
 class PackedBatchParams(PackedSeqParams):
     """Boundaries of packed sequences, and the same sequences as a few padded rectangles, made once per micro-batch."""
 
-    padded_groups: list[PaddedGroup]
+    query_layout: PaddedLayout
+    """Of this rank's tokens."""
+    key_layout: PaddedLayout
+    """Of the tokens of all context-parallel ranks."""
+    masks: list[Tensor | None]
+    """For each rectangle which keys a query attends to, [sequences, 1, longest, longest key] bool. None is the plain
+    causal mask, which suffices where padding comes after each sequence: no real token attends to it."""
     positions: Tensor
     """[t] int64, position of each of this rank's tokens in its sequence."""
     gathered_order: Tensor
@@ -188,8 +228,8 @@ def packed_params(
     cp_rank: int = 0,
 ) -> PackedBatchParams:
     """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them."""
-    lengths = torch.tensor(sequence_lengths, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+    lengths = torch.tensor(sequence_lengths)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     longest = int(lengths.max())
     params = PackedBatchParams(
         qkv_format=qkv_format,
@@ -202,30 +242,40 @@ def packed_params(
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     params.positions = (torch.arange(len(starts)) - starts)[slices[cp_rank]].to(device)
     params.gathered_order = torch.cat(slices).argsort().to(device)
-    params.padded_groups = [
-        _padded_group(lengths.long(), rows, slices[cp_rank] if cp_size > 1 else None, cp_size, device)
-        for rows in _similar(lengths)
+    groups = _similar(lengths)
+    own_lengths = lengths // cp_size
+    params.query_layout = _padded_layout(own_lengths, groups, device)
+    params.key_layout = params.query_layout if cp_size == 1 else _padded_layout(lengths, groups, device)
+    params.masks = [
+        None if cp_size == 1 else _mask(lengths, own_lengths, rows, slices[cp_rank]).to(device) for rows in groups
     ]
     return params
 
 
 def _similar(lengths: Tensor) -> list[Tensor]:
-    """Groups by the power of two above the length, as bool masks: padding at most doubles a group; groups are few."""
+    """Groups of rows by the power of two above the length: padding at most doubles a group, and groups are few."""
     size_class = torch.ceil(torch.log2(lengths.float().clamp_min(1)))
-    return [size_class == size for size in size_class.unique()]
+    return [(size_class == size).nonzero().flatten() for size in size_class.unique()]
 
 
-def _padded_group(
-    lengths: Tensor, rows: Tensor, slice_positions: Tensor | None, cp_size: int, device: torch.device
-) -> PaddedGroup:
-    index, valid = _rectangle(lengths, rows)
-    if slice_positions is None:
-        index, valid = index.to(device), valid.to(device)
-        return PaddedGroup(index, valid, index, None)
-    query_index, query_valid = _rectangle(lengths // cp_size, rows)
-    sees = slice_positions[query_index][:, :, None] >= index[:, None, :]
-    mask = (sees & valid[:, None, :])[:, None]
-    return PaddedGroup(*(x.to(device) for x in (query_index, query_valid, index, mask)))
+def _padded_layout(lengths: Tensor, groups: list[Tensor], device: torch.device) -> PaddedLayout:
+    """The rectangles of groups of rows, for packed sequences of these lengths."""
+    shapes = [(len(rows), int(lengths[rows].max())) for rows in groups]
+    before, first = 0, torch.empty(len(lengths), dtype=torch.int64)
+    for rows, (sequences, longest) in zip(groups, shapes, strict=True):
+        first[rows] = before + torch.arange(sequences) * longest
+        before += sequences * longest
+    starts = lengths.cumsum(0) - lengths
+    place = (first - starts).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+    return PaddedLayout(shapes, place.to(device))
+
+
+def _mask(lengths: Tensor, own_lengths: Tensor, rows: Tensor, own_positions: Tensor) -> Tensor:
+    """Which keys of whole sequences the queries of this rank's slice attend to."""
+    queries, _ = _rectangle(own_lengths, rows)
+    keys, valid = _rectangle(lengths, rows)
+    sees = own_positions[queries][:, :, None] >= keys[:, None, :]
+    return (sees & valid[:, None, :])[:, None]
 
 
 def _rectangle(lengths: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,14 @@ _operators = torch.library.Library("sgl_kernel", "FRAGMENT")
 _operators.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor cols) -> Tensor")
 
 
+_BLOCK_ELEMENTS = 1 << 15
+
+
 def murmur_hash32(seed: Tensor, positions: Tensor, cols: Tensor) -> Tensor:
     """MurmurHash3 of (seed, position, column), the same bits as SGLang's Triton kernel.
 
-    In numpy, because torch has no uint32 arithmetic on a CPU; one row at a time, so that the work space stays in cache.
+    In numpy, because torch has no uint32 arithmetic on a CPU; a few rows at a time, so that the work space stays in
+    cache.
 
     Args:
         seed: [R] uint64 or int64. positions: [R]. cols: [V].
@@ -33,10 +37,12 @@ def murmur_hash32(seed: Tensor, positions: Tensor, cols: Tensor) -> Tensor:
     h_R = _mix(_mix(_mix(np.zeros_like(low_R), low_R), high_R), positions.numpy().astype(np.uint32))
     key_V = _mix_key(cols.numpy().astype(np.uint32))
     out_RV = np.empty((len(h_R), len(key_V)), dtype=np.uint32)
-    scratch_V = np.empty_like(key_V)
-    for h, out_V in zip(h_R, out_RV, strict=True):
-        np.bitwise_xor(key_V, h, out=out_V)
-        _finish(out_V, scratch_V)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, len(key_V)))
+    scratch_RV = np.empty((rows, len(key_V)), dtype=np.uint32)
+    for start in range(0, len(h_R), rows):
+        block_RV = out_RV[start : start + rows]
+        np.bitwise_xor(key_V, h_R[start : start + rows, None], out=block_RV)
+        _finish(block_RV, scratch_RV[: len(block_RV)])
     return torch.from_numpy(out_RV)
 
 
