@@ -6,6 +6,8 @@ PYTHON ?=
 PYTEST_ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
+# Tests wait for engines and ranks to start much of the time, so two files run at once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A finished set-up is reused until the requirements, the set-up scripts or the path of this folder change.
 SET_UP_FILES := $(sort $(wildcard requirements/*.txt)) setup.py tools/set_up.sh
@@ -39,10 +41,10 @@ demo: $(SET_UP) runs/demo_model
 	$(BIN)/megatron-hapo train configs/demo_cpu.yaml
 
 test: $(SET_UP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(SET_UP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: $(SET_UP)
 	$(BIN)/ruff check .

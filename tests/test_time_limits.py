@@ -18,10 +18,14 @@ def measured_again() -> Iterator[None]:
     time_limits._factor.cache_clear()
 
 
-@pytest.mark.parametrize(("load", "slowness", "limit"), [(0.1, 0.9, 30), (8, 1.5, 120), (2, 3, 90), (500, 1, 600)])
-def test_a_limit_follows_load_and_speed(
-    measured_again: None, monkeypatch: pytest.MonkeyPatch, load: float, slowness: float, limit: float
+@pytest.mark.parametrize(
+    ("workers", "load", "slowness", "limit"),
+    [(1, 0.1, 0.9, 30), (1, 8, 1.5, 120), (2, 2, 3, 90), (1, 500, 1, 600), (2, 0.1, 0.9, 60)],
+)
+def test_a_limit_follows_load_speed_and_workers(
+    measured_again: None, monkeypatch: pytest.MonkeyPatch, workers: int, load: float, slowness: float, limit: float
 ) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", str(workers))
     moments = iter([0.0, slowness * time_limits._NOMINAL_SECONDS])
     monkeypatch.setattr(time_limits.time, "perf_counter", lambda: next(moments))
     monkeypatch.setattr(time_limits.os, "getloadavg", lambda: (load, 0, 0))

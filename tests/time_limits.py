@@ -20,13 +20,15 @@ def patient(seconds: float) -> float:
 def _factor() -> float:
     """How much slower than an idle machine this one is, measured once in a process: at least 1.
 
-    The load average looks back a minute, the measurement sees what is running now, and the speed of the cores.
+    The load average looks back a minute, the measurement sees what is running now, and the speed of the cores. Other
+    workers of pytest may be busy later.
     """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     start = time.perf_counter()
     _work()
     slowness = (time.perf_counter() - start) / _NOMINAL_SECONDS
-    return min(max(1.0, load, slowness), _LARGEST_FACTOR)
+    return min(max(workers, load, slowness), _LARGEST_FACTOR)
 
 
 def _work() -> int:
