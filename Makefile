@@ -6,8 +6,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
-# Tests wait for engines and ranks to start much of the time, so two files run at once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest
 
 # A finished set-up is reused until the requirements, the set-up scripts or the path of this folder change.
 SET_UP_FILES := $(sort $(wildcard requirements/*.txt)) setup.py tools/set_up.sh

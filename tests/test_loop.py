@@ -470,9 +470,12 @@ def test_the_rehearsal_finds_no_fault(trained: dict[str, Any]) -> None:
     run = trained
     turns = run["driver"].turns
     turns.to_trainer()
-    findings = rehearse(run["config"], run["trainer"], run["recorder"], turns, run["rewards"], run["prompts"])
+    tokenizer = load_tokenizer(run["config"].model.path)
+    findings = rehearse(
+        run["config"], run["trainer"], run["recorder"], turns, run["rewards"], run["prompts"], tokenizer=tokenizer
+    )
     turns.to_engines(policy_version=9)
-    assert {finding.verdict for finding in findings} <= {"ok", "warning"}  # a random model is never right
+    assert {finding.verdict for finding in findings} <= {"ok", "warning", "response"}  # a random model is never right
     messages = "\n".join(finding.message for finding in findings)
     assert "every engine holds the trainer's weights" in messages
     assert re.search(r"^log-probs of engine and trainer differ by \S+e-0[4-9] on average", messages, re.MULTILINE)
