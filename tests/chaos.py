@@ -325,7 +325,8 @@ class Chaos:
             moment.steps_lost = step
         if "Traceback" in moment.errors:
             moment.faults.append("a traceback")
-        moment.faults += differences(run.rows(), self._reference_rows()[: len(run.rows())])
+        rows = run.rows()  # once, since the run goes on
+        moment.faults += differences(rows, self._reference_rows()[: len(rows)])
         return moment
 
     def _wait_for_moment(self, moment: Moment, run: Run, dice: random.Random, *, is_first: bool) -> None:
