@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _RESPONSES_PER_SLOT = 8
 """Responses of a call for each request that the engines decode at once: few calls, since the last responses of each
 leave engines idle, but a call's responses are lost if it is interrupted."""
+_SAMPLING = {"samples", "temperature", "top_p", "max_response_tokens"}
+"""Settings of a set that its sampling has with the values in effect."""
 _NOT_OF_SCORES = {"workers", "memory_bytes", "overlong", "correct", "wrong"}
 """Settings of rewards on which correctness does not depend."""
 
@@ -91,7 +93,7 @@ def _settings(config: Config, part: EvaluationSet) -> dict[str, Any]:
     source = config.data.eval_sets[part.name]
     return {
         "model": model_fingerprint(config.model.path),
-        "data": source.model_dump(mode="json"),
+        "data": source.model_dump(mode="json", exclude=_SAMPLING),
         "chat_template": config.data.chat_template,
         "max_prompt_tokens": config.rollout.max_prompt_tokens,
         "dtype": config.rollout.dtype,
