@@ -393,9 +393,12 @@ def kill(moment: Moment, run: Run, dice: random.Random, stop_seconds: float) -> 
         assert run.process is not None
         run.process.kill()
     else:
-        victim = run.victim(name)
-        assert victim is not None, f"no {name}"
-        victim.kill()
+        while True:  # a start of Ray that is repeated replaces its processes
+            wait_until(lambda: run.victim(name) is not None, run, name)
+            with suppress(psutil.NoSuchProcess):
+                if (victim := run.victim(name)) is not None:
+                    victim.kill()
+                    return
 
 
 def stop(moment: Moment, run: Run, dice: random.Random, stop_seconds: float) -> None:
