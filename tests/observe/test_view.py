@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import threading
 import urllib.error
 import urllib.request
@@ -114,6 +115,31 @@ def test_faults_of_records_are_named(tmp_path):
         write_view([tmp_path])
     path.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="cannot be read"):
+        write_view([tmp_path])
+
+
+def test_damaged_records_are_faults_of_the_data(tmp_path):
+    """A few random bytes are changed; the file is then readable with other values, or a fault."""
+    path = write_records(tmp_path, "step_00000001", some_rows())
+    intact, draw, faults = path.read_bytes(), random.Random(0), []
+    for _ in range(60):
+        damaged = bytearray(intact)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            write_view([tmp_path])
+        except DataError as fault:
+            faults.append(str(fault))
+    assert len(faults) > 30
+    assert all(str(path) in fault for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["group", "sample", "prompt", "response", "response_ids", "token_ends"])
+def test_a_response_without_a_value_that_the_pages_need_is_a_fault(tmp_path, name):
+    rows = some_rows()
+    write_records(tmp_path, "step_00000001", [rows[0] | {name: None}, *rows[1:]])
+    with pytest.raises(DataError, match=f"{name} is missing in some rows"):
         write_view([tmp_path])
 
 

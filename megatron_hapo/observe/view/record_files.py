@@ -27,6 +27,9 @@ _SCALARS = (
     "group", "sample", "uid", "data_source", "prompt", "response", "ground_truth", "reward", "correctness",
     "finish_reason", "failure", "advantage",
 )  # fmt: skip
+_REQUIRED = ("group", "sample", "prompt", "response", "response_ids", "token_ends")
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
+"""What pyarrow raises for a damaged file; ValueError also for text that is not UTF-8."""
 _FILE_NAME = re.compile(r"(step|eval)_([0-9]{8})\.parquet")
 
 
@@ -74,7 +77,7 @@ class RecordFile:
     def _schema(self) -> pa.Schema:
         try:
             schema = pq.read_schema(self.path)
-        except (OSError, pa.ArrowException) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{self.path} cannot be read: {one_line(error)}") from None
         columns = (*_SCALARS, *TOKEN_VALUES, "prompt_ids", "response_ids", "token_ends", "reward_parts")
         missing = sorted(set(columns) - set(schema.names))
@@ -84,9 +87,12 @@ class RecordFile:
 
     def _read(self, columns: Sequence[str], filters: Any = None) -> pa.Table:
         try:
-            return pq.read_table(self.path, columns=list(columns), filters=filters)
-        except (OSError, pa.ArrowException) as error:
+            table = pq.read_table(self.path, columns=list(columns), filters=filters)
+        except _UNREADABLE as error:
             raise DataError(f"{self.path} cannot be read: {one_line(error)}") from None
+        if incomplete := [name for name in _REQUIRED if name in columns and table[name].null_count]:
+            raise DataError(f"{self.path}: {incomplete[0]} is missing in some rows")
+        return table
 
     @cached_property
     def _order(self) -> pa.Array:

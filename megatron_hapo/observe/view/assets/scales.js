@@ -18,7 +18,8 @@ const MEASURES = {
 function formatted(value, digits = 6) {
   if (value === null || value === undefined || Number.isNaN(value)) return "-";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
-  return String(Number(value.toPrecision(digits)));
+  const rounded = Number(value.toPrecision(digits));
+  return rounded !== 0 && Math.abs(rounded) < 1e-4 ? rounded.toExponential() : String(rounded);
 }
 
 // The scale of a measure over a file's 1st to 99th percentile; null if nothing was recorded.
