@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from megatron_hapo.algorithm.minibatches import minibatches
+import numpy as np
+
+from megatron_hapo.algorithm.minibatches import minibatch_rows, minibatches
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
@@ -13,6 +16,7 @@ from megatron_hapo.data.sampling import PromptSource, SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.records import RecordWriter, recorded_updates
 from megatron_hapo.observe.step_metrics import step_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
@@ -37,6 +41,8 @@ class Driver:
     checkpoints: Checkpoints
     utilization: Utilization
     profiler: StepProfiler
+    records: RecordWriter | None = None
+    """Writes responses and what is known of their tokens; None: nothing is recorded."""
     stats: EntropyStats | None = None
     """Statistics of the previous step, for the sampler; None before the first step, sampled at the base temperature."""
     stop_requested: bool = False
@@ -51,7 +57,7 @@ class Driver:
         config, step = self.config, self._resume()
         self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
-            self.logger.log(0, evaluate(self.pool, self.rewards, self.eval_sets))
+            self.logger.log(0, self._evaluate(0))
         rollouts = RolloutSource(
             self._generation, ahead=config.async_.max_staleness, last_step=config.steps,
             is_stuck=lambda: self.pool.waits_for_sync, restore=self.turns.restore_engines,
@@ -62,7 +68,7 @@ class Driver:
                 metrics = self.train_step(step, rollouts, clock)
                 if self._evaluates(step):
                     with clock("eval"):
-                        metrics |= evaluate(self.pool, self.rewards, self.eval_sets)
+                        metrics |= self._evaluate(step)
                 metrics |= clock.metrics()
             metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
             self.logger.log(step, metrics | self.utilization.of_step(metrics))
@@ -76,7 +82,12 @@ class Driver:
         batch, scores = self._score(collected, clock)
         self.stats = step_statistics(scores, self.config.algorithm)
         batch = training_batch(batch, collected.groups, scores, self.stats, self.config.algorithm)
-        parts, updates = self._update(batch, step, clock)
+        if self.records is not None and self.records.wants(step):
+            num_rows = self.records.num_groups(len(collected.groups)) * self.config.batch.samples_per_prompt
+            parts, updates, updated = self._recorded_update(batch, step, clock, num_rows)
+            self.records.add_step(step, collected.groups, batch, scores, updated)
+        else:
+            parts, updates = self._update(batch, step, clock)
         self._write_checkpoint(step, clock)
         self._sync_weights(step, rollouts, clock)
         metrics = step_metrics(
@@ -102,13 +113,24 @@ class Driver:
         self, batch: TrainBatch, step: int, clock: StepClock
     ) -> tuple[list[TrainBatch], list[dict[str, float]]]:
         """One optimizer step on each mini-batch; the mini-batches and their metrics."""
-        config = self.config
         with clock("update"):
-            parts = minibatches(
-                batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
-                seed=config.seed, step=step,
-            )  # fmt: skip
+            parts = self._minibatches(batch, step)
             return parts, [self.trainer.update(part, step=step) for part in parts]
+
+    def _recorded_update(
+        self, batch: TrainBatch, step: int, clock: StepClock, num_rows: int
+    ) -> tuple[list[TrainBatch], list[dict[str, float]], dict[str, np.ndarray]]:
+        """As `_update`, and what the updates used of the tokens of the batch's first rows, by name."""
+        with clock("update"):
+            parts, rows = self._minibatches(batch, step), minibatch_rows(self.config.batch, seed=self.config.seed, step=step)
+            return parts, *recorded_updates(self.trainer, parts, rows, batch.response_lengths[:num_rows], step=step)
+
+    def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:
+        config = self.config
+        return minibatches(
+            batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
+            seed=config.seed, step=step,
+        )  # fmt: skip
 
     def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
         """Brings the new weights into the engines."""
@@ -131,6 +153,12 @@ class Driver:
             return replace(collected, metrics=self.prompts.metrics())
 
         return collect
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.records is None:
+            return evaluate(self.pool, self.rewards, self.eval_sets)
+        record = partial(self.records.add_evaluation, step)
+        return evaluate(self.pool, self.rewards, self.eval_sets, record=record)
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.eval.every

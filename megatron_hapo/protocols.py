@@ -17,6 +17,8 @@ from megatron_hapo.errors import HapoError, RolloutError, WeightSyncError
 from megatron_hapo.types import InFlight, Prompt, Rollout, Sampling, Score, TokenScores, TrainBatch, WeightBucket
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_hapo.observe.spans import Timeline
     from megatron_hapo.resharding.plan import Parameter, SendingTask
     from megatron_hapo.resharding.receiving import ReceiveRequest
@@ -57,8 +59,13 @@ class TrainerShard(Protocol):
         """Rows of the batch and their scores with the current weights, on ranks that report; else None."""
         ...
 
-    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float] | None:
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float] | None:
         """One optimizer step on a mini-batch; its metrics on ranks of the last stage, else None."""
+        ...
+
+    def updated_tokens(self, rows: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]] | None:
+        """What the last update, called with `keep_tokens`, used of the tokens of these rows of its mini-batch; the rows
+        and [N] arrays by name, on ranks that report, else None."""
         ...
 
     def weight_buckets(self, *, verify: bool) -> Iterator[WeightBucket]:
@@ -125,8 +132,12 @@ class Trainer(Protocol):
         """Scores of every response token with the current weights, in batch order."""
         ...
 
-    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
-        """One optimizer step on a mini-batch; its metrics."""
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
+        """One optimizer step on a mini-batch; its metrics. Its ranks keep the tokens' values for `updated_tokens`."""
+        ...
+
+    def updated_tokens(self, rows: Sequence[int]) -> list[tuple[list[int], dict[str, np.ndarray]]]:
+        """What the last update used of the tokens of these rows, in parts: rows of each, and [N] arrays by name."""
         ...
 
     def weight_buckets(self, *, verify: bool) -> Iterator[Any]:

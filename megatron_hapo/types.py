@@ -5,7 +5,7 @@ Shape letters: `B` responses, `T` tokens of prompts and responses, `N` response 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -211,9 +211,9 @@ class TrainBatch:
         """The batch of these responses, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         index: dict[Axis, np.ndarray] = {
-            "tokens": _ragged_index(self.sequence_lengths, rows),
+            "tokens": ragged_index(self.sequence_lengths, rows),
             "responses": rows,
-            "response_tokens": _ragged_index(self.response_lengths, rows),
+            "response_tokens": ragged_index(self.response_lengths, rows),
         }
         selected = {}
         for declared in fields(self):
@@ -239,7 +239,7 @@ class TrainBatch:
                 yield from value.items() if isinstance(value, Mapping) else [(declared.name, value)]
 
 
-def _ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Positions of the pieces `rows` in a concatenation of pieces with these lengths."""
     sizes = lengths[rows]
     source_starts = (np.cumsum(lengths) - lengths)[rows]
@@ -263,20 +263,23 @@ def pack_groups(groups: Sequence[ScoredGroup]) -> TrainBatch:
     return pack_rollouts([rollout for group in groups for rollout in group.rollouts])
 
 
+def merge_tokens(
+    parts: Iterable[tuple[Sequence[int], Mapping[str, np.ndarray]]], lengths_B: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Per-token values by name, [N] each, in the order of responses of these lengths; every row must occur once."""
+    present = list(parts)
+    rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
+    assert np.array_equal(np.sort(rows), np.arange(len(lengths_B))), "rows are missing or doubled"
+    target = ragged_index(lengths_B, rows)
+    merged = {}
+    for name in present[0][1]:
+        values = np.concatenate([columns[name] for _, columns in present])
+        merged[name] = np.empty_like(values)
+        merged[name][target] = values
+    return merged
+
+
 def merge_scores(parts: Sequence[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
     """Scores in batch order from the parts of the ranks; every row must occur exactly once."""
-    present = [part for part in parts if part is not None]
-    rows = np.concatenate([np.asarray(part_rows, dtype=np.int64) for part_rows, _ in present])
-    assert np.array_equal(np.sort(rows), np.arange(len(batch))), "rows are missing or doubled"
-    target = _ragged_index(batch.response_lengths, rows)
-
-    def in_order(name: str) -> np.ndarray:
-        merged = np.empty(batch.num_response_tokens, dtype=np.float32)
-        merged[target] = np.concatenate([getattr(scores, name) for _, scores in present])
-        return merged
-
-    return TokenScores(
-        log_probs=in_order("log_probs"),
-        rollout_temperature_log_probs=in_order("rollout_temperature_log_probs"),
-        entropies=in_order("entropies"),
-    )
+    present = [(part[0], vars(part[1])) for part in parts if part is not None]
+    return TokenScores(**merge_tokens(present, batch.response_lengths))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -34,6 +35,7 @@ from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.records import open_records
 from megatron_hapo.reward.pool import ProcessRewardPool
 from megatron_hapo.rollout.collect import training_sampling
 from megatron_hapo.rollout.evaluation import evaluation_sets
@@ -76,6 +78,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
             "data": {"train": {"type": "arithmetic", "size": 40}, "eval": {"type": "arithmetic", "size": 4, "seed": 1}},
             # A random model is never right, but the overlong penalty still makes rewards differ within groups.
             "reward": {"overlong": {"buffer_tokens": 20}, "workers": 1},
+            "record": {"every": 1, "groups": 3},
             "eval": {"every": 1, "temperature": 0.7, "top_p": 0.9},
             "weight_sync": {"verify_every": 1, "bucket_bytes": 50_000},
         }
@@ -139,6 +142,7 @@ def finished_run(config: Config, pool: RayRolloutPool, *, rewards: Any = None) -
         logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         driver = Driver(
             config=config,
+            records=stack.enter_context(open_records(config, tokenizer, start_step=checkpoints.newest_step())),
             trainer=trainer,
             pool=recorder,
             turns=MemoryTurns(config, trainer, recorder, weight_sync),
@@ -246,6 +250,22 @@ def test_rollouts_record_the_version_of_the_weights(trained: dict[str, Any]) -> 
     versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in trained["recorder"].generated]
     # evaluation, step 1, evaluation, step 2, evaluation; other tests may have generated more with the last version
     assert versions[:5] == [{0}, {0}, {1}, {1}, {2}]
+
+
+def test_records_hold_what_the_updates_used(trained: dict[str, Any]) -> None:
+    folder = trained["config"].run_dir / "rollouts"
+    while not (path := folder / "eval_00000002.parquet").is_file():  # written beside the training
+        time.sleep(0.1)
+    assert set(pq.read_table(path)["step"].to_pylist()) == {2}
+    rows = pq.read_table(folder / "step_00000002.parquet").to_pylist()
+    assert [(row["group"], row["sample"]) for row in rows] == [(group, i) for group in range(3) for i in range(4)]
+    sampled = {tuple(r.response_ids.tolist()) for _, rollouts in trained["recorder"].generated for r in rollouts}
+    for row in rows:
+        assert tuple(row["response_ids"]) in sampled
+        ratios, low, high = (np.array(row[name]) for name in ("importance_ratios", "clip_low", "clip_high"))
+        assert len(ratios) == len(row["response_ids"]) == len(row["h"])
+        assert ((low >= 0) & (high >= 0) & (np.abs(ratios - 1) < 1)).all()
+        assert np.sign(row["token_advantages"]).tolist() == [np.sign(row["advantage"])] * len(ratios)
 
 
 def test_greedy_responses_equal_those_of_the_exported_model_in_transformers(trained: dict[str, Any]) -> None:

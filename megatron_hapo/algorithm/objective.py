@@ -15,6 +15,9 @@ from megatron_hapo.config import AlgorithmConfig
 from megatron_hapo.loss import check_num_tokens, check_shapes, importance_ratio
 from megatron_hapo.types import EntropyStats
 
+UPDATED_TOKENS = ("token_advantages", "importance_ratios", "clip_low", "clip_high")
+"""What `policy_loss` returns of each token with `keep_tokens`, besides `h`."""
+
 
 def policy_loss(
     log_probs_N: Tensor,
@@ -25,6 +28,7 @@ def policy_loss(
     num_tokens: int,
     stats: EntropyStats | None = None,
     cp_group: dist.ProcessGroup | None = None,
+    keep_tokens: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's part of the mini-batch's loss, sum / num_tokens, and sums over its tokens for the metrics.
 
@@ -37,8 +41,11 @@ def policy_loss(
         num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
         stats: of the step, for `algorithm.entropy.source: current`.
         cp_group: ranks that hold the other tokens of this micro-batch; all of them call this.
+        keep_tokens: also return what the loss used of each token, for records.
     Returns:
-        The loss, and sums over N (not means): `loss`, `log_ratio`, `ratio` and those of the surrogate.
+        The loss, and sums over N (not means): `loss`, `log_ratio`, `ratio` and those of the surrogate. With
+        `keep_tokens` also [N] each, float32: `token_advantages`, `importance_ratios`, `clip_low`, `clip_high`, and `h`
+        if the method has one.
     Raises:
         ValueError: shapes differ, or num_tokens is not positive.
     """
@@ -65,7 +72,12 @@ def policy_loss(
         if (term := part.loss_term(tokens)) is not None:
             loss = loss + term / num_tokens
     with torch.no_grad():
-        return loss, {"loss": loss.detach(), **sums, "log_ratio": log_ratio_N.sum(), "ratio": ratio_N.sum()}
+        sums = {"loss": loss.detach(), **sums, "log_ratio": log_ratio_N.sum(), "ratio": ratio_N.sum()}
+        if not keep_tokens:
+            return loss, sums
+        kept = dict(zip(UPDATED_TOKENS, (advantages_N, ratio_N.detach(), low_N, high_N), strict=True))
+        h_N = tokens.microbatch.get("modulation")
+        return loss, sums | kept | ({} if h_N is None else {"h": h_N})
 
 
 def _clip_range(parts: list[Part], tokens: LossTokens, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:

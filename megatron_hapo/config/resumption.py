@@ -84,6 +84,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "memory_turns.*": "effective",
     "launch.*": "effective",
     "metrics.*": "effective",
+    "record.*": "effective",
     "profile.*": "effective",
 }
 """By dotted key, or by section. Sections whose values could reach the restored state list each setting."""

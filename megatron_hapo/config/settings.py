@@ -93,6 +93,20 @@ class MetricsConfig(Section):
     such as WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE=offline. `None`: not used."""
 
 
+class RecordConfig(Section):
+    """What is kept of the responses and their tokens; docs/records.md describes the files."""
+
+    every: NonNegativeInt = 10
+    """Steps between files of records (`rollouts/step_*.parquet` in the run folder); 0: none. Evaluations are recorded
+    whenever they run, unless this is 0."""
+    groups: Annotated[PositiveInt | None, not_with("record.every", 0)] = 16
+    """Number of groups in a file, the first of the step or evaluation; `None`: all."""
+    keep: Annotated[PositiveInt, not_with("record.every", 0)] = 100
+    """Number of newest files to keep."""
+    max_gigabytes: Annotated[float, Field(gt=0, le=1e6), not_with("record.every", 0)] = 10.0
+    """The oldest files are removed while all of them together are larger, in 10^9 bytes; the newest always stays."""
+
+
 class ProfileConfig(Section):
     """Where the time of a step goes; see docs/profiling.md."""
 
@@ -145,6 +159,7 @@ class Config(Section):
     memory_turns: Annotated[MemoryTurnsConfig, only_with("placement", "colocated")] = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
     metrics: MetricsConfig = MetricsConfig()
+    record: RecordConfig = RecordConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @property

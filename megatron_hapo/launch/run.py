@@ -33,6 +33,7 @@ from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.records import open_records
 from megatron_hapo.observe.report import write_report
 from megatron_hapo.protocols import RolloutPool, Trainer
 from megatron_hapo.reward.pool import ProcessRewardPool
@@ -168,7 +169,10 @@ def _train(
                 wandb_project=config.metrics.wandb_project,
             )
         )
+        tokenizer = load_tokenizer(config.model.path)
+        records = stack.enter_context(open_records(config, tokenizer, start_step=checkpoints.newest_step()))
         driver = Driver(
+            records=records,
             config=config, prompts=prompts, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
                 config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.rollout.eval_statistics import ProblemResult, statistics_of
-from megatron_hapo.types import Prompt, Sampling
+from megatron_hapo.types import Prompt, Sampling, ScoredGroup
 
 EVAL_SEED = 1 << 40  # outside the seeds of the training steps
 
@@ -53,11 +53,18 @@ def evaluation_sets(config: Config, prompts: Mapping[str, Sequence[Prompt]]) -> 
     return sets
 
 
-def evaluate(pool: RolloutPool, rewards: RewardPool, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-    """The metrics of all sets, each response sampled and scored once."""
-    evaluated = {}
+def evaluate(
+    pool: RolloutPool,
+    rewards: RewardPool,
+    sets: Sequence[EvaluationSet],
+    *,
+    record: Callable[[list[ScoredGroup]], object] = lambda groups: None,
+) -> dict[str, float]:
+    """The metrics of all sets, each response sampled and scored once; `record` gets the groups of all sets."""
+    evaluated, recorded = {}, []
     for part in sets:
         groups = generate_scored(pool, rewards, part.prompts, part.sampling, StepClock())
+        recorded += groups
         evaluated[part.name] = [
             Evaluated(
                 ProblemResult(
@@ -70,6 +77,7 @@ def evaluate(pool: RolloutPool, rewards: RewardPool, sets: Sequence[EvaluationSe
             )
             for group in groups
         ]
+    record(recorded)
     return evaluation_metrics(evaluated)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate
 
+import numpy as np
 import torch
 
 from megatron_hapo.checkpoint.manifest import damaged_files
@@ -108,10 +109,15 @@ class TrainerOverRanks(ABC):
         """Scores of every response token with the current weights, in batch order."""
         return merge_scores(self.broadcast(TrainerWorker.log_probs, batch), batch)
 
-    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
         """One optimizer step on a mini-batch; its metrics."""
-        results = self.broadcast(TrainerWorker.update, batch, step=step)
+        results = self.broadcast(TrainerWorker.update, batch, step=step, keep_tokens=keep_tokens)
         return next(metrics for metrics in results if metrics is not None)
+
+    def updated_tokens(self, rows: Sequence[int]) -> list[tuple[list[int], dict[str, np.ndarray]]]:
+        """What the last update kept of these rows, in parts."""
+        parts = self.broadcast(TrainerWorker.updated_tokens, list(rows))
+        return [part for part in parts if part is not None]
 
     def save_checkpoint(self, folder: Path) -> dict[str, str]:
         """Writes model and optimizer state; the hashes of the files that the ranks have written."""

@@ -9,15 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.algorithm.methods import enabled_parts
 from megatron_hapo.algorithm.microbatches import MicroBatch
-from megatron_hapo.algorithm.objective import policy_loss
+from megatron_hapo.algorithm.objective import UPDATED_TOKENS, policy_loss
 from megatron_hapo.checkpoint import resumable
 from megatron_hapo.checkpoint.hf_weights import local_placement, owned_tensors, write_hf_shards
 from megatron_hapo.checkpoint.weights import load_weights
@@ -37,7 +38,16 @@ from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, en
 from megatron_hapo.trainer.offload import ReleasableMemory
 from megatron_hapo.trainer.optimizer import set_learning_rate, wait_for_weights, wrap_for_training
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
-from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket, ragged_index
+
+
+class _Updated(NamedTuple):
+    """What an update keeps for `updated_tokens`."""
+
+    response_lengths: np.ndarray
+    """[B] int64, of the mini-batch."""
+    microbatches: list[MicroBatch]
+    collected: list[dict[str, Tensor]]
 
 
 class TrainerRank:
@@ -68,6 +78,7 @@ class TrainerRank:
         self._chunks, self._optimizer = wrap_for_training(self.model, config)
         self._memory = ReleasableMemory(self._chunks, self._optimizer, layout.device)
         self._round_weights()  # after the optimizer has copied its master weights
+        self._updated: _Updated | None = None
         self._sending: SendingTask | None = None
         self._sender = Sender(dist.get_rank())
 
@@ -92,7 +103,7 @@ class TrainerRank:
         return rows, TokenScores(log_probs=columns[0], rollout_temperature_log_probs=columns[1], entropies=columns[2])
 
     def _whole_responses(self, microbatches: list[MicroBatch], collected: list[tuple[Tensor, ...]]) -> Tensor:
-        """The micro-batches' scores, [3, tokens], with the tokens of the other context-parallel ranks filled in."""
+        """The micro-batches' values, [values, tokens], with the tokens of other context-parallel ranks filled in."""
         parts = []
         for microbatch, scores in zip(microbatches, collected, strict=True):
             part = torch.zeros(len(scores), microbatch.num_response_tokens, device=self.layout.device)
@@ -109,9 +120,11 @@ class TrainerRank:
 
     # ----- update
 
-    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float] | None:
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float] | None:
         """Take one optimizer step on a mini-batch with old_log_probs, advantages and whatever else its loss needs.
 
+        Args:
+            keep_tokens: keep what the loss used of each token until `updated_tokens` fetches it.
         Returns:
             The mini-batch's metrics on ranks of the last stage, equal on all of them. None on the others.
         Raises:
@@ -121,8 +134,9 @@ class TrainerRank:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens, stats=batch.stats)
-        collected = self._run(self._microbatches(batch), loss_of, forward_only=False)
+        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens, stats=batch.stats, keep_tokens=keep_tokens)
+        microbatches = self._microbatches(batch)
+        collected = self._run(microbatches, loss_of, forward_only=False)
         learning_rate = set_learning_rate(self._optimizer, self.config, step=step)
         # step() would clip by a NaN norm and apply the result, so check the norm first.
         self._optimizer.prepare_grads()
@@ -136,7 +150,10 @@ class TrainerRank:
         self._round_weights()
         if not self.layout.is_last_stage:
             return None
-        sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in collected[0]}
+        names = [name for name in collected[0] if name not in (*UPDATED_TOKENS, "h")]
+        if keep_tokens:
+            self._updated = _Updated(batch.response_lengths, microbatches, collected)
+        sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in names}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals, group=self.layout.dp_cp_group)
         means = dict(zip(sums, (totals / batch.num_response_tokens).tolist(), strict=True))
@@ -151,8 +168,36 @@ class TrainerRank:
             "lr": learning_rate,
         }
 
+    def updated_tokens(self, rows: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]] | None:
+        """What the last update's loss used of each token of these rows of its mini-batch (`policy_loss`).
+
+        Returns:
+            On reporting ranks the rows that it holds, and [N] float32 by name, in that order. None on the others.
+        """
+        updated, self._updated = self._updated, None
+        if not self.layout.is_last_stage:
+            return None
+        assert updated is not None, "call update with keep_tokens first"
+        names = [name for name in (*UPDATED_TOKENS, "h") if name in updated.collected[0]]
+        columns = [tuple(part[name].float() for name in names) for part in updated.collected]
+        values = self._whole_responses(updated.microbatches, columns).cpu().numpy()
+        if not self.layout.reports:
+            return None
+        held = [row for microbatch in updated.microbatches for row in microbatch.rows]
+        chosen = np.flatnonzero(np.isin(held, rows))
+        index = ragged_index(np.asarray(updated.response_lengths)[held], chosen)
+        return [held[place] for place in chosen], {
+            name: values_N[index] for name, values_N in zip(names, values, strict=True)
+        }
+
     def _loss(
-        self, scores: Tensor, microbatch: MicroBatch, *, num_tokens: int, stats: EntropyStats | None
+        self,
+        scores: Tensor,
+        microbatch: MicroBatch,
+        *,
+        num_tokens: int,
+        stats: EntropyStats | None,
+        keep_tokens: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_probs_N, entropies_N = scores[0]
         return policy_loss(
@@ -163,6 +208,7 @@ class TrainerRank:
             num_tokens=num_tokens,
             stats=stats,
             cp_group=self.layout.cp_group if self.layout.sizes.cp > 1 else None,
+            keep_tokens=keep_tokens,
         )
 
     def _round_weights(self) -> None:

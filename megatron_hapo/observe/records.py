@@ -1,0 +1,282 @@
+"""Records of responses and their tokens: a parquet file per step, written by a thread beside the training.
+
+The columns are documented in docs/records.md. The training only hands over references to what it has anyway: text is
+decoded, and files are written, in the thread. What goes wrong there is logged once and never ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_hapo.config import Config
+from megatron_hapo.errors import one_line
+from megatron_hapo.observe.token_text import Decode, decoder, text_and_ends
+from megatron_hapo.protocols import Trainer
+from megatron_hapo.types import EntropyStats, Rollout, ScoredGroup, TokenScores, TrainBatch, merge_tokens
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "rollouts"
+SCHEMA_VERSION = "1"
+_MEASURES = (
+    "temperatures", "rollout_log_probs", "old_log_probs", "rollout_temperature_log_probs", "entropies", "h",
+    "token_advantages", "importance_ratios", "clip_low", "clip_high",
+)  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        *[(name, pa.int32()) for name in ("step", "group", "sample")],
+        *[(name, pa.string()) for name in ("uid", "data_source", "prompt", "response", "ground_truth")],
+        *[(name, pa.list_(pa.int32())) for name in ("prompt_ids", "response_ids", "token_ends")],
+        ("reward", pa.float32()),
+        ("correctness", pa.float32()),
+        ("reward_parts", pa.map_(pa.string(), pa.float32())),
+        ("finish_reason", pa.string()),
+        ("failure", pa.string()),
+        ("advantage", pa.float32()),
+        ("policy_versions", pa.list_(pa.int32())),
+        *[(name, pa.list_(pa.float32())) for name in _MEASURES],
+    ]
+)
+_FILE = re.compile(r"\.?(?:step|eval)_([0-9]{8})\.parquet(\.partial)?")
+_MAX_WAITING = 2
+"""Files that may wait for the disk; further ones are left out rather than delay the training or fill the memory."""
+
+
+@contextmanager
+def open_records(config: Config, tokenizer: Any, *, start_step: int) -> Iterator[RecordWriter | None]:
+    """The writer of a run that continues after this step; None if the run records nothing."""
+    if not config.record.every:
+        yield None
+        return
+    with RecordWriter(config, decoder(tokenizer), start_step=start_step) as writer:
+        yield writer
+
+
+class RecordWriter:
+    """Writes the files of `config.record` into the run folder; a context manager, which waits for the last file.
+
+    Args:
+        decode: token ids to text, with special tokens.
+        start_step: files of later steps are removed: they come from a run that this one replaces. With 0 all are.
+    """
+
+    def __init__(self, config: Config, decode: Decode, *, start_step: int):
+        self._config, self._settings = config, config.record
+        self._folder = config.run_dir / FOLDER
+        self._decode = lru_cache(maxsize=1 << 16)(decode)
+        self._start_step = start_step
+        self._waiting: queue.Queue[tuple[str, Callable[[], pa.Table]] | None] = queue.Queue(_MAX_WAITING)
+        self._thread = threading.Thread(target=self._write_all, name="records", daemon=True)
+        self._told: set[str] = set()
+
+    def __enter__(self) -> RecordWriter:
+        try:
+            for path, step, partial in _files(self._folder):
+                if partial or step > self._start_step or not self._start_step:
+                    path.unlink()
+        except OSError as error:
+            self._tell("remove", f"records of an earlier run in {self._folder} cannot be removed: {error}")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def wants(self, step: int) -> bool:
+        """Whether this training step is recorded."""
+        return step % self._settings.every == 0
+
+    def num_groups(self, available: int) -> int:
+        """How many of a step's groups are recorded, from the first."""
+        return min(available, self._settings.groups or available)
+
+    def add_step(
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        batch: TrainBatch,
+        scores: TokenScores,
+        updated: Mapping[str, np.ndarray],
+    ) -> None:
+        """Records a step, soon.
+
+        Args:
+            batch: all groups' rollouts in order, with advantages.
+            scores: of all its tokens.
+            updated: what the updates used of the tokens of the recorded groups, in order, by column.
+        """
+        groups = groups[: self.num_groups(len(groups))]
+        num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
+        measures = {
+            "old_log_probs": scores.log_probs[:num_tokens],
+            "rollout_temperature_log_probs": scores.rollout_temperature_log_probs[:num_tokens],
+            "entropies": scores.entropies[:num_tokens],
+            **updated,
+        }
+        self._add(f"step_{step:08d}", lambda: self._table(step, groups, batch.advantages, measures, batch.stats))
+
+    def add_evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Records an evaluation after this step, soon."""
+        groups = groups[: self.num_groups(len(groups))]
+        self._add(f"eval_{step:08d}", lambda: self._table(step, groups, None, {}, None))
+
+    def _add(self, name: str, table: Callable[[], pa.Table]) -> None:
+        try:
+            self._waiting.put_nowait((name, table))
+        except queue.Full:
+            self._tell(
+                "full",
+                f"{name}.parquet is left out, since the files before it are still being written; record fewer tokens "
+                "(record.every, record.groups), or write to a faster disk",
+            )
+
+    # ----- in the thread
+
+    def _write_all(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            name, table = job
+            try:
+                self._write(name, table())
+            except Exception as error:
+                self._tell(
+                    "write", f"{name}.parquet cannot be written: {type(error).__name__}: {one_line(error)[:300]}"
+                )
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{name}.parquet.partial"
+        try:
+            pq.write_table(table, partial, compression="zstd")
+            os.replace(partial, self._folder / f"{name}.parquet")
+        finally:
+            partial.unlink(missing_ok=True)
+        self._remove_oldest()
+
+    def _remove_oldest(self) -> None:
+        """Removes what exceeds `record.keep` and `record.max_gigabytes`."""
+        newest_first = sorted(_files(self._folder), key=lambda file: (file[1], file[0].name), reverse=True)
+        total = 0
+        for number, (path, _, _) in enumerate(newest_first):
+            total += path.stat().st_size
+            if number and (number >= self._settings.keep or total > self._settings.max_gigabytes * 1e9):
+                path.unlink()
+
+    def _tell(self, kind: str, fault: str) -> None:
+        """Logs the first fault of each kind; the run goes on."""
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("records: %s; the training goes on, and this is not repeated", fault)
+
+    def _table(
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        advantages_B: np.ndarray | None,
+        measures: Mapping[str, np.ndarray],
+        stats: EntropyStats | None,
+    ) -> pa.Table:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [score for group in groups for score in group.scores]
+        texts = [text_and_ends(rollout.response_ids.tolist(), self._decode) for rollout in rollouts]
+        prompts = {
+            group: self._decode(tuple(g.rollouts[0].prompt.token_ids.tolist())) for group, g in enumerate(groups)
+        }
+        places = [(group, sample) for group, g in enumerate(groups) for sample in range(len(g.rollouts))]
+        columns: dict[str, Any] = {
+            "step": [step] * len(rollouts),
+            "group": [group for group, _ in places],
+            "sample": [sample for _, sample in places],
+            "uid": [rollout.prompt.uid for rollout in rollouts],
+            "data_source": [rollout.prompt.data_source for rollout in rollouts],
+            "prompt": [prompts[group] for group, _ in places],
+            "response": [text for text, _ in texts],
+            "ground_truth": [rollout.prompt.ground_truth for rollout in rollouts],
+            "prompt_ids": _lists([rollout.prompt.token_ids for rollout in rollouts]),
+            "response_ids": _lists([rollout.response_ids for rollout in rollouts]),
+            "token_ends": _lists([np.asarray(ends, dtype=np.int32) for _, ends in texts]),
+            "reward": [score.reward for score in scores],
+            "correctness": [score.correctness for score in scores],
+            "reward_parts": [list(score.parts.items()) for score in scores],
+            "finish_reason": [rollout.finish_reason for rollout in rollouts],
+            "failure": [score.failure for score in scores],
+            "advantage": None if advantages_B is None else advantages_B[: len(rollouts)],
+            "policy_versions": _lists([rollout.policy_versions for rollout in rollouts]),
+            "temperatures": _lists([rollout.temperatures for rollout in rollouts]),
+            "rollout_log_probs": _lists([rollout.rollout_log_probs for rollout in rollouts]),
+            **{name: _cut(values_N, rollouts) for name, values_N in measures.items()},
+        }
+        arrays = [_array(columns.get(field.name), field.type, len(rollouts)) for field in SCHEMA]
+        return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(self._metadata(step, stats)))
+
+    def _metadata(self, step: int, stats: EntropyStats | None) -> dict[str, str]:
+        config = self._config
+        job = {
+            "name": config.name,
+            "step": step,
+            "model": str(config.model.path),
+            "algorithm": config.algorithm.model_dump(mode="json"),
+            "stats": None if stats is None else asdict(stats),
+        }
+        return {"megatron_hapo.schema": SCHEMA_VERSION, "megatron_hapo.job": json.dumps(job)}
+
+
+def recorded_updates(
+    trainer: Trainer, parts: Sequence[TrainBatch], rows: Sequence[np.ndarray], lengths_B: np.ndarray, *, step: int
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """One update on each mini-batch: their metrics, and what they used of the tokens of the recorded responses.
+
+    Args:
+        rows: of the step's batch, for each mini-batch.
+        lengths_B: tokens of the recorded responses, which are the first of the step's batch.
+    """
+    metrics, updated = [], []
+    for part, its_rows in zip(parts, rows, strict=True):
+        wanted = np.flatnonzero(its_rows < len(lengths_B)).tolist()
+        metrics.append(trainer.update(part, step=step, keep_tokens=bool(wanted)))
+        if wanted:
+            updated += [(its_rows[held], values) for held, values in trainer.updated_tokens(wanted)]
+    return metrics, merge_tokens(updated, lengths_B)
+
+
+def _files(folder: Path) -> list[tuple[Path, int, bool]]:
+    """The files of records in a folder: path, step, and whether it was left unfinished."""
+    matches = [(path, _FILE.fullmatch(path.name)) for path in folder.glob("*.parquet*")]
+    matches += [(path, _FILE.fullmatch(path.name)) for path in folder.glob(".*.parquet.partial")]
+    return [(path, int(match[1]), match[2] is not None) for path, match in dict(matches).items() if match]
+
+
+def _lists(parts: Sequence[np.ndarray]) -> pa.Array:
+    """One list per response."""
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))
+
+
+def _cut(values_N: np.ndarray, rollouts: Sequence[Rollout]) -> pa.Array:
+    """One list per response of values that lie end to end."""
+    offsets = np.cumsum([0, *(len(rollout.response_ids) for rollout in rollouts)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(values_N))
+
+
+def _array(values: Any, kind: pa.DataType, length: int) -> pa.Array:
+    if values is None:
+        return pa.nulls(length, kind)
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
