@@ -16,7 +16,7 @@ from megatron_hapo.data.sampling import PromptSource, SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
-from megatron_hapo.observe.records import RecordWriter, recorded_updates
+from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
 from megatron_hapo.observe.step_metrics import step_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
@@ -82,12 +82,10 @@ class Driver:
         batch, scores = self._score(collected, clock)
         self.stats = step_statistics(scores, self.config.algorithm)
         batch = training_batch(batch, collected.groups, scores, self.stats, self.config.algorithm)
-        if self.records is not None and self.records.wants(step):
-            num_rows = self.records.num_groups(len(collected.groups)) * self.config.batch.samples_per_prompt
-            parts, updates, updated = self._recorded_update(batch, step, clock, num_rows)
-            self.records.add_step(step, collected.groups, batch, scores, updated)
-        else:
-            parts, updates = self._update(batch, step, clock)
+        num_recorded = 0 if self.records is None else self.records.num_responses(step, collected.groups)
+        parts, updates, tokens = self._update(batch, step, clock, num_recorded)
+        if self.records is not None and num_recorded:
+            self.records.add_step(step, collected.groups, batch, scores, tokens)
         self._write_checkpoint(step, clock)
         self._sync_weights(step, rollouts, clock)
         metrics = step_metrics(
@@ -110,27 +108,19 @@ class Driver:
             return batch, self.trainer.log_probs(batch)
 
     def _update(
-        self, batch: TrainBatch, step: int, clock: StepClock
-    ) -> tuple[list[TrainBatch], list[dict[str, float]]]:
-        """One optimizer step on each mini-batch; the mini-batches and their metrics."""
-        with clock("update"):
-            parts = self._minibatches(batch, step)
-            return parts, [self.trainer.update(part, step=step) for part in parts]
-
-    def _recorded_update(
-        self, batch: TrainBatch, step: int, clock: StepClock, num_rows: int
+        self, batch: TrainBatch, step: int, clock: StepClock, num_recorded: int
     ) -> tuple[list[TrainBatch], list[dict[str, float]], dict[str, np.ndarray]]:
-        """As `_update`, and what the updates used of the tokens of the batch's first rows, by name."""
-        with clock("update"):
-            parts, rows = self._minibatches(batch, step), minibatch_rows(self.config.batch, seed=self.config.seed, step=step)
-            return parts, *recorded_updates(self.trainer, parts, rows, batch.response_lengths[:num_rows], step=step)
-
-    def _minibatches(self, batch: TrainBatch, step: int) -> list[TrainBatch]:
+        """One optimizer step on each mini-batch: the mini-batches, their metrics, and what the updates used of the
+        tokens of the batch's first `num_recorded` responses."""
         config = self.config
-        return minibatches(
-            batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
-            seed=config.seed, step=step,
-        )  # fmt: skip
+        with clock("update"):
+            parts = minibatches(
+                batch, config.algorithm, config.batch, max_tokens=config.rollout.max_response_tokens,
+                seed=config.seed, step=step,
+            )  # fmt: skip
+            rows = minibatch_rows(config.batch, seed=config.seed, step=step)
+            lengths_B = batch.response_lengths[:num_recorded]
+            return parts, *updates_with_tokens(self.trainer, parts, rows, lengths_B, step=step)
 
     def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
         """Brings the new weights into the engines."""

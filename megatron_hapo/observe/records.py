@@ -101,13 +101,13 @@ class RecordWriter:
         self._waiting.put(None)
         self._thread.join()
 
-    def wants(self, step: int) -> bool:
-        """Whether this training step is recorded."""
-        return step % self._settings.every == 0
+    def num_responses(self, step: int, groups: Sequence[ScoredGroup]) -> int:
+        """How many responses of a training step are recorded, from the first; 0 if the step is not."""
+        recorded = self._recorded(groups) if step % self._settings.every == 0 else ()
+        return sum(len(group.rollouts) for group in recorded)
 
-    def num_groups(self, available: int) -> int:
-        """How many of a step's groups are recorded, from the first."""
-        return min(available, self._settings.groups or available)
+    def _recorded(self, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
+        return groups[: self._settings.groups or len(groups)]
 
     def add_step(
         self,
@@ -124,7 +124,7 @@ class RecordWriter:
             scores: of all its tokens.
             updated: what the updates used of the tokens of the recorded groups, in order, by column.
         """
-        groups = groups[: self.num_groups(len(groups))]
+        groups = self._recorded(groups)
         num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
         measures = {
             "old_log_probs": scores.log_probs[:num_tokens],
@@ -136,7 +136,7 @@ class RecordWriter:
 
     def add_evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Records an evaluation after this step, soon."""
-        groups = groups[: self.num_groups(len(groups))]
+        groups = self._recorded(groups)
         self._add(f"eval_{step:08d}", lambda: self._table(step, groups, None, {}, None))
 
     def _add(self, name: str, table: Callable[[], pa.Table]) -> None:
@@ -239,14 +239,14 @@ class RecordWriter:
         return {"megatron_hapo.schema": SCHEMA_VERSION, "megatron_hapo.job": json.dumps(job)}
 
 
-def recorded_updates(
+def updates_with_tokens(
     trainer: Trainer, parts: Sequence[TrainBatch], rows: Sequence[np.ndarray], lengths_B: np.ndarray, *, step: int
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """One update on each mini-batch: their metrics, and what they used of the tokens of the recorded responses.
 
     Args:
         rows: of the step's batch, for each mini-batch.
-        lengths_B: tokens of the recorded responses, which are the first of the step's batch.
+        lengths_B: tokens of the recorded responses, which are the first of the step's batch; empty: none is recorded.
     """
     metrics, updated = [], []
     for part, its_rows in zip(parts, rows, strict=True):
@@ -254,7 +254,7 @@ def recorded_updates(
         metrics.append(trainer.update(part, step=step, keep_tokens=bool(wanted)))
         if wanted:
             updated += [(its_rows[held], values) for held, values in trainer.updated_tokens(wanted)]
-    return metrics, merge_tokens(updated, lengths_B)
+    return metrics, merge_tokens(updated, lengths_B) if updated else {}
 
 
 def _files(folder: Path) -> list[tuple[Path, int, bool]]:

@@ -16,9 +16,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_hapo.config import Config
-from megatron_hapo.observe.records import SCHEMA, RecordWriter
+from megatron_hapo.observe.records import SCHEMA, RecordWriter, updates_with_tokens
 from megatron_hapo.observe.token_text import text_and_ends
-from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, pack_groups
+from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, TrainBatch, pack_groups
 
 UPDATED = ("token_advantages", "importance_ratios", "clip_low", "clip_high", "h")
 
@@ -74,7 +74,8 @@ def add_step(writer: RecordWriter, step: int) -> tuple[Any, TokenScores, dict[st
     count = batch.num_response_tokens
     values = np.random.default_rng(0).random((8, count), dtype=np.float32)
     scores = TokenScores(log_probs=-values[0], rollout_temperature_log_probs=-values[1], entropies=values[2])
-    recorded = sum(len(r.response_ids) for g in groups[: writer.num_groups(2)] for r in g.rollouts)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    recorded = sum(len(rollout.response_ids) for rollout in rollouts[: writer.num_responses(step, groups)])
     updated = {name: values[3 + i][:recorded] for i, name in enumerate(UPDATED)}
     writer.add_step(step, groups, batch, scores, updated)
     return batch, scores, updated
@@ -181,3 +182,35 @@ def test_invalid_bytes_neither_stop_nor_shift_the_text() -> None:
     assert text.endswith("ok")
     assert ends == sorted(ends)
     assert ends[-1] == len(text)
+
+
+class EchoTrainer:
+    """Returns each token's rollout log-prob as what the update used of it, from two ranks in a mixed order."""
+
+    def __init__(self) -> None:
+        self.kept: list[bool] = []
+
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
+        self.batch = batch
+        self.kept.append(keep_tokens)
+        return {"loss": float(step)}
+
+    def updated_tokens(self, rows: list[int]) -> list[tuple[list[int], dict[str, np.ndarray]]]:
+        shares = [rows[1::2], rows[::2]]
+        return [(share, {"h": self.batch.select(share).rollout_log_probs}) for share in shares]
+
+
+@pytest.mark.parametrize(("num_rows", "kept"), [(4, [True, True]), (2, [True, False]), (0, [False, False])])
+def test_values_of_scattered_minibatches_come_back_in_batch_order(num_rows: int, kept: list[bool]) -> None:
+    batch = pack_groups(make_groups())
+    rows = [np.array([1, 3]), np.array([2, 0])] if num_rows == 4 else [np.array([1, 0]), np.array([3, 2])]
+    trainer: Any = EchoTrainer()
+    metrics, tokens = updates_with_tokens(
+        trainer, [batch.select(part) for part in rows], rows, batch.response_lengths[:num_rows], step=1
+    )
+    assert metrics == [{"loss": 1.0}] * 2
+    assert trainer.kept == kept
+    if num_rows == 0:
+        assert tokens == {}
+    else:
+        np.testing.assert_array_equal(tokens["h"], batch.select(range(num_rows)).rollout_log_probs)
