@@ -56,4 +56,4 @@ def test_every_layout_returns_the_same_tokens(tmp_path: Path) -> None:
     for number, layout in enumerate(layouts):
         got = merged([rank[number] for rank in pairs])
         for name, values in want.items():
-            np.testing.assert_allclose(got[name], values, rtol=1e-3, atol=1e-4, err_msg=f"{layout} {name}")
+            np.testing.assert_allclose(got[name], values, rtol=1e-4, atol=1e-5, err_msg=f"{layout} {name}")
