@@ -72,7 +72,7 @@ def test_on_cpus_engines_are_spread_evenly() -> None:
 
 
 def test_a_run_that_needs_more_gpus_than_ray_has_is_refused() -> None:
-    config = load_config(_CONFIG, ["parallel.dp=2", "rollout.engines=3"])
+    config = load_config(_CONFIG, ["parallel.tp=2", "parallel.dp=2", "rollout.engines=3"])
     check_gpus(config, here=4, everywhere=7)
     with pytest.raises(ConfigError, match=r"parallel: 4 trainer ranks need .* this node has 2; .*torchrun"):
         check_gpus(config, here=2, everywhere=16)

@@ -20,6 +20,9 @@ from tests.time_limits import patient
 class Source:
     """Yields numbers; what else it does follows from its orders."""
 
+    def ready(self) -> None:
+        """Returns once the process has started, which no time limit of a stream should include."""
+
     def stream(self, first: int, orders: str) -> Iterator[int]:
         yield first
         if orders == "die":
@@ -42,6 +45,7 @@ def numbers(*orders: str, timeout_seconds: float = 600) -> Iterator[int]:
     remote: Any = ray.remote(Source)
     options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
     actors = [remote.options(num_cpus=0).remote() for _ in orders]
+    ray.get([actor.ready.remote() for actor in actors])
     streams = {
         f"rank {rank}": actor.stream.options(**options).remote(10 * rank, orders[rank])
         for rank, actor in enumerate(actors)
