@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -104,7 +105,7 @@ class Ranks:
         zeros = np.zeros(batch.num_response_tokens, np.float32)
         return TokenScores(log_probs=zeros - 1, rollout_temperature_log_probs=zeros - 1, entropies=zeros + 0.5)
 
-    def update(self, batch: TrainBatch, *, step: int) -> dict[str, float]:
+    def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
         self.books.note("update", needs=("trainer gradients", "trainer optimizer"))
         return {"loss/policy": 0.0}
 
@@ -247,7 +248,8 @@ def test_a_rehearsal_takes_the_same_turns(tmp_path: Path) -> None:
     config = make_config(tmp_path, "colocated")
     with opened(config) as (books, engines, ranks, turns):
         parts: Any = {"trainer": ranks, "pool": engines, "rewards": Rewards()}
-        rehearse(config, turns=turns, prompts=PROMPTS, **parts)
+        tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+        rehearse(config, turns=turns, prompts=PROMPTS, tokenizer=tokenizer, **parts)
     steered = [*TO_ENGINES, "generate", *TO_TRAINER, "log_probs"]
     assert books.events == ["ready", "engine releases kv_cache weights", *steered, *steered]
 
