@@ -319,6 +319,7 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
         "advance": ("rollout", "eval"),
         "score": ("reward", "eval"),
         **{name: (name,) for name in ("log_probs", "update")},
+        "updated_tokens": ("update",),
         "save_checkpoint": ("checkpoint",),
         **{name: ("memory_turn", "weight_sync") for name in ("release_memory", "take_memory")},
     }

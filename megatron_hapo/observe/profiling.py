@@ -17,6 +17,7 @@ from megatron_hapo.protocols import RewardPool, RolloutEngine, RolloutPool, Trai
 STEP_TRACE = "step.json.gz"
 _DURING = {
     **{name: name for name in ("log_probs", "update")},
+    "updated_tokens": "update",
     **dict.fromkeys(("send_weights", "weight_buckets"), "weight_sync"),
     **dict.fromkeys(("receive_weights", "load_bucket", "verify", "end_weight_update"), "weight_sync"),
 }
