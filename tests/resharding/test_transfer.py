@@ -182,7 +182,8 @@ def test_a_sender_that_never_connects_is_named_with_its_parameter(tmp_path) -> N
     sides, transfer = small(tmp_path, deadline_seconds=seconds)
     sides.run(transfer, without=(1,))
     assert sides.errors == [
-        f"receiving weights: timed out after {seconds:g} s: trainer rank 1 to engine 0, rank 0: model.embed_tokens.weight"
+        f"receiving weights: timed out after {seconds:g} s: trainer rank 1 to engine 0, rank 0: "
+        "model.embed_tokens.weight"
     ]
     assert [path.suffix for path in tmp_path.iterdir()] == [".failed"]
 
