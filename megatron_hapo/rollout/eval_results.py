@@ -122,6 +122,7 @@ def _row(group: ScoredGroup, sample: int, text: str) -> dict[str, Any]:
         "answer": score.answer,
         "correct": score.correct,
         "correctness": score.correctness,
+        "reward_parts": dict(score.parts),
         "failure": score.failure,
         "finish_reason": rollout.finish_reason,
         "num_tokens": len(rollout.response_ids),
@@ -133,6 +134,7 @@ def _evaluated(uid: str, rows: Sequence[Mapping[str, Any]]) -> Evaluated:
         ProblemResult(uid, tuple(bool(row["correct"]) for row in rows), tuple(row["answer"] for row in rows)),
         tuple(int(row["num_tokens"]) for row in rows),
         tuple(row["finish_reason"] == "length" for row in rows),
+        tuple(row.get("reward_parts", {}) for row in rows),  # files of older versions have none
     )
 
 

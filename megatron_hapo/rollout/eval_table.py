@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hapo.rollout.eval_statistics import Estimate, estimate, paired_difference, statistics_of
-from megatron_hapo.rollout.evaluation import Evaluated, metric_name
+from megatron_hapo.rollout.evaluation import Evaluated, metric_name, part_means
 
 ALL = "all sets"
 """The row over all sets, in which each counts the same; no set has a name with a space."""
@@ -25,7 +26,7 @@ class SetResult:
     num_samples: int | None
     """Responses to each problem; None: the sets have different numbers."""
     estimates: Mapping[str, Estimate]
-    """By statistic: avg, pass@K, maj."""
+    """By statistic: avg, pass@K, maj, and the mean of each part of the rewards as reward/NAME."""
     differences: Mapping[str, Estimate]
     """To the first model, over the problems that both have; empty for the first."""
 
@@ -58,6 +59,10 @@ def print_table(results: Mapping[str, Mapping[str, SetResult]], console: Console
             console.print(model, markup=False, style="bold", soft_wrap=True)
         console.print(_model_table(sets, is_first=model == first))
     note = "percent, with 95 % bootstrap intervals over the problems"
+    if any(
+        map(_is_part, (statistic for sets in results.values() for row in sets.values() for statistic in row.estimates))
+    ):
+        note = f"{note}; reward/... in the reward's own unit"
     note = f"{note}; differences are to {first}" if len(results) > 1 else note
     console.print(note, markup=False, soft_wrap=True)
 
@@ -69,15 +74,17 @@ def _model_table(sets: Mapping[str, SetResult], *, is_first: bool) -> Table:
         table.add_column("set", overflow="fold")
     table.add_column("problems", justify="right", no_wrap=True)
     table.add_column("metric", no_wrap=True)
-    table.add_column("percent", justify="right", no_wrap=True)
+    has_parts = any(_is_part(statistic) for row in sets.values() for statistic in row.estimates)
+    table.add_column("value" if has_parts else "percent", justify="right", no_wrap=True)
     if not is_first:
         table.add_column("difference", justify="right", no_wrap=True)
     for name, row in sets.items():
         for number, (statistic, value) in enumerate(row.estimates.items()):
             labels = [name if number == 0 else ""] if has_names else []
-            cells = [str(row.num_problems) if number == 0 else "", _title(statistic, row), _cell(value)]
+            cells = [str(row.num_problems) if number == 0 else "", _title(statistic, row), _cell(statistic, value)]
             if not is_first:
-                cells.append(_cell(row.differences[statistic], signed=True) if statistic in row.differences else "")
+                difference = row.differences.get(statistic)
+                cells.append("" if difference is None else _cell(statistic, difference, signed=True))
             table.add_row(*labels, *cells)
     return table
 
@@ -91,40 +98,53 @@ class _ProblemValues:
     """The statistics of each problem of a set."""
 
     def __init__(self, problems: Sequence[Evaluated]):
-        self.uids = [problem.result.uid for problem in problems]
+        uids = [problem.result.uid for problem in problems]
+        self.num_problems = len(uids)
         self.num_samples = len(problems[0].result.correct)
-        self.statistics = statistics_of([problem.result for problem in problems])
+        self.by_uid: dict[str, dict[str, float]] = {
+            name: dict(zip(uids, values_P.tolist(), strict=True))
+            for name, values_P in statistics_of([problem.result for problem in problems]).items()
+        }
+        """The values of each statistic; those of a part of the rewards may be missing for some problems."""
+        self.by_uid |= part_means(problems)
 
-    def by_uid(self, statistic: str) -> dict[str, float]:
-        """The values of one statistic."""
-        return dict(zip(self.uids, self.statistics[statistic].tolist(), strict=True))
+    def values(self, statistic: str) -> np.ndarray:
+        """[P] float64 values of one statistic."""
+        return np.array([*self.by_uid[statistic].values()])
 
 
 def _result(sets: Sequence[_ProblemValues], first: Sequence[_ProblemValues]) -> SetResult:
     """The result over these sets; `first` has those of the first model, and is empty for it."""
-    common = [statistic for statistic in sets[0].statistics if all(statistic in part.statistics for part in sets)]
+    common = [statistic for statistic in sets[0].by_uid if all(statistic in part.by_uid for part in sets)]
     numbers = {part.num_samples for part in sets}
     if len(numbers) > 1:
         common = [statistic for statistic in common if statistic != "maj"]
     differences = {}
     for statistic in common if first else ():
         pairs = zip(first, sets, strict=True)
-        if all(statistic in part.statistics for part in first):
-            paired = [paired_difference(a.by_uid(statistic), b.by_uid(statistic)) for a, b in pairs]
+        if all(statistic in part.by_uid for part in first):
+            paired = [paired_difference(a.by_uid[statistic], b.by_uid[statistic]) for a, b in pairs]
             if all(len(values_P) for values_P in paired):
                 differences[statistic] = estimate(paired)
     return SetResult(
-        sum(len(part.uids) for part in sets),
+        sum(part.num_problems for part in sets),
         numbers.pop() if len(numbers) == 1 else None,
-        {statistic: estimate([part.statistics[statistic] for part in sets]) for statistic in common},
+        {statistic: estimate([part.values(statistic) for part in sets]) for statistic in common},
         differences,
     )
 
 
 def _title(statistic: str, row: SetResult) -> str:
+    if _is_part(statistic):
+        return statistic
     return metric_name(statistic, "n" if row.num_samples is None else row.num_samples)
 
 
-def _cell(value: Estimate, *, signed: bool = False) -> str:
-    form = "+.1f" if signed else ".1f"
-    return f"{100 * value.value:{form}} [{100 * value.low:{form}}, {100 * value.high:{form}}]"
+def _is_part(statistic: str) -> bool:
+    return statistic.startswith("reward/")
+
+
+def _cell(statistic: str, value: Estimate, *, signed: bool = False) -> str:
+    scale, form = (1, ".3g") if _is_part(statistic) else (100, ".1f")
+    form = f"+{form}" if signed else form
+    return f"{scale * value.value:{form}} [{scale * value.low:{form}}, {scale * value.high:{form}}]"

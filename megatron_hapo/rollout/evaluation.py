@@ -36,6 +36,8 @@ class Evaluated:
     """Tokens of each response."""
     truncated: tuple[bool, ...]
     """Whether it was cut off at the longest response."""
+    parts: tuple[Mapping[str, float], ...] = ()
+    """The named parts of its reward."""
 
 
 def evaluation_sets(config: Config, prompts: Mapping[str, Sequence[Prompt]]) -> list[EvaluationSet]:
@@ -74,6 +76,7 @@ def evaluate(
                 ),
                 tuple(len(rollout.response_ids) for rollout in group.rollouts),
                 tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
+                tuple(score.parts for score in group.scores),
             )
             for group in groups
         ]
@@ -92,9 +95,21 @@ def evaluation_metrics(evaluated: Mapping[str, Sequence[Evaluated]]) -> dict[str
             for statistic, values_P in statistics_of([problem.result for problem in problems]).items():
                 if statistic != "avg":
                     metrics[f"eval/{name}/{metric_name(statistic, num_samples)}"] = float(values_P.mean())
-    for metric in next(iter(plain.values()), {}):
-        metrics[f"eval/{metric}"] = float(np.mean([values[metric] for values in plain.values()]))
+    for metric in dict.fromkeys(metric for values in plain.values() for metric in values):
+        metrics[f"eval/{metric}"] = float(np.mean([values[metric] for values in plain.values() if metric in values]))
     return metrics
+
+
+def part_means(problems: Sequence[Evaluated]) -> dict[str, dict[str, float]]:
+    """For each named part of the rewards, as `reward/NAME`: its mean over a problem's responses that have it, by uid.
+
+    Problems without such a response are left out.
+    """
+    means: dict[str, dict[str, float]] = {}
+    for name in sorted({name for problem in problems for parts in problem.parts for name in parts}):
+        of_problems = {p.result.uid: [parts[name] for parts in p.parts if name in parts] for p in problems}
+        means[f"reward/{name}"] = {uid: float(np.mean(values)) for uid, values in of_problems.items() if values}
+    return means
 
 
 def metric_name(statistic: str, num_samples: int | str) -> str:
@@ -107,4 +122,5 @@ def _plain_metrics(problems: Sequence[Evaluated]) -> dict[str, float]:
         "accuracy": float(np.mean([right for problem in problems for right in problem.result.correct])),
         "response_length": float(np.mean([length for problem in problems for length in problem.lengths])),
         "truncated": float(np.mean([cut for problem in problems for cut in problem.truncated])),
+        **{name: float(np.mean([*values.values()])) for name, values in part_means(problems).items()},
     }

@@ -228,5 +228,35 @@ def test_the_tables_of_two_models_show_the_differences_and_fit_into_80_columns()
     assert " ".join(new[-1]).endswith("differences are to old")
 
 
+def test_the_parts_of_rewards_are_written_and_have_means_in_metrics_and_tables(tmp_path: Path) -> None:
+    """Two problems: steps 0.2 and 0.4, then 1 and none; tries 7 in a single response."""
+    part = evaluated_set(2)
+    parts = ({"steps": 0.2}, {"steps": 0.4, "tries": 7.0}), ({"steps": 1.0}, {})
+    groups = [
+        ScoredGroup([rollout(prompt)] * 2, [Score(reward=0.0, correctness=0.0, parts=of) for of in its_parts])
+        for prompt, its_parts in zip(part.prompts, parts, strict=True)
+    ]
+    file = ResultFile(tmp_path, part, SETTINGS)
+    file.add(groups, [""] * 4)
+    read = ResultFile(tmp_path, part, SETTINGS).evaluated()
+    assert [dict(of) for problem in read for of in problem.parts] == [dict(of) for its in parts for of in its]
+
+    metrics = evaluation_metrics({"": read})
+    assert (metrics["eval/reward/steps"], metrics["eval/reward/tries"]) == pytest.approx((0.65, 7.0))
+    named = evaluation_metrics({"a": read, "b": problems("10")})  # the mean over the sets that have the part
+    assert (named["eval/a/reward/steps"], named["eval/reward/steps"]) == pytest.approx((0.65, 0.65))
+
+    better = [replace(problem, parts=tuple({"steps": 1.0} for _ in problem.parts)) for problem in read]
+    results = compare({"old": {"": read}, "new": {"": better}})
+    assert results["new"][""].differences["reward/steps"].value == pytest.approx((0.7 + 0) / 2)
+    assert "reward/tries" not in results["new"][""].estimates
+    lines = printed(results)
+    assert ["problems", "metric", "value"] in lines
+    assert ["reward/tries", "7", "[7,", "7]"] in lines
+    assert ["reward/steps", "0.65", "[0.3,", "1]"] in lines
+    assert ["reward/steps", "1", "[1,", "1]", "+0.35", "[+0,", "+0.7]"] in lines
+    assert "own unit" in " ".join(lines[-1])
+
+
 def test_no_sets_have_no_metrics() -> None:
     assert evaluation_metrics({}) == {}
