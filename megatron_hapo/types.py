@@ -76,9 +76,37 @@ class Sampling:
     seed: int
     """The seed of each response is derived from this one, the prompt's uid and the sample's index."""
     top_p: float = 1.0
+    top_k: int | None = None
+    """None: as many as there are, or `rollout_settings.MOST_KEPT` with `keep_cut`."""
+    keep_cut: bool = False
+    """Whether rollouts tell which tokens top-p and top-k kept, and log-probs are those among them."""
     stop_token_ids: tuple[int, ...] = ()
     adaptive: AdaptiveTemperature | None = None
     """None samples every token at the base temperature."""
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """The tokens among which the sampler chose each response token, where top-p and top-k cut the others off.
+
+    `K` kept tokens of all response tokens together: 4 bytes each, and 4 bytes a response token.
+    """
+
+    token_ids: np.ndarray
+    """[K] int32, response token after response token; among them the one that was sampled."""
+    lengths: np.ndarray
+    """[N] int32, number of kept tokens of each response token, at least 1."""
+
+    def __getitem__(self, index: np.ndarray) -> KeptTokens:
+        """Those of the response tokens at these places."""
+        return KeptTokens(self.token_ids[ragged_index(self.lengths, index)], self.lengths[index])
+
+    @staticmethod
+    def concatenate(parts: Sequence[KeptTokens]) -> KeptTokens:
+        """One after another."""
+        return KeptTokens(
+            np.concatenate([part.token_ids for part in parts]), np.concatenate([part.lengths for part in parts])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +117,15 @@ class Rollout:
     response_ids: np.ndarray
     """[R] int32, including the stop token if one was sampled."""
     rollout_log_probs: np.ndarray
-    """[R] float32, log-prob of each sampled token under the engine's distribution at `temperatures`."""
+    """[R] float32, log-prob of each sampled token under the engine's distribution at `temperatures`, among the kept
+    tokens."""
     temperatures: np.ndarray
     """[R] float32, T_t at which each token was sampled."""
     policy_versions: np.ndarray
     """[R] int32, version of the weights that each token was sampled from; it never decreases along a response."""
     finish_reason: FinishReason
+    kept: KeptTokens | None = None
+    """Of its R tokens; None: the whole vocabulary, or not known."""
 
     @property
     def policy_version(self) -> int:
@@ -144,11 +175,11 @@ class TokenScores:
     """The trainer's forward pass over a batch, in batch order."""
 
     log_probs: np.ndarray
-    """[N] float32, at the base temperature."""
+    """[N] float32, at the base temperature; among the kept tokens where the batch has them."""
     rollout_temperature_log_probs: np.ndarray
     """[N] float32, at each token's own sampling temperature, so comparable with rollout_log_probs."""
     entropies: np.ndarray
-    """[N] float32, nats, at the base temperature."""
+    """[N] float32, nats, at the base temperature, of the whole vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +219,8 @@ class TrainBatch:
     """[N] float32, T_t of the rollout."""
     rollout_log_probs: np.ndarray = field(metadata=_along("response_tokens"))
     """[N] float32, the engine's."""
+    kept: KeptTokens | None = field(default=None, metadata=_along("response_tokens"))
+    """Tokens among which log-probs are normalised; None: the whole vocabulary."""
     advantages: np.ndarray | None = field(default=None, metadata=_along("responses"))
     """[B] float32; None before the trainer has scored the batch."""
     old_log_probs: np.ndarray | None = field(default=None, metadata=_along("response_tokens"))
@@ -235,7 +268,7 @@ class TrainBatch:
     def _response_token_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         for declared in fields(self):
             value = getattr(self, declared.name)
-            if declared.metadata.get("axis") == "response_tokens" and value is not None:
+            if declared.metadata.get("axis") == "response_tokens" and isinstance(value, np.ndarray | Mapping):
                 yield from value.items() if isinstance(value, Mapping) else [(declared.name, value)]
 
 
@@ -249,12 +282,15 @@ def ragged_index(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def pack_rollouts(rollouts: Sequence[Rollout]) -> TrainBatch:
     """The batch of these rollouts before the trainer has scored it."""
+    kept = [r.kept for r in rollouts if r.kept is not None]
+    assert len(kept) in (0, len(rollouts)), "some rollouts lack their kept tokens"
     return TrainBatch(
         token_ids=np.concatenate([part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]),
         sequence_lengths=np.array([len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts], dtype=np.int64),
         response_lengths=np.array([len(r.response_ids) for r in rollouts], dtype=np.int64),
         temperatures=np.concatenate([r.temperatures for r in rollouts]),
         rollout_log_probs=np.concatenate([r.rollout_log_probs for r in rollouts]),
+        kept=KeptTokens.concatenate(kept) if kept else None,
     )
 
 

@@ -159,10 +159,10 @@ class Engine:
         try:
             while True:
                 num_aborts = self._num_aborts
-                answer: Any = await self._engine.async_generate(
+                answer: Any = await self._answer(
                     input_ids=prompt.token_ids.tolist(),
                     sampling_params=sampling_parameters(sampling, seed=seed),
-                    return_logprob=True,
+                    return_sampling_mask=sampling.keep_cut,
                 )
                 if answer["meta_info"]["finish_reason"]["type"] != "abort" or num_aborts == self._num_aborts:
                     break  # otherwise a weight update has aborted it, and it starts again
@@ -185,9 +185,18 @@ class Engine:
 
     def _answers(self, prompts: list[list[int]], parameters: list[dict], **options: Any) -> list[dict]:
         """SGLang's answers to these requests, in their order; `options` are lists with an entry a request."""
-        answers = self._engine.generate(input_ids=prompts, sampling_params=parameters, return_logprob=True, **options)
+        answers = self._loop.run_until_complete(self._answer(input_ids=prompts, sampling_params=parameters, **options))
         assert isinstance(answers, list)
         return answers
+
+    async def _answer(self, **request: Any) -> Any:
+        """SGLang's answer or answers to a request, with log-probs; its `Engine.generate` lacks some fields of one."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        generator = self._engine.tokenizer_manager.generate_request(
+            GenerateReqInput(return_logprob=True, **request), None
+        )
+        return await anext(generator)
 
     # ----- weight updates
 

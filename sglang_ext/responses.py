@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hapo.config.rollout_settings import MOST_KEPT
 from megatron_hapo.errors import RolloutError
-from megatron_hapo.types import AdaptiveTemperature, FinishReason, Prompt, Rollout, Sampling
+from megatron_hapo.types import AdaptiveTemperature, FinishReason, KeptTokens, Prompt, Rollout, Sampling
 from sglang_ext import temperature
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
@@ -21,7 +22,8 @@ def sample_seed(seed: int, uid: str, index: int) -> int:
 
 def sampling_parameters(sampling: Sampling, *, seed: int) -> dict[str, Any]:
     """SGLang's `sampling_params` of one response."""
-    return {
+    top_k = sampling.top_k or (MOST_KEPT if sampling.keep_cut else None)
+    return ({} if top_k is None else {"top_k": top_k}) | {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_response_tokens,
@@ -50,7 +52,10 @@ def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
             f"SGLang aborted a response to prompt {prompt.uid}: {finish.get('message', 'no reason given')}"
         )
     response_ids = np.asarray(answer["output_ids"], dtype=np.int32)
-    log_probs = np.asarray([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
+    if kept := _kept_tokens(meta) if sampling.keep_cut else None:
+        log_probs = np.asarray(meta["output_token_sampling_logprobs"], dtype=np.float32)
+    else:
+        log_probs = np.asarray([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
     if sampling.temperature > 0 and adaptive_parameters(sampling.adaptive):
         temperatures = np.asarray(meta[TEMPERATURE_KEY], dtype=np.float32)
     else:
@@ -65,6 +70,11 @@ def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
             f"SGLang's answer to prompt {prompt.uid} has {len(response_ids)} tokens, {len(log_probs)} log-probs, "
             f"{len(temperatures)} temperatures and {len(versions)} weight versions"
         )
+    if kept is not None and len(kept.lengths) != len(response_ids):
+        raise RolloutError(
+            f"SGLang's answer to prompt {prompt.uid} has {len(response_ids)} tokens, and kept tokens of "
+            f"{len(kept.lengths)}"
+        )
     reason: FinishReason = "stop" if finish["type"] == "stop" else "length"
     return Rollout(
         prompt=prompt,
@@ -73,4 +83,13 @@ def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
         temperatures=temperatures,
         policy_versions=versions,
         finish_reason=reason,
+        kept=kept,
+    )
+
+
+def _kept_tokens(meta: dict) -> KeptTokens:
+    masks = meta["output_token_sampling_mask"]
+    return KeptTokens(
+        np.fromiter((token for mask in masks for token in mask), np.int32),
+        np.array([len(mask) for mask in masks], dtype=np.int32),
     )

@@ -1,7 +1,8 @@
-"""Proves at start, on the real model, that an engine's temperatures and log-probs are those of the formula.
+"""Proves at start, on the real model, that an engine's temperatures, log-probs and cuts are those of the formulas.
 
-Requests with and without the adaptive temperature run in one batch. Their statistics are chosen around the entropy of
-the model, so that h is about +0.5 and -0.5, and a hook that does nothing, or the wrong thing, is detected.
+Requests with and without the adaptive temperature, with and without top-p and top-k, run in one batch. Their statistics
+are chosen around the entropy of the model, so that h is about +0.5 and -0.5, and a hook that does nothing, or the wrong
+thing, is detected.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from megatron_hapo.config.rollout_settings import MOST_KEPT
 from megatron_hapo.entropy import adaptive_temperature, entropy_from_logits
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.types import AdaptiveTemperature, EntropyStats, Sign
@@ -29,6 +31,8 @@ _TOKENS = 2  # one from the prefill, one from a decoding step
 _TEMPERATURE_TOLERANCE = 2e-3  # relative; the reference entropy comes from log-probs rounded to float32
 # Between two batches, which may use different matrix kernels; in bfloat16 a logit of 30 has steps of 0.1.
 _LOG_PROB_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3}
+_CUT_TOLERANCE = 1e-3
+"""Of log-probs, and of the mass and log-prob at which a cut may as well fall one token further: all from one batch."""
 _NO_HOOK = (
     "SGLang did not load the plugin megatron_hapo: check that the package is installed in this environment, "
     "and that SGLANG_PLUGINS does not exclude it"
@@ -48,6 +52,9 @@ class Answer(Protocol):
 class _Case:
     name: str
     adaptive: AdaptiveTemperature | None
+    top_p: float = 1.0
+    top_k: int | None = None
+    """None: the choice is not cut."""
 
 
 def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
@@ -56,12 +63,18 @@ def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
     prompt, plain_V = _entropic_prompt(answers, vocab_size)
     entropy = entropy_from_logits(plain_V)
     cases = _cases(float(entropy.log()))
-    parameters = [_parameters(case.adaptive) for case in cases]
     # All in one batch, so that a request that disturbs another is detected.
-    replies = answers([prompt] * len(cases), parameters, top_logprobs_num=[vocab_size] * len(cases))
+    replies = answers(
+        [prompt] * len(cases),
+        [_parameters(case) for case in cases],
+        top_logprobs_num=[vocab_size] * len(cases),
+        return_sampling_mask=[case.top_k is not None for case in cases],
+    )
     for case, reply in zip(cases, replies, strict=True):
         _check_temperatures(case, reply, vocab_size)
         _check_log_probs(case, reply, plain_V, _LOG_PROB_TOLERANCE[dtype])
+        if case.top_k is not None:
+            _check_cut(case, reply, vocab_size)
     logger.info("self-test of the sampling passed in %.1f s", time.perf_counter() - start)
 
 
@@ -100,11 +113,16 @@ def _cases(log_entropy: float) -> list[_Case]:
         for side, stats in (("above", above), ("below", below))
     ]
     plain = _Case("base temperature", None)
-    return [plain, *adaptive, plain]
+    cut = [
+        _Case("top-p at the adaptive temperature", adaptive[0].adaptive, top_p=0.7, top_k=MOST_KEPT),
+        _Case("top-k", None, top_k=5),
+    ]
+    return [plain, *adaptive, *cut, plain]
 
 
-def _parameters(adaptive: AdaptiveTemperature | None) -> dict[str, Any]:
-    return {
+def _parameters(case: _Case) -> dict[str, Any]:
+    adaptive = case.adaptive
+    return ({} if case.top_k is None else {"top_p": case.top_p, "top_k": case.top_k}) | {
         "temperature": _BASE,
         "max_new_tokens": _TOKENS,
         "ignore_eos": True,
@@ -143,6 +161,31 @@ def _check_log_probs(case: _Case, reply: dict, plain_V: Tensor, tolerance: float
     if not float(error_V[token]) <= tolerance:
         cause = _NO_HOOK if case.adaptive is not None else _OTHER_FORMULA
         _fail(case, f"log-prob {float(expected_V[token]):.5g} of token {token}", f"{float(got_V[token]):.5g}", cause)
+
+
+def _check_cut(case: _Case, reply: dict, vocab_size: int) -> None:
+    """Compares the kept tokens, and the log-probs among them, with those that follow from the full distribution."""
+    assert case.top_k is not None
+    meta = reply["meta_info"]
+    for step, token in enumerate(reply["output_ids"]):
+        full_V = _full_log_probs(reply, step, vocab_size)
+        kept = torch.tensor(meta["output_token_sampling_mask"][step])
+        sorted_V, order_V = full_V.sort(descending=True)
+        mass_before_V = sorted_V.exp().cumsum(0) - sorted_V.exp()
+        expected_V = (mass_before_V <= case.top_p) & (torch.arange(vocab_size) < case.top_k)
+        last = min(case.top_k, vocab_size) - 1
+        # Where the cut falls within rounding, a token may be kept or not.
+        close_V = (mass_before_V - case.top_p).abs() <= _CUT_TOLERANCE
+        close_V |= (sorted_V - sorted_V[last]).abs() <= _CUT_TOLERANCE
+        wrong_V = (torch.isin(order_V, kept) != expected_V) & ~close_V
+        if bool(wrong_V.any()):
+            expected = f"{int(expected_V.sum())} kept tokens at token {step}"
+            _fail(case, expected, f"{len(kept)}, other ones", "SGLang cuts differently than its version 0.5.23")
+        among = float(full_V[token] - full_V[kept].logsumexp(0))
+        got = meta["output_token_sampling_logprobs"][step]
+        if not math.isclose(got, among, abs_tol=_CUT_TOLERANCE):
+            cause = "SGLang's sampling_logprobs are not those among the kept tokens"
+            _fail(case, f"log-prob {among:.5g} of token {token} among the kept ones", f"{got:.5g}", cause)
 
 
 def _full_log_probs(reply: dict, step: int, vocab_size: int) -> Tensor:

@@ -46,14 +46,14 @@ from tests.observe.test_metrics import documented_metrics
 from tests.time_limits import patient
 
 COLOCATED = {"tp": 2, "placement": "colocated"}
-LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2}]
+LAYOUTS = [{"tp": 1}, COLOCATED, {"pp": 2, "top_p": 0.9}]
 TAU = 0.3
 
 
 def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
-    """A small run of two steps on a parallel layout; `layout` may also contain `placement`."""
+    """A small run of two steps on a parallel layout; `layout` may also contain `placement` and `top_p`."""
     layout = dict(layout)
-    placement = layout.pop("placement", "disaggregated")
+    placement, top_p = layout.pop("placement", "disaggregated"), layout.pop("top_p", 1.0)
     return Config.model_validate(
         {
             "name": "_".join(f"{axis}{size}" for axis, size in layout.items()),
@@ -68,6 +68,7 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
             "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "prompts_per_minibatch": 2},
             "rollout": {
                 "dtype": "float32",
+                "top_p": top_p,
                 "max_prompt_tokens": 64,
                 "max_response_tokens": 24,
                 "kv_cache_tokens": 4096,
@@ -244,6 +245,21 @@ def test_temperatures_follow_from_the_entropies_of_the_policy(trained: dict[str,
     recorded = np.concatenate([rollout.temperatures for rollout in rollouts])
     np.testing.assert_allclose(recorded, expected, atol=2e-4)
     assert recorded.std() > 0.01
+
+
+def test_the_trainer_scores_tokens_among_those_that_the_cut_kept(trained: dict[str, Any]) -> None:
+    """At the adaptive temperature; without the kept tokens the trainer's log-probs are those of another policy."""
+    sampling = replace(sampling_of(trained, 3), top_p=0.9, top_k=100, keep_cut=True)
+    groups = trained["recorder"].generate(trained["prompts"], sampling)
+    batch = pack_rollouts([rollout for group in groups for rollout in group])
+    assert batch.kept is not None
+    assert 1 < batch.kept.lengths.mean() < batch.kept.lengths.max() <= 100
+    found = trained["trainer"].log_probs(batch).rollout_temperature_log_probs - batch.rollout_log_probs
+    without = trained["trainer"].log_probs(replace(batch, kept=None))
+    missed = without.rollout_temperature_log_probs - batch.rollout_log_probs
+    print("replayed", np.abs(found).max(), "not replayed", np.abs(missed).mean(), batch.kept.lengths.mean())
+    assert np.abs(found).max() < 1e-5
+    assert np.abs(missed).mean() > 0.05
 
 
 def test_rollouts_record_the_version_of_the_weights(trained: dict[str, Any]) -> None:
@@ -448,7 +464,7 @@ def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qw
         assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
 
         # From here on all versions have the same weights, so the trainer can score tokens of several versions.
-        version, sampling = 100, replace(sampling_of(run, 4), samples=64)
+        version, sampling = 100, replace(sampling_of(run, 4), samples=64, top_p=0.95, keep_cut=True)
         with ThreadPoolExecutor(1) as thread:
             generation = thread.submit(pool.generate, run["prompts"], sampling)
             while not generation.done():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hapo.types import TrainBatch
+from megatron_hapo.types import KeptTokens, TrainBatch
 
 
 def plan_microbatches(
@@ -98,6 +98,8 @@ class MicroBatch:
     """[N] int64, the response tokens."""
     per_token: Mapping[str, Tensor]
     """[N] each, by the names of `TrainBatch.per_token`: float32, or bool where the batch has bool."""
+    kept: KeptTokens | None = None
+    """Of its N response tokens, on the host; None: the whole vocabulary."""
 
     def __getitem__(self, name: str) -> Tensor:
         """The per-token tensor of this name. [N]
@@ -162,6 +164,7 @@ def pack(
             name: to_device(array[kept], torch.bool if array.dtype == np.bool_ else torch.float32)
             for name, array in part.per_token().items()
         },
+        kept=None if part.kept is None else part.kept[kept],
     )
 
 

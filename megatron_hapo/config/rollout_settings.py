@@ -14,6 +14,9 @@ from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.section import Bytes, Fraction, NonNegativeInt, PositiveInt, Ranks, Seconds, Section
 
+MOST_KEPT = 4096
+"""Most tokens among which SGLang (0.5.23) reports a choice: its default sampling_mask_max_tokens."""
+
 
 class RolloutConfig(Section):
     """The SGLang engines and the responses that they generate for training."""
@@ -32,6 +35,13 @@ class RolloutConfig(Section):
     """Longer responses are truncated."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Base temperature T of training rollouts; the trainer computes log-probs at this temperature too."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample training rollouts from the most likely tokens whose probabilities, at the token's temperature, add up to
+    this. Below 1, or with top_k, each token comes with the ids of the tokens that were kept (4 bytes per kept token and
+    4 per response token, at most 4096 kept tokens), and the log-probs of engine and trainer are those among them, in
+    updates too. Entropies stay those of the whole vocabulary."""
+    top_k: Annotated[int, Field(ge=2, le=MOST_KEPT)] | None = None
+    """Sample training rollouts from so many most likely tokens; see top_p. `None`: no limit of its own."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a response, besides the end-of-sequence tokens of the model's generation config."""
     max_running_requests: PositiveInt = 256
@@ -43,6 +53,11 @@ class RolloutConfig(Section):
     """Size of the KV cache in tokens. `None`: as large as memory_fraction allows; a CPU needs a number."""
     timeout_seconds: Seconds = 3600
     """A generation call that takes longer fails the run with the name of the engine."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the choice of training tokens is cut."""
+        return self.top_p < 1 or self.top_k is not None
 
     def contradictions(self, *, device: str) -> Iterator[Fault]:
         """Settings of the engines that do not fit each other or the device."""

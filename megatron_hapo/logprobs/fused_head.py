@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hapo.logprobs.kept_tokens import Kept
 from megatron_hapo.logprobs.row_statistics import (
     RowStatistics,
     VocabShard,
+    check_kept,
     check_results,
     combine,
+    local_kept_statistics,
     local_statistics,
     overwrite_with_gradient,
     row_gradient,
@@ -41,6 +44,7 @@ def fused_log_probs_and_entropy(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
+    kept: Kept | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     reduce_hidden_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ def fused_log_probs_and_entropy(
     Args:
         hidden_NH: [N, H] floating point, equal on all ranks of the group.
         weight_VH: [V, H] of the same dtype: rank r holds the token ids [r V, (r + 1) V).
-        targets_N, tp_group, vocab_size, temperature: see `vocab_parallel_log_probs_and_entropy`.
+        targets_N, tp_group, vocab_size, temperature, kept: see `vocab_parallel_log_probs_and_entropy`.
         chunk_bytes: maximum size of the logits of a chunk; a chunk has at least one token.
         reduce_hidden_gradient: sum the ranks' gradients of the hidden states. False if the caller's own gather does it
             (sequence parallelism).
@@ -66,9 +70,10 @@ def fused_log_probs_and_entropy(
         ValueError: as `vocab_parallel_log_probs_and_entropy`.
     """
     shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
+    check_kept(kept, len(hidden_NH))
     temperature_N = temperature_of_rows(temperature, hidden_NH)
     log_probs_N, entropies_N = _FusedHead.apply(  # type: ignore[misc]
-        hidden_NH, weight_VH, targets_N, temperature_N, shard, chunk_bytes, reduce_hidden_gradient
+        hidden_NH, weight_VH, targets_N, temperature_N, shard, kept, chunk_bytes, reduce_hidden_gradient
     )
     _check_results(hidden_NH, weight_VH, targets_N, temperature_N, entropies_N, shard)
     return log_probs_N, entropies_N
@@ -83,6 +88,7 @@ def fused_scores(
     temperatures: Sequence[float | Tensor],
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    kept: Kept | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probs and entropies [N] at each of several temperatures from the same logits, without gradient.
@@ -90,10 +96,11 @@ def fused_scores(
     Two all-reduces per temperature. Arguments and errors are those of `fused_log_probs_and_entropy`.
     """
     shard = _check_arguments(hidden_NH, weight_VH, targets_N, tp_group, vocab_size, chunk_bytes)
+    check_kept(kept, len(hidden_NH))
     of_rows = [temperature_of_rows(temperature, hidden_NH) for temperature in temperatures]
     scores = []
     for temperature_N, statistics in zip(
-        of_rows, _statistics(hidden_NH, weight_VH, targets_N, of_rows, shard, chunk_bytes), strict=True
+        of_rows, _statistics(hidden_NH, weight_VH, targets_N, of_rows, shard, kept, chunk_bytes), strict=True
     ):
         scores.append((statistics.log_probs, statistics.entropies))
         _check_results(hidden_NH, weight_VH, targets_N, temperature_N, statistics.entropies, shard)
@@ -109,12 +116,13 @@ class _FusedHead(torch.autograd.Function):
         targets_N: Tensor,
         temperature_N: Tensor | None,
         shard: VocabShard,
+        kept: Kept | None,
         chunk_bytes: int,
         reduce_hidden_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        [statistics] = _statistics(hidden_NH, weight_VH, targets_N, [temperature_N], shard, chunk_bytes)
-        temperature = () if temperature_N is None else (temperature_N,)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, *statistics.tensors, *temperature)
+        [statistics] = _statistics(hidden_NH, weight_VH, targets_N, [temperature_N], shard, kept, chunk_bytes)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, temperature_N, *statistics.tensors)
+        ctx.local_kept = None if kept is None else kept.on_shard(shard.first_column)
         ctx.shard, ctx.chunk_bytes, ctx.reduce_hidden_gradient = shard, chunk_bytes, reduce_hidden_gradient
         ctx.set_materialize_grads(False)
         return statistics.log_probs, statistics.entropies
@@ -122,9 +130,8 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_log_probs_N: Tensor | None, grad_entropies_N: Tensor | None):  # type: ignore[override]
-        hidden_NH, weight_VH, targets_N, maximum_N, sum_exp_N, mean_x_N, target_x_N, *rest = ctx.saved_tensors
-        statistics = RowStatistics(maximum_N, sum_exp_N, mean_x_N, target_x_N)
-        gradient = row_gradient(statistics, rest[0] if rest else None, grad_log_probs_N, grad_entropies_N)
+        hidden_NH, weight_VH, targets_N, temperature_N, *statistics = ctx.saved_tensors
+        gradient = row_gradient(RowStatistics(*statistics), temperature_N, grad_log_probs_N, grad_entropies_N)
         shard: VocabShard = ctx.shard
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
@@ -136,7 +143,8 @@ class _FusedHead(torch.autograd.Function):
         buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, ctx.chunk_bytes)
         for rows in chunks:
             logits_CV = _logits(hidden_NH[rows], real_VH, out=buffer_CV)
-            overwrite_with_gradient(logits_CV, local_targets_N[rows], gradient.of_rows(rows))
+            kept = None if ctx.local_kept is None else ctx.local_kept.of_rows(rows)
+            overwrite_with_gradient(logits_CV, local_targets_N[rows], gradient.of_rows(rows), kept)
             if hidden_gradient_NH is not None:
                 torch.mm(logits_CV, real_VH, out=hidden_gradient_NH[rows])
                 if ctx.reduce_hidden_gradient and shard.tp_group is not None:
@@ -147,7 +155,7 @@ class _FusedHead(torch.autograd.Function):
         for reduction in reductions:
             reduction.wait()
         ordinary = None if weight_gradient is None else weight_gradient.finish()
-        return hidden_gradient_NH, ordinary, None, None, None, None, None
+        return hidden_gradient_NH, ordinary, None, None, None, None, None, None
 
 
 def _statistics(
@@ -156,20 +164,26 @@ def _statistics(
     targets_N: Tensor,
     temperatures: Sequence[Tensor | None],
     shard: VocabShard,
+    kept: Kept | None,
     chunk_bytes: int,
 ) -> list[RowStatistics]:
     """Statistics at each temperature; the logits of a chunk are computed once for all of them."""
     local_targets_N = targets_N - shard.first_column
-    found = [hidden_NH.new_empty(4, len(hidden_NH), dtype=statistics_dtype(hidden_NH.dtype)) for _ in temperatures]
+    local_kept = None if kept is None else kept.on_shard(shard.first_column)
+    # Those of the kept tokens follow those of all tokens.
+    width = 4 if kept is None else 6
+    found = [hidden_NH.new_empty(width, len(hidden_NH), dtype=statistics_dtype(hidden_NH.dtype)) for _ in temperatures]
     buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, chunk_bytes)
     for rows in chunks:
         logits_CV = _logits(hidden_NH[rows], weight_VH[: shard.real_columns], out=buffer_CV)
-        for local_4N, temperature_N in zip(found, temperatures, strict=True):
+        for local, temperature_N in zip(found, temperatures, strict=True):
             part_C = None if temperature_N is None else temperature_N[rows]
-            local_4N[:, rows] = local_statistics(logits_CV, local_targets_N[rows], part_C)
+            local[:4, rows] = local_statistics(logits_CV, local_targets_N[rows], part_C)
+            if local_kept is not None:
+                local[4:, rows] = local_kept_statistics(logits_CV, local_kept.of_rows(rows), part_C)
     return [
-        combine(local_4N, local_targets_N, temperature_N, shard)
-        for local_4N, temperature_N in zip(found, temperatures, strict=True)
+        combine(local[:4], local_targets_N, temperature_N, shard, local_kept_2N=None if kept is None else local[4:])
+        for local, temperature_N in zip(found, temperatures, strict=True)
     ]
 
 

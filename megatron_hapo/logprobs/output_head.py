@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from megatron_hapo.logprobs.fused_head import CHUNK_BYTES, fused_log_probs_and_entropy, fused_scores
+from megatron_hapo.logprobs.kept_tokens import Kept
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ScoredTokens:
     """[N] int64 token ids."""
     temperatures: tuple[float | Tensor, ...]
     """Numbers or [N] each. A backward pass through `FusedHead` needs exactly one."""
+    kept: Kept | None = None
+    """Token ids among which the log-probs are normalised; None: the whole vocabulary. Not the entropies."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class LogitsHead(OutputHead):
                 tp_group=self.tp_group,
                 vocab_size=self.vocab_size,
                 temperature=temperature,
+                kept=tokens.kept,
             )
             for temperature in tokens.temperatures
         ]
@@ -117,6 +121,7 @@ class FusedHead(OutputHead):
                 temperatures=tokens.temperatures,
                 tp_group=self.tp_group,
                 vocab_size=self.vocab_size,
+                kept=tokens.kept,
                 chunk_bytes=self.chunk_bytes,
             )
         [temperature] = tokens.temperatures
@@ -127,6 +132,7 @@ class FusedHead(OutputHead):
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            kept=tokens.kept,
             chunk_bytes=self.chunk_bytes,
             reduce_hidden_gradient=not output_layer.sequence_parallel,
         )

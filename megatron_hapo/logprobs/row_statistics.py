@@ -6,6 +6,9 @@ M = sum x exp(x) / S:
     log p_t = x_t - log S          d log p_t / d logit_j = ([j = t] - p_j) / T
     H = log S - M                  d H / d logit_j = -p_j (x_j - M) / T
 
+Where top-p or top-k cut the sampler's choice, log p_t is that of a softmax over the kept tokens (`kept_tokens`); the
+entropy stays that of the whole vocabulary, from which the sampler's temperature follows.
+
 Every rank reads its own columns once; two all-reduces of [N] combine the ranks' results. Nothing of size [N, V] exists
 besides the logits: torch works on one tile (some rows, or some columns of a row) in two float32 buffers.
 """
@@ -19,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_hapo.logprobs.kept_tokens import Kept
 
 MAX_TILE_SHARE = 16
 """A tile has at most 1/16 of the logits, so that both float32 buffers together add 2 x 4 / 16 bytes per element."""
@@ -66,11 +71,13 @@ class RowStatistics:
     mean_x: Tensor
     target_x: Tensor
     """x of the target; -inf for a forbidden one."""
+    kept_log_sum: Tensor | None = None
+    """Log of the sum of exp(x) over the kept tokens; None: all tokens are kept."""
 
     @property
     def log_probs(self) -> Tensor:
-        """Log-prob of each row's target. [N]"""
-        return self.target_x - self.sum_exp.log()
+        """Log-prob of each row's target, among the kept tokens. [N]"""
+        return self.target_x - (self.sum_exp.log() if self.kept_log_sum is None else self.kept_log_sum)
 
     @property
     def entropies(self) -> Tensor:
@@ -78,14 +85,16 @@ class RowStatistics:
         return (self.sum_exp.log() - self.mean_x).clamp_min_(0)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """All tensors, in the order of the fields."""
-        return self.maximum, self.sum_exp, self.mean_x, self.target_x
+        return self.maximum, self.sum_exp, self.mean_x, self.target_x, self.kept_log_sum
 
 
 @dataclass(frozen=True)
 class RowGradient:
-    """d loss / d logit_j = exp(x_j) (slope x_j + offset) for all columns but the target. [N] each."""
+    """d loss / d logit_j = exp(x_j) (slope x_j + offset), plus kept_scale exp(x_j - kept_log_sum) for kept tokens, for
+    all columns but the target. [N] each.
+    """
 
     maximum: Tensor
     temperature: Tensor | None
@@ -94,6 +103,9 @@ class RowGradient:
     """None if the entropies carry no gradient."""
     target: Tensor
     """The target's gradient."""
+    kept_scale: Tensor | None = None
+    """None if the log-probs carry no gradient, or if all tokens are kept."""
+    kept_log_sum: Tensor | None = None
 
     def of_rows(self, rows: slice) -> RowGradient:
         """The part of these rows."""
@@ -103,6 +115,8 @@ class RowGradient:
             self.offset[rows],
             _part(self.slope, rows),
             self.target[rows],
+            _part(self.kept_scale, rows),
+            _part(self.kept_log_sum, rows),
         )
 
 
@@ -148,33 +162,61 @@ def local_statistics_in_tiles(logits_NV: Tensor, local_targets_N: Tensor, temper
     return result_4N
 
 
+def local_kept_statistics(logits_NV: Tensor, kept: Kept, temperature_N: Tensor | None) -> Tensor:
+    """Maximum, and sum of exp(x) relative to it, over the kept tokens that this rank holds. [2, N]
+
+    Args:
+        logits_NV: [N, V], columns that are not padding; V may be 0.
+        kept: its columns counted from this rank's column 0.
+        temperature_N: [N]; None means 1.
+    """
+    here_K, logits_K = kept.gather(logits_NV)
+    dtype = statistics_dtype(logits_NV.dtype)
+    lowest = torch.finfo(dtype).min
+    logits_K = logits_K.to(dtype).where(here_K, lowest).clamp_min_(lowest)
+    maximum_N = kept.reduce(logits_K, "max")
+    exp_K = _kept_x(logits_K, maximum_N, temperature_N, kept).exp_().where(here_K, 0)
+    return torch.stack([maximum_N, kept.reduce(exp_K, "sum")])
+
+
 def combine(
     local_4N: Tensor,
     local_targets_N: Tensor,
     temperature_N: Tensor | None,
     shard: VocabShard,
     *,
+    local_kept_2N: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> RowStatistics:
-    """The ranks' `local_statistics` combined: two all-reduces per `chunk_size` rows, which all ranks must call."""
+    """The ranks' statistics combined: two all-reduces per `chunk_size` rows, which all ranks must call.
+
+    Args:
+        local_4N: `local_statistics`.
+        local_kept_2N: `local_kept_statistics`; None: all tokens are kept.
+    """
     local_maximum_N, local_sum_exp_N, local_sum_x_exp_N, target_logit_N = local_4N
-    maximum_N = local_maximum_N.clone()
-    _all_reduce(maximum_N, dist.ReduceOp.MAX, shard, chunk_size)
+    local_maxima = [local_maximum_N] if local_kept_2N is None else [local_maximum_N, local_kept_2N[0]]
+    maxima = torch.stack(local_maxima, dim=1)
+    _all_reduce(maxima, dist.ReduceOp.MAX, shard, chunk_size)
+    maximum_N = maxima[:, 0].contiguous()
     # From sums relative to this rank's maximum to sums relative to the maximum over all ranks.
     shift_N = _over(local_maximum_N - maximum_N, temperature_N).clamp_min_(FAR_BELOW)
     factor_N = shift_N.exp()
     here_N = (local_targets_N >= 0) & (local_targets_N < shard.real_columns)
-    packed_N3 = torch.stack(
-        [
-            factor_N * local_sum_exp_N,
-            factor_N * (local_sum_x_exp_N + shift_N * local_sum_exp_N),
-            _over(target_logit_N - maximum_N, temperature_N).where(here_N, 0),
-        ],
-        dim=1,
-    )
-    _all_reduce(packed_N3, dist.ReduceOp.SUM, shard, chunk_size)
-    sum_exp_N, sum_x_exp_N, target_x_N = packed_N3.unbind(1)
-    return RowStatistics(maximum_N, sum_exp_N, sum_x_exp_N / sum_exp_N, target_x_N)
+    sums = [
+        factor_N * local_sum_exp_N,
+        factor_N * (local_sum_x_exp_N + shift_N * local_sum_exp_N),
+        _over(target_logit_N - maximum_N, temperature_N).where(here_N, 0),
+    ]
+    if local_kept_2N is not None:
+        kept_shift_N = _over(local_kept_2N[0] - maxima[:, 1], temperature_N).clamp_min_(FAR_BELOW)
+        sums.append(kept_shift_N.exp() * local_kept_2N[1])
+    packed = torch.stack(sums, dim=1)
+    _all_reduce(packed, dist.ReduceOp.SUM, shard, chunk_size)
+    sum_exp_N, sum_x_exp_N, target_x_N, *kept_sum_N = packed.unbind(1)
+    # Relative to their own maximum: after an update the kept tokens may all have become unlikely.
+    kept_log_sum_N = [_over(maxima[:, 1] - maximum_N, temperature_N) + sum_N.log() for sum_N in kept_sum_N]
+    return RowStatistics(maximum_N, sum_exp_N, sum_x_exp_N / sum_exp_N, target_x_N, *kept_log_sum_N)
 
 
 def _all_reduce(values_N: Tensor, op: dist.ReduceOp.RedOpType, shard: VocabShard, chunk_size: int | None) -> None:
@@ -196,21 +238,72 @@ def row_gradient(
     log_probs_N, sum_exp_N, mean_x_N = statistics.log_probs, statistics.sum_exp, statistics.mean_x
     weight_N = torch.ones_like(sum_exp_N) if temperature_N is None else temperature_N.reciprocal()
     offset_N, slope_N, target_N = torch.zeros_like(weight_N), None, torch.zeros_like(weight_N)
+    kept_scale_N = None
     if grad_log_probs_N is not None:
         scaled_N = grad_log_probs_N * weight_N
-        offset_N -= scaled_N
+        if statistics.kept_log_sum is None:
+            offset_N -= scaled_N
+        else:
+            kept_scale_N = -scaled_N
         target_N -= scaled_N * torch.expm1(log_probs_N)
     if grad_entropies_N is not None:
         slope_N = -grad_entropies_N * weight_N
         offset_N -= slope_N * mean_x_N
         # A forbidden target has p = 0 and x = -inf.
-        target_N += slope_N * log_probs_N.exp() * (statistics.target_x.clamp_min(FAR_BELOW) - mean_x_N)
+        p_N = statistics.target_x.exp() / sum_exp_N
+        target_N += slope_N * p_N * (statistics.target_x.clamp_min(FAR_BELOW) - mean_x_N)
         slope_N = slope_N / sum_exp_N
-    return RowGradient(statistics.maximum, temperature_N, offset_N / sum_exp_N, slope_N, target_N)
+    return RowGradient(
+        statistics.maximum,
+        temperature_N,
+        offset_N / sum_exp_N,
+        slope_N,
+        target_N,
+        kept_scale_N,
+        None if kept_scale_N is None else statistics.kept_log_sum,
+    )
 
 
-def overwrite_with_gradient(logits_NV: Tensor, local_targets_N: Tensor, gradient: RowGradient) -> None:
-    """Overwrites the logits [N, V], columns that are not padding, with the gradient of the loss."""
+def overwrite_with_gradient(
+    logits_NV: Tensor, local_targets_N: Tensor, gradient: RowGradient, kept: Kept | None = None
+) -> None:
+    """Overwrites the logits [N, V], columns that are not padding, with the gradient of the loss.
+
+    Args:
+        kept: of these rows, its columns counted from this rank's column 0; None: all tokens are kept.
+    """
+    values_K = None if kept is None or gradient.kept_scale is None else _kept_gradient(logits_NV, gradient, kept)
+    if values_K is not None and gradient.slope is None:
+        logits_NV.zero_()
+    else:
+        _overwrite_in_tiles(logits_NV, gradient)
+    if kept is not None and values_K is not None:
+        kept.add_to(logits_NV, values_K)
+    if logits_NV.shape[1]:
+        # Indices: a mask would synchronise a GPU, and scatter_ would copy all bfloat16 logits.
+        here_N, targets = _positions(local_targets_N, logits_NV.shape[1])
+        logits_NV[targets] = torch.where(here_N, gradient.target.to(logits_NV.dtype), logits_NV[targets])
+
+
+def _kept_gradient(logits_NV: Tensor, gradient: RowGradient, kept: Kept) -> Tensor:
+    """What the log-probs add to the gradient of the kept tokens' logits, 0 for those of other ranks. [K]"""
+    assert gradient.kept_scale is not None
+    assert gradient.kept_log_sum is not None
+    here_K, logits_K = kept.gather(logits_NV)
+    x_K = _kept_x(logits_K.to(gradient.maximum.dtype), gradient.maximum, gradient.temperature, kept)
+    values_K = gradient.kept_scale[kept.rows] * (x_K - gradient.kept_log_sum[kept.rows]).exp_()
+    return values_K.where(here_K, 0)
+
+
+def _kept_x(logits_K: Tensor, maximum_N: Tensor, temperature_N: Tensor | None, kept: Kept) -> Tensor:
+    """x = (logit - m) / T of the kept tokens; finite. [K]"""
+    x_K = logits_K - maximum_N[kept.rows]
+    if temperature_N is not None:
+        x_K.div_(temperature_N[kept.rows])
+    return x_K.clamp_min_(FAR_BELOW)
+
+
+def _overwrite_in_tiles(logits_NV: Tensor, gradient: RowGradient) -> None:
     x_tile, exp_tile = _buffers(logits_NV)
     for rows, columns in _tiles(logits_NV):
         logits = logits_NV[rows, columns]
@@ -221,10 +314,6 @@ def overwrite_with_gradient(logits_NV: Tensor, local_targets_N: Tensor, gradient
         else:
             p.mul_(x.mul_(gradient.slope[rows, None]).add_(gradient.offset[rows, None]))
         logits.copy_(p)
-    if logits_NV.shape[1]:
-        # Indices: a mask would synchronise a GPU, and scatter_ would copy all bfloat16 logits.
-        here_N, targets = _positions(local_targets_N, logits_NV.shape[1])
-        logits_NV[targets] = torch.where(here_N, gradient.target.to(logits_NV.dtype), logits_NV[targets])
 
 
 # ----- arguments and results
@@ -251,6 +340,12 @@ def temperature_of_rows(temperature: float | Tensor, like: Tensor) -> Tensor | N
             f"temperature must be a number or have shape [{len(like)}] as the tokens, got {tuple(temperature.shape)}"
         )
     return temperature.detach().to(like.device, dtype).expand(len(like))
+
+
+def check_kept(kept: Kept | None, num_rows: int) -> None:
+    """Raises ValueError if there are not kept tokens for each of so many rows."""
+    if kept is not None and len(kept.lengths) != num_rows:
+        raise ValueError(f"kept must have a length for each of the {num_rows} tokens, got {len(kept.lengths)}")
 
 
 def check_results(

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hapo.logprobs.kept_tokens import Kept
 from megatron_hapo.logprobs.row_statistics import (
     RowStatistics,
     VocabShard,
+    check_kept,
     check_results,
     combine,
+    local_kept_statistics,
     local_statistics,
     overwrite_with_gradient,
     row_gradient,
@@ -31,6 +34,7 @@ def vocab_parallel_log_probs_and_entropy(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
+    kept: Kept | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row, of softmax(logits / temperature) over the whole vocabulary.
@@ -48,6 +52,8 @@ def vocab_parallel_log_probs_and_entropy(
         tp_group: ranks that share the vocabulary; all of them call this with the same N. None: not sharded.
         vocab_size: real size; columns from there on are padding and are ignored, whatever they hold.
         temperature: a positive number or [N].
+        kept: token ids among which each row's log-prob is normalised, the target one of them. Entropies are those of
+            the whole vocabulary all the same. None: the whole vocabulary.
         chunk_size: rows that share two all-reduces, at least 1; all by default. Does not change the memory needed.
     Returns:
         log_probs [N] and entropies [N] (nats, at least 0), equal on all ranks of the group; both differentiable.
@@ -65,8 +71,9 @@ def vocab_parallel_log_probs_and_entropy(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     shard = VocabShard.of(logits_NV.shape[1], tp_group=tp_group, vocab_size=vocab_size)
+    check_kept(kept, len(logits_NV))
     temperature_N = temperature_of_rows(temperature, logits_NV)
-    log_probs_N, entropies_N = _LogProbsAndEntropy.apply(logits_NV, targets_N, temperature_N, shard, chunk_size)  # type: ignore[misc]
+    log_probs_N, entropies_N = _LogProbsAndEntropy.apply(logits_NV, targets_N, temperature_N, shard, kept, chunk_size)  # type: ignore[misc]
     check_results(targets_N, temperature_N, entropies_N, shard, lambda token: logits_NV[token, : shard.real_columns])
     return log_probs_N, entropies_N
 
@@ -79,14 +86,20 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         targets_N: Tensor,
         temperature_N: Tensor | None,
         shard: VocabShard,
+        kept: Kept | None,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         local_targets_N = targets_N - shard.first_column
-        local_4N = local_statistics(logits_NV[:, : shard.real_columns], local_targets_N, temperature_N)
-        statistics = combine(local_4N, local_targets_N, temperature_N, shard, chunk_size=chunk_size)
+        real_NV = logits_NV[:, : shard.real_columns]
+        local_4N = local_statistics(real_NV, local_targets_N, temperature_N)
+        local_kept = None if kept is None else kept.on_shard(shard.first_column)
+        kept_2N = None if local_kept is None else local_kept_statistics(real_NV, local_kept, temperature_N)
+        statistics = combine(
+            local_4N, local_targets_N, temperature_N, shard, local_kept_2N=kept_2N, chunk_size=chunk_size
+        )
         if ctx.needs_input_grad[0]:
-            temperature = () if temperature_N is None else (temperature_N,)
-            ctx.save_for_backward(local_targets_N, *statistics.tensors, *temperature)
+            ctx.save_for_backward(local_targets_N, temperature_N, *statistics.tensors)
+            ctx.local_kept = local_kept
             # Not saved through autograd, whose version check would reject the in-place backward; we check ourselves.
             ctx.logits_NV, ctx.version, ctx.shard = logits_NV.detach(), logits_NV._version, shard
         ctx.set_materialize_grads(False)
@@ -101,10 +114,9 @@ class _LogProbsAndEntropy(torch.autograd.Function):
                 "the logits were changed after the forward pass, probably overwritten by their gradient: "
                 "only one backward pass through them is possible"
             )
-        local_targets_N, maximum_N, sum_exp_N, mean_x_N, target_x_N, *rest = ctx.saved_tensors
-        statistics = RowStatistics(maximum_N, sum_exp_N, mean_x_N, target_x_N)
-        gradient = row_gradient(statistics, rest[0] if rest else None, grad_log_probs_N, grad_entropies_N)
+        local_targets_N, temperature_N, *statistics = ctx.saved_tensors
+        gradient = row_gradient(RowStatistics(*statistics), temperature_N, grad_log_probs_N, grad_entropies_N)
         real_columns = ctx.shard.real_columns
-        overwrite_with_gradient(logits_NV[:, :real_columns], local_targets_N, gradient)
+        overwrite_with_gradient(logits_NV[:, :real_columns], local_targets_N, gradient, ctx.local_kept)
         logits_NV[:, real_columns:] = 0
-        return logits_NV, None, None, None, None
+        return logits_NV, None, None, None, None, None

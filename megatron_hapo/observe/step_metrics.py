@@ -41,6 +41,7 @@ def step_metrics(
         "rollout/staleness": staleness(groups, step),
         **entropy_metrics(scores, stats),
         **weight_metrics(batch),
+        **cut_metrics(batch),
         **mismatch_metrics(batch, scores),
         **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
     }
@@ -98,6 +99,16 @@ def weight_metrics(batch: TrainBatch) -> dict[str, float]:
         "weights/mean": float(batch.weights.mean()),
         "weights/max": float(batch.weights.max()),
         "weights/zero_fraction": float((batch.weights == 0).mean()),
+    }
+
+
+def cut_metrics(batch: TrainBatch) -> dict[str, float]:
+    """Among how many tokens the sampler chose, if top-p or top-k cut its choice."""
+    if batch.kept is None:
+        return {}
+    return {
+        "rollout/kept_tokens": float(batch.kept.lengths.mean()),
+        "rollout/kept_tokens_max": float(batch.kept.lengths.max()),
     }
 
 

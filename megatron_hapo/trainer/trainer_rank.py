@@ -24,6 +24,7 @@ from megatron_hapo.checkpoint.hf_weights import local_placement, owned_tensors, 
 from megatron_hapo.checkpoint.weights import load_weights
 from megatron_hapo.config import Config
 from megatron_hapo.errors import TrainingError
+from megatron_hapo.logprobs.kept_tokens import Kept
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.model.build import build_model, named_parameters, packed_format
 from megatron_hapo.model.fake_quantization import round_to_float8
@@ -343,4 +344,7 @@ class TrainerRank:
         temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)
         if rollout_temperatures:
             temperatures += (microbatch["temperatures"],)
-        return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures)
+        cut, kept = microbatch.kept, None
+        if cut is not None and self.layout.is_last_stage:
+            kept = Kept.of(cut.token_ids, cut.lengths, device=self.layout.device)
+        return ScoredTokens(microbatch.predicting_positions, microbatch.targets, temperatures, kept)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hapo.algorithm.microbatches import pack, plan_microbatches, zigzag
-from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
+from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores
 
 
 def make_batch() -> TrainBatch:
@@ -79,13 +79,28 @@ def test_every_array_along_the_response_tokens_reaches_the_micro_batch() -> None
     )
     microbatch = pack(batch, [2, 0], device=torch.device("cpu"))
     along = {field.name for field in fields(TrainBatch) if field.metadata.get("axis") == "response_tokens"}
-    assert along == {"temperatures", "rollout_log_probs", "old_log_probs", "weights", "token_data"}
+    assert along == {"temperatures", "rollout_log_probs", "old_log_probs", "weights", "token_data", "kept"}
     names = {"temperatures", "rollout_log_probs", "old_log_probs", "advantages", "kind", "h"}
     assert microbatch.per_token.keys() == names
     assert microbatch["old_log_probs"].tolist() == [13, 14, 15, 10, 11]
     assert microbatch["kind"].tolist() == [True, True, False, True, False]
     assert microbatch["kind"].dtype == torch.bool
     assert microbatch["h"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("cp_rank", [0, 1])
+def test_kept_tokens_follow_their_response_tokens(cp_rank: int) -> None:
+    """Response token i of the batch keeps i % 3 + 1 tokens, all of them the token itself."""
+    targets = np.array([3, 4, 13, 23, 24, 25], dtype=np.int32)
+    lengths = np.arange(6, dtype=np.int32) % 3 + 1
+    batch = replace(make_batch(), kept=KeptTokens(np.repeat(targets, lengths), lengths))
+    microbatch = pack(batch, [2, 0], device=torch.device("cpu"), cp_size=2, cp_rank=cp_rank)
+    assert microbatch.kept is not None
+    assert "kept" not in microbatch.per_token
+    of_token = dict(zip(targets.tolist(), lengths.tolist(), strict=True))
+    assert microbatch.kept.lengths.tolist() == [of_token[token] for token in microbatch.targets.tolist()]
+    repeated = np.repeat(microbatch.targets.numpy(), microbatch.kept.lengths)
+    np.testing.assert_array_equal(microbatch.kept.token_ids, repeated)
 
 
 def test_missing_per_token_data_are_named() -> None:

@@ -12,7 +12,7 @@ from megatron_hapo.launch.torchrun.messages import decode, encode
 from megatron_hapo.observe.spans import Span, Timeline
 from megatron_hapo.resharding.plan import Block, Channel, OwnedBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Rendezvous, Transfer
-from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, WeightBucket
 
 BATCH = TrainBatch(
     token_ids=np.arange(5, dtype=np.int32),
@@ -20,6 +20,7 @@ BATCH = TrainBatch(
     response_lengths=np.array([3]),
     temperatures=np.ones(3, np.float32),
     rollout_log_probs=np.array([-0.1, -np.inf, np.nan], np.float32),
+    kept=KeptTokens(np.array([7, 2, 3, 4], np.int32), np.array([2, 1, 1], np.int32)),
     advantages=np.zeros(1, np.float32),
     token_data={"reasoning": np.array([True, False, True])},
     stats=EntropyStats(pivot=0.1, log_max=float("inf"), log_min=-2.0, rms=1 / 3, num_tokens=3),
@@ -68,7 +69,7 @@ def test_arrays_keep_dtype_shape_and_bits() -> None:
     assert batch.stats == BATCH.stats
     assert batch.token_data["reasoning"].dtype == bool
     np.testing.assert_array_equal(batch.token_data["reasoning"], BATCH.token_data["reasoning"])
-    for got, want in ((batch, BATCH), (restored, scores), (restored_bucket, bucket)):
+    for got, want in ((batch, BATCH), (batch.kept, BATCH.kept), (restored, scores), (restored_bucket, bucket)):
         for name, array in vars(want).items():
             if isinstance(array, np.ndarray):
                 np.testing.assert_array_equal(getattr(got, name), array)

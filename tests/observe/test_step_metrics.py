@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_hapo.observe.step_metrics import staleness, step_metrics
-from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, TrainBatch, pack_groups
+from megatron_hapo.types import (
+    EntropyStats,
+    KeptTokens,
+    Prompt,
+    Rollout,
+    Score,
+    ScoredGroup,
+    TokenScores,
+    TrainBatch,
+    pack_groups,
+)
 from tests.observe.test_metrics import documented_metrics
 
 
@@ -26,13 +38,13 @@ def test_staleness_is_a_mean_over_tokens():
     assert (partial.policy_version, fresh.policy_version) == (4, 5)
 
 
-def make_metrics(weights: np.ndarray | None) -> dict[str, float]:
+def make_metrics(weights: np.ndarray | None, kept: KeptTokens | None = None) -> dict[str, float]:
     groups = [ScoredGroup([make_rollout([5, 5]), make_rollout([5])], [Score(1.0, 1.0), Score(-1.0, 0.0, "timeout")])]
     batch: TrainBatch = pack_groups(groups)
     values = np.array([0.25, 0.5, 0.75], np.float32)
     scores = TokenScores(log_probs=values, rollout_temperature_log_probs=values, entropies=values)
     return step_metrics(
-        groups=groups, kept_share=0.5, batch=TrainBatch(**{**vars(batch), "weights": weights}), scores=scores,
+        groups=groups, kept_share=0.5, batch=replace(batch, weights=weights, kept=kept), scores=scores,
         stats=EntropyStats(0.0, 1.0, -1.0, 1.0, 3), updates=[{"grad_norm": 1.0}, {"grad_norm": 3.0}], step=6,
     )  # fmt: skip
 
@@ -51,3 +63,11 @@ def test_the_metrics_of_a_step_are_documented_and_follow_from_its_data():
 
 def test_a_method_without_token_weights_has_no_metrics_of_them():
     assert not [name for name in make_metrics(None) if name.startswith("weights/")]
+
+
+def test_a_cut_choice_has_metrics_of_the_tokens_that_it_left():
+    kept = KeptTokens(np.arange(6, dtype=np.int32), np.array([1, 4, 1], dtype=np.int32))
+    metrics = make_metrics(None, kept)
+    assert metrics.keys() <= documented_metrics()
+    assert (metrics["rollout/kept_tokens"], metrics["rollout/kept_tokens_max"]) == (2, 4)
+    assert not [name for name in make_metrics(None) if name.startswith("rollout/kept_tokens")]

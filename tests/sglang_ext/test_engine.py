@@ -95,6 +95,37 @@ def test_without_statistics_every_token_is_at_the_base_temperature(engine, refer
     assert_log_probs_are_at_recorded_temperatures(reference, rollouts)
 
 
+def test_a_cut_keeps_the_most_likely_tokens_and_log_probs_are_among_them(engine, reference, stats):
+    """At the adaptive temperature; requests wait and are retracted, and keep what they have."""
+    adaptive = AdaptiveTemperature(stats=stats, tau=0.3)
+    sampling = replace(SAMPLING, samples=4, max_response_tokens=60, adaptive=adaptive, top_p=0.8, top_k=40)
+    uncut = engine.generate(make_prompts(8), sampling)
+    groups = engine.generate(make_prompts(8), replace(sampling, keep_cut=True))
+    ids = [[rollout.response_ids.tolist() for group in part for rollout in group] for part in (uncut, groups)]
+    assert ids[0] == ids[1]
+    assert uncut[0][0].kept is None
+    limited = 0
+    for rollout in (rollout for group in groups for rollout in group):
+        log_p_RV = torch.log_softmax(
+            response_logits(reference, rollout) / torch.tensor(rollout.temperatures)[:, None], -1
+        )
+        ends = np.cumsum(rollout.kept.lengths)
+        for place, token in enumerate(rollout.response_ids.tolist()):
+            kept = torch.from_numpy(
+                rollout.kept.token_ids[ends[place] - rollout.kept.lengths[place] : ends[place]]
+            ).long()
+            log_p_V, least = log_p_RV[place], log_p_RV[place][kept].min()
+            dropped_V = torch.ones_like(log_p_V).index_fill(0, kept, 0).bool()
+            assert log_p_V[dropped_V].max() <= least + 1e-4
+            mass = float(log_p_V[kept].exp().sum())
+            assert mass - float(least.exp()) <= 0.8 + 1e-4
+            assert mass >= 0.8 - 1e-4 or len(kept) == 40
+            limited += len(kept) == 40
+            among = float(log_p_V[token] - log_p_V[kept].logsumexp(0))
+            assert float(rollout.rollout_log_probs[place]) == pytest.approx(among, abs=1e-4)
+    assert 0 < limited < sum(len(response) for response in ids[0]), "one of both limits never applied"
+
+
 def test_requests_of_every_kind_share_a_batch_and_do_not_disturb_each_other(engine, stats):
     """Greedy, base and adaptive requests end at different times, so that rows are merged and filtered throughout."""
     numbers = temperature.row_parameters(AdaptiveTemperature(stats=stats, tau=0.3))

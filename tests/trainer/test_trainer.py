@@ -22,7 +22,7 @@ from megatron_hapo.resharding.layouts import (
 )
 from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import as_matrix
-from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
+from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores
 from tests.distributed import run_ranks
 from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import carry_out, cut
@@ -140,6 +140,16 @@ def make_batch() -> TrainBatch:
     )
 
 
+def make_kept(batch: TrainBatch) -> KeptTokens:
+    """Each response token, and up to 5 others as a cut might have kept them."""
+    generator = np.random.default_rng(2)
+    ends = np.cumsum(batch.sequence_lengths)
+    spans = zip(ends, batch.response_lengths, strict=True)
+    targets = np.concatenate([batch.token_ids[end - length : end] for end, length in spans])
+    sets = [np.unique([target, *generator.integers(0, 259, generator.integers(0, 6))]) for target in targets]
+    return KeptTokens(np.concatenate(sets).astype(np.int32), np.array([len(kept) for kept in sets], dtype=np.int32))
+
+
 def with_everything(batch: TrainBatch, scores: TokenScores) -> TrainBatch:
     """The batch with every field that some method's loss reads."""
     generator, num_tokens = np.random.default_rng(1), len(scores.log_probs)
@@ -237,7 +247,7 @@ def train_on(rank: int, folder: Path, cases: dict[str, list[dict[str, Any]]]) ->
 
 
 def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    """Scores, two updates, weights, a checkpoint, a third update, and one with another method's loss."""
+    """Scores, two updates, weights, a checkpoint, a third update, and one with another method's loss and a cut."""
     import torch.distributed as dist
 
     from megatron_hapo.logprobs.output_head import FusedHead
@@ -250,10 +260,11 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
         trainer._output_head = replace(trainer._output_head, chunk_bytes=8000)
     assert_layers_are_as_planned(trainer)
     batch = make_batch()
-    before = trainer.log_probs(batch)
+    cut_batch = replace(batch, kept=make_kept(batch))
+    before = trainer.log_probs(batch), trainer.log_probs(cut_batch)
     scores: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(scores, before)
-    merged = merge_scores(scores, batch)
+    merged, cut_scores = (merge_scores(list(parts), batch) for parts in zip(*scores, strict=True))
     scored = with_everything(batch, merged)
     first, gradients = update_with_gradients(trainer, scored, step=1)
     updates = [first, trainer.update(scored, step=2)]
@@ -268,9 +279,10 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
     third = trainer.update(scored, step=3)
     later_weights = weights_of(trainer)
     trainer.config = config.model_copy(update={"algorithm": OTHER_METHODS})
-    other, other_gradients = update_with_gradients(trainer, scored, step=4)
+    other, other_gradients = update_with_gradients(trainer, replace(scored, kept=cut_batch.kept), step=4)
     return {
         "scores": merged,
+        "cut_scores": cut_scores,
         "updates": updates,
         "gradients": gradients,
         "weights": weights,
@@ -365,6 +377,7 @@ def first_report(views: list[dict[str, Any]], key: str) -> Any:
 
 
 def test_scores_equal_transformers(trained: dict[str, Any]) -> None:
+    """Also where top-p and top-k have cut the choice: log-probs among the kept tokens, entropies of all."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(trained["model"], dtype=torch.float32)
@@ -384,13 +397,24 @@ def test_scores_equal_transformers(trained: dict[str, Any]) -> None:
     np.testing.assert_allclose(scores.rollout_temperature_log_probs, per_token.gather(1, targets)[:, 0], atol=2e-5)
     np.testing.assert_allclose(scores.entropies, -(base.exp() * base).sum(-1), atol=2e-5)
 
+    kept, cut = make_kept(batch), trained["results"][1][0][0]["cut_scores"]
+    among = torch.full_like(logits_NV, -torch.inf)
+    places = np.repeat(np.arange(len(kept.lengths)), kept.lengths), kept.token_ids
+    among[places] = logits_NV[places]
+    base_kept = torch.log_softmax(among / TEMPERATURE, -1).gather(1, targets)[:, 0]
+    per_token_kept = torch.log_softmax(among / torch.from_numpy(batch.temperatures)[:, None], -1).gather(1, targets)
+    np.testing.assert_allclose(cut.log_probs, base_kept, atol=2e-5)
+    np.testing.assert_allclose(cut.rollout_temperature_log_probs, per_token_kept[:, 0], atol=2e-5)
+    np.testing.assert_allclose(cut.entropies, scores.entropies, atol=1e-6)
+
 
 def test_every_layout_gives_the_same_scores(trained: dict[str, Any]) -> None:
-    reference = trained["results"][1][0][0]["scores"]
+    single = trained["results"][1][0][0]
     for layout, views in layouts_of(trained):
-        for name in ("log_probs", "rollout_temperature_log_probs", "entropies"):
-            got, want = getattr(views[0]["scores"], name), getattr(reference, name)
-            np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{layout} {name}")
+        for key in ("scores", "cut_scores"):
+            for name in ("log_probs", "rollout_temperature_log_probs", "entropies"):
+                got, want = getattr(views[0][key], name), getattr(single[key], name)
+                np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{layout} {key} {name}")
 
 
 def test_every_layout_gives_the_same_update(trained: dict[str, Any]) -> None:
@@ -403,7 +427,8 @@ def test_every_layout_gives_the_same_update(trained: dict[str, Any]) -> None:
 
 
 def test_every_layout_gives_the_same_update_with_another_method(trained: dict[str, Any]) -> None:
-    """The sequence ratio sums over context-parallel ranks; entropies and token kinds are sliced like the rest."""
+    """The sequence ratio sums over context-parallel ranks; entropies, token kinds and kept tokens are sliced like the
+    rest."""
     single = trained["results"][1][0][0]
     for layout, views in layouts_of(trained):
         assert first_report(views, "other") == pytest.approx(single["other"], rel=1e-4, abs=1e-6), layout

@@ -16,14 +16,14 @@ import numpy as np
 from megatron_hapo.observe.spans import Span, Timeline
 from megatron_hapo.resharding.plan import Block, Channel, OwnedBlock, Parameter, Piece, SendingTask
 from megatron_hapo.resharding.transfer import Rendezvous, Transfer
-from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import EntropyStats, KeptTokens, TokenScores, TrainBatch, WeightBucket
 
 _LENGTH = struct.Struct("<q")
 _ALIGNMENT = 16
 _RECORDS: dict[str, Any] = {
     record.__name__: record
     for record in (
-        *(TrainBatch, TokenScores, WeightBucket, EntropyStats, Span, Timeline),
+        *(TrainBatch, KeptTokens, TokenScores, WeightBucket, EntropyStats, Span, Timeline),
         *(Transfer, Rendezvous, SendingTask, Channel, OwnedBlock, Piece, Parameter, Block),
     )
 }
