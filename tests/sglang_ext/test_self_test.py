@@ -40,5 +40,5 @@ def test_other_kept_tokens_are_refused(mask: list[int]):
 
 
 def test_a_log_prob_over_the_whole_vocabulary_is_refused():
-    with pytest.raises(RolloutError, match="expected log-prob -1.0415 of token 3 among the kept ones, got -1.204"):
+    with pytest.raises(RolloutError, match=r"expected log-prob -1\.0415 of token 3 among the kept ones, got -1\.204"):
         _check_cut(_Case("top-p", None, 0.75, 100), reply([4, 1, 3], token=3, log_prob=math.log(0.3)), 5)
