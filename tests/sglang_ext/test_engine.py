@@ -98,7 +98,7 @@ def test_without_statistics_every_token_is_at_the_base_temperature(engine, refer
 def test_a_cut_keeps_the_most_likely_tokens_and_log_probs_are_among_them(engine, reference, stats):
     """At the adaptive temperature; requests wait and are retracted, and keep what they have."""
     adaptive = AdaptiveTemperature(stats=stats, tau=0.3)
-    sampling = replace(SAMPLING, samples=4, max_response_tokens=60, adaptive=adaptive, top_p=0.8, top_k=40)
+    sampling = replace(SAMPLING, samples=4, max_response_tokens=60, adaptive=adaptive, top_p=0.5, top_k=67)
     uncut = engine.generate(make_prompts(8), sampling)
     groups = engine.generate(make_prompts(8), replace(sampling, keep_cut=True))
     ids = [[rollout.response_ids.tolist() for group in part for rollout in group] for part in (uncut, groups)]
@@ -118,9 +118,9 @@ def test_a_cut_keeps_the_most_likely_tokens_and_log_probs_are_among_them(engine,
             dropped_V = torch.ones_like(log_p_V).index_fill(0, kept, 0).bool()
             assert log_p_V[dropped_V].max() <= least + 1e-4
             mass = float(log_p_V[kept].exp().sum())
-            assert mass - float(least.exp()) <= 0.8 + 1e-4
-            assert mass >= 0.8 - 1e-4 or len(kept) == 40
-            limited += len(kept) == 40
+            assert mass - float(least.exp()) <= 0.5 + 1e-4
+            assert mass >= 0.5 - 1e-4 or len(kept) == 67
+            limited += mass < 0.5 - 1e-4
             among = float(log_p_V[token] - log_p_V[kept].logsumexp(0))
             assert float(rollout.rollout_log_probs[place]) == pytest.approx(among, abs=1e-4)
     assert 0 < limited < sum(len(response) for response in ids[0]), "one of both limits never applied"
