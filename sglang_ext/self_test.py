@@ -173,10 +173,9 @@ def _check_cut(case: _Case, reply: dict, vocab_size: int) -> None:
         sorted_V, order_V = full_V.sort(descending=True)
         mass_before_V = sorted_V.exp().cumsum(0) - sorted_V.exp()
         expected_V = (mass_before_V <= case.top_p) & (torch.arange(vocab_size) < case.top_k)
-        # Where the cut falls within rounding, a token may be kept or not.
+        # Where the cut falls within rounding, a token may be kept or not; of equal ones either.
         close_V = (mass_before_V - case.top_p).abs() <= _CUT_TOLERANCE
-        if case.top_k < vocab_size:
-            close_V |= (sorted_V - sorted_V[case.top_k - 1]).abs() <= _CUT_TOLERANCE
+        close_V |= (sorted_V - sorted_V[int(expected_V.sum()) - 1]).abs() <= _CUT_TOLERANCE
         wrong_V = (torch.isin(order_V, kept) != expected_V) & ~close_V
         if bool(wrong_V.any()):
             expected = f"{int(expected_V.sum())} kept tokens at token {step}"

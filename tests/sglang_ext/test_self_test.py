@@ -33,6 +33,13 @@ def test_the_kept_tokens_and_the_log_prob_among_them_are_accepted():
     _check_cut(_Case("p", None, 0.7, 100), reply([1, 3, 4], token=1, log_prob=math.log(0.4 / 0.85)), 5)
 
 
+def test_of_tokens_of_one_probability_either_may_be_kept(monkeypatch: pytest.MonkeyPatch):
+    """Of 0.4, 0.2, 0.2, 0.1 and 0.1 top-p 0.5 keeps the first and one of the second."""
+    monkeypatch.setitem(globals(), "PROBABILITIES", [0.2, 0.4, 0.1, 0.2, 0.1])
+    for second in (0, 3):
+        _check_cut(_Case("p", None, 0.5, 100), reply([1, second], token=1, log_prob=math.log(0.4 / 0.6)), 5)
+
+
 @pytest.mark.parametrize("mask", [[1, 3], [1, 3, 0], [1, 3, 4, 0], [1, 3, 4, 2]])
 def test_other_kept_tokens_are_refused(mask: list[int]):
     with pytest.raises(RolloutError, match=r"top-p: expected 3 kept tokens at token 0, got \d, other ones"):
