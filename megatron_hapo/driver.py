@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from megatron_hapo.algorithm.controllers import next_state, step_controls
 from megatron_hapo.algorithm.minibatches import minibatch_rows, minibatches
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
@@ -45,6 +46,8 @@ class Driver:
     """Writes responses and what is known of their tokens; None: nothing is recorded."""
     stats: EntropyStats | None = None
     """Statistics of the previous step, for the sampler; None before the first step, sampled at the base temperature."""
+    controllers: dict[str, float] = field(default_factory=dict)
+    """State of the method's controllers after the previous step; empty before the first."""
     stop_requested: bool = False
     """Set by a signal handler: the loop ends after the current step."""
     saved_step: int = field(default=0, init=False)
@@ -80,10 +83,13 @@ class Driver:
         """One step of the paper's loop and its metrics; step counts from 1."""
         collected = self._generate(step, rollouts, clock)
         batch, scores = self._score(collected, clock)
-        self.stats = step_statistics(scores, self.config.algorithm)
-        batch = training_batch(batch, collected.groups, scores, self.stats, self.config.algorithm)
+        algorithm = self.config.algorithm
+        self.stats = step_statistics(scores, algorithm)
+        controls = step_controls(self.controllers, scores, algorithm)
+        batch = training_batch(batch, collected.groups, scores, self.stats, algorithm, controls)
         num_recorded = 0 if self.records is None else self.records.num_responses(step, collected.groups)
         parts, updates, tokens = self._update(batch, step, clock, num_recorded)
+        self.controllers = next_state(self.controllers, scores, updates, algorithm)
         if self.records is not None and num_recorded:
             self.records.add_step(step, collected.groups, batch, scores, tokens)
         self._write_checkpoint(step, clock)
@@ -164,7 +170,9 @@ class Driver:
     def _save(self, step: int) -> None:
         # Prompts of rollouts generated ahead do not count as used: a resumed run generates them again.
         prompts = self._prompts_after.get(step, self.prompts.state())
-        self.checkpoints.save(RunState(step=step, prompts=prompts, stats=self.stats), self.trainer)
+        self.checkpoints.save(
+            RunState(step=step, prompts=prompts, stats=self.stats, controllers=self.controllers), self.trainer
+        )
         self.saved_step = step
 
     def _resume(self) -> int:
@@ -172,5 +180,5 @@ class Driver:
         if state is None:
             return 0
         self.prompts.restore(state.prompts)
-        self.stats, self.saved_step = state.stats, state.step
+        self.stats, self.controllers, self.saved_step = state.stats, state.controllers, state.step
         return state.step

@@ -231,6 +231,8 @@ class TrainBatch:
     """[N] float32 or bool each, by name: what the parts of the method add (`Part.token_data`)."""
     stats: EntropyStats | None = None
     """Statistics of the whole step, for a loss that recomputes h."""
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """What the method's controllers set for the step's updates, by name (`Part.controls`)."""
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)

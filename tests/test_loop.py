@@ -389,6 +389,8 @@ def mixed_config(model: Path, folder: Path, steps: int) -> Config:
         "eval": {"one": {**sums, "samples": 2}, "greedy": {**sums, "size": 2, "temperature": 0}},
         "curriculum": {"enabled": True, "revisit": 0.5},
     }
+    # A controller whose state follows every step; the entropies of a random model are all far below the target.
+    values["algorithm"]["entropy_bonus"] = {"enabled": True, "target": 50.0, "coefficient": 1e-3, "delta": 1e-3}
     return Config.model_validate(values)
 
 
@@ -418,6 +420,7 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
     whole, resumed = run(tmp_path / "whole", 4), run(tmp_path / "resumed", 2, 4)
     assert resumed["responses"] == whole["responses"]
     assert resumed["state"] == whole["state"]
+    assert whole["state"]["controllers"] == {"entropy_bonus/coefficient": pytest.approx(5e-3)}
     assert {"question": "3+3=", "answer": "6"} in [columns for _, columns, _ in whole["responses"]]
     assert whole["state"]["prompts"]["taken"] == {"sums": 12, "doubles": 4}
     assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())

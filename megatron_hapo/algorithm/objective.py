@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ def policy_loss(
     *,
     num_tokens: int,
     stats: EntropyStats | None = None,
+    controls: Mapping[str, float] | None = None,
     cp_group: dist.ProcessGroup | None = None,
     keep_tokens: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,12 +42,13 @@ def policy_loss(
         microbatch: with advantages and old_log_probs.
         num_tokens: response tokens of the whole mini-batch, over all ranks and micro-batches.
         stats: of the step, for `algorithm.entropy.source: current`.
+        controls: what controllers set for the step's updates.
         cp_group: ranks that hold the other tokens of this micro-batch; all of them call this.
         keep_tokens: also return what the loss used of each token, for records.
     Returns:
-        The loss, and sums over N (not means): `loss`, `log_ratio`, `ratio` and those of the surrogate. With
-        `keep_tokens` also [N] each, float32: `token_advantages`, `importance_ratios`, `clip_low`, `clip_high`, and `h`
-        if the method has one.
+        The loss, and sums over N (not means): `loss`, `log_ratio`, `ratio`, those of the surrogate and of
+        `Part.sums`. With `keep_tokens` also [N] each, float32: `token_advantages`, `importance_ratios`, `clip_low`,
+        `clip_high`, and `h` if the method has one.
     Raises:
         ValueError: shapes differ, or num_tokens is not positive.
     """
@@ -53,8 +56,9 @@ def policy_loss(
     check_shapes(log_probs=log_probs_N, **microbatch.per_token)
     parts = enabled_parts(algorithm)
     tokens = LossTokens(
-        log_probs=log_probs_N, entropies=entropies_N, microbatch=microbatch, stats=stats, cp_group=cp_group
-    )
+        log_probs=log_probs_N, entropies=entropies_N, microbatch=microbatch, stats=stats, cp_group=cp_group,
+        controls=controls or {},
+    )  # fmt: skip
     with torch.no_grad():
         for part in parts:
             tokens = replace(tokens, microbatch=tokens.microbatch.with_per_token(part.current_token_data(tokens)))
@@ -73,6 +77,8 @@ def policy_loss(
             loss = loss + term / num_tokens
     with torch.no_grad():
         sums = {"loss": loss.detach(), **sums, "log_ratio": log_ratio_N.sum(), "ratio": ratio_N.sum()}
+        for part in parts:
+            sums |= part.sums(tokens, ratio_N.detach(), advantages_N)
         if not keep_tokens:
             return loss, sums
         kept = dict(zip(UPDATED_TOKENS, (advantages_N, ratio_N.detach(), low_N, high_N), strict=True))

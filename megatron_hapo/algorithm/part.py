@@ -8,9 +8,11 @@ call their hooks: `step_statistics`, `training_batch` and `minibatches` in the d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,6 +49,13 @@ class LossTokens:
     """Entropy statistics of the step."""
     cp_group: dist.ProcessGroup | None
     """Ranks that hold the other tokens of the micro-batch; None without context parallelism."""
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """What controllers set for the step's updates."""
+
+
+def mean_entropy(scores: TokenScores) -> float:
+    """Mean entropy of the step's tokens, nats, summed in float64."""
+    return float(scores.entropies.mean(dtype=np.float64))
 
 
 class Part:
@@ -90,6 +99,32 @@ class Part:
     def token_data(self, batch: TrainBatch, scores: TokenScores) -> dict[str, Tensor]:
         """Per-token data for the part's own loss hooks, [N] float32 or bool each, by names that no other part uses."""
         return {}
+
+    # ----- a controller, in the driver: before the step's batch is weighted, and after its last update
+
+    def controls(self, state: Mapping[str, float], scores: TokenScores) -> dict[str, float]:
+        """What a controller sets for the step's updates, by names that no other part uses; metrics `control/NAME`.
+
+        `batch.controls` and `tokens.controls` have them in the hooks above and below.
+
+        Args:
+            state: of all controllers, as `next_state` left it after the previous step; empty before the first step.
+            scores: the trainer's, before the step's first update.
+        """
+        return {}
+
+    def next_state(
+        self, state: Mapping[str, float], scores: TokenScores, updates: Sequence[Mapping[str, float]]
+    ) -> dict[str, float]:
+        """The controller's state after the step, by names that no other part uses; it is saved in checkpoints.
+
+        Args:
+            state, scores: as for `controls`.
+            updates: metrics of each of the step's updates, with the sums `measured/NAME`.
+        """
+        return {}
+
+    # ----- in the driver, once a mini-batch
 
     def minibatch_weights(self, lengths_B: Tensor, *, max_tokens: int) -> Tensor | None:
         """Weights of a mini-batch's tokens that turn sum / (number of tokens) into another aggregation, [N] float32.
@@ -138,3 +173,11 @@ class Part:
     def loss_term(self, tokens: LossTokens) -> Tensor | None:
         """A term that is added to the sum of the tokens' losses, before the division by their number. A scalar."""
         return None
+
+    def sums(self, tokens: LossTokens, ratio_N: Tensor, advantages_N: Tensor) -> dict[str, Tensor]:
+        """Further sums over the tokens, scalars, by names that no other part uses. No gradient is taken.
+
+        NAME becomes the metric `loss/NAME`, a mean over the mini-batch's tokens; `measured/NAME` remains a sum, is no
+        metric, and is read by `next_state`.
+        """
+        return {}

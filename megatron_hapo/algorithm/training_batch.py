@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ def training_batch(
     scores: TokenScores,
     stats: EntropyStats,
     algorithm: AlgorithmConfig,
+    controls: Mapping[str, float] | None = None,
 ) -> TrainBatch:
     """The batch with everything that the updates read.
 
@@ -28,8 +29,9 @@ def training_batch(
         batch: the groups' rollouts in order (`types.pack_rollouts`), all of the step.
         scores: the trainer's, before the step's first update.
         stats: of these scores.
+        controls: what controllers set for the step's updates (`controllers.step_controls`).
     """
-    scored = replace(batch, old_log_probs=scores.log_probs, stats=stats)
+    scored = replace(batch, old_log_probs=scores.log_probs, stats=stats, controls=controls or {})
     scored = replace(scored, advantages=advantages(batch, groups, scores, algorithm))
     return with_token_data(scored, scores, algorithm)
 

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class RunState:
     prompts: SamplerState
     """Where the sequence of prompts stands."""
     stats: EntropyStats | None
+    controllers: dict[str, float] = field(default_factory=dict)
+    """State of the method's controllers (`Part.next_state`); checkpoints of earlier versions have none."""
 
 
 class Checkpoints:

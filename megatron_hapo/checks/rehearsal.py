@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from megatron_hapo.algorithm.controllers import step_controls
 from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.hub_hashes import hub_differences
@@ -63,7 +64,8 @@ def rehearse(
     turns.to_trainer()
     scores = trainer.log_probs(batch)
     stats = step_statistics(scores, config.algorithm)
-    training_batch(batch, groups, scores, stats, config.algorithm)  # the method's parts work on these scores
+    controls = step_controls({}, scores, config.algorithm)
+    training_batch(batch, groups, scores, stats, config.algorithm, controls)  # the method's parts work on these scores
     findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
     entropy = entropy_metrics(scores, stats)
     findings.append(

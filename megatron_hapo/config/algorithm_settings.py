@@ -1,4 +1,4 @@
-"""Settings of the algorithm: everything that a method chooses."""
+"""Settings of the algorithm: everything that a method chooses. Those of single rivals are in `rival_settings`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from pydantic import Field
 
 from megatron_hapo.config.effects import any_of, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.section import Fraction, Section, Strength
+from megatron_hapo.config.rival_settings import DualConstraintConfig, EntropyBonusConfig, ForkingTokensConfig
+from megatron_hapo.config.section import ClipHigh, Fraction, Section, Strength
 
 _TEMPERATURE = only_with("algorithm.adaptive_temperature.enabled", True)
 _CLIP = only_with("algorithm.adaptive_clip.enabled", True)
 _REDISTRIBUTION = only_with("algorithm.redistribution.enabled", True)
-_FORKING_TOKENS = only_with("algorithm.forking_tokens.enabled", True)
-_DUAL_CONSTRAINT = only_with("algorithm.dual_constraint.enabled", True)
 _CORRECTION = only_with("algorithm.importance_correction.level", "token", "sequence")
-
-ClipHigh = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class AdaptiveTemperatureConfig(Section):
@@ -67,31 +64,6 @@ class EntropyConfig(Section):
     largest and the smallest."""
 
 
-class ForkingTokensConfig(Section):
-    """Train on the most uncertain tokens of the step only (arXiv:2506.01939)."""
-
-    enabled: bool = False
-    """Drop the gradient of all other tokens."""
-    share: Annotated[float, Field(gt=0, le=1), _FORKING_TOKENS] = 0.2
-    """Share of the response tokens to keep (rho)."""
-
-
-class DualConstraintConfig(Section):
-    """Archer's constraints (arXiv:2507.15778). Tokens above an entropy quantile of their response are reasoning tokens;
-    the others are knowledge tokens, which keep algorithm.clip_low and clip_high."""
-
-    enabled: bool = False
-    """Apply the constraints."""
-    quantile: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.8
-    """Entropy quantile that separates the two kinds of tokens."""
-    clip_low: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.5
-    """Lower clip range of reasoning tokens."""
-    clip_high: Annotated[ClipHigh, _DUAL_CONSTRAINT] = 0.5
-    """Upper clip range of reasoning tokens."""
-    kl: Annotated[Strength, _DUAL_CONSTRAINT] = 0.001
-    """Coefficient of the KL divergence of knowledge tokens from the policy before the step's first update."""
-
-
 class ImportanceCorrectionConfig(Section):
     """Truncated importance sampling: the loss is weighted by pi_old / pi_engine."""
 
@@ -134,6 +106,7 @@ class AlgorithmConfig(Section):
     redistribution: RedistributionConfig = RedistributionConfig()
     forking_tokens: ForkingTokensConfig = ForkingTokensConfig()
     dual_constraint: DualConstraintConfig = DualConstraintConfig()
+    entropy_bonus: EntropyBonusConfig = EntropyBonusConfig()
     importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
 
     def contradictions(self, *, cp: int) -> Iterator[Fault]:
@@ -145,3 +118,4 @@ class AlgorithmConfig(Section):
                 "micro-batch",
                 ("parallel.cp",),
             )
+        yield from self.entropy_bonus.contradictions()

@@ -43,8 +43,15 @@ def step_metrics(
         **weight_metrics(batch),
         **cut_metrics(batch),
         **mismatch_metrics(batch, scores),
-        **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+        **update_metrics(updates),
+        **{f"control/{name}": float(value) for name, value in batch.controls.items()},
     }
+
+
+def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the mini-batches; sums for controllers (`measured/NAME`) are left out."""
+    names = [name for name in updates[0] if not name.startswith("measured/")]
+    return {name: float(np.mean([update[name] for update in updates])) for name in names}
 
 
 def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -39,7 +39,10 @@ from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, en
 from megatron_hapo.trainer.offload import ReleasableMemory
 from megatron_hapo.trainer.optimizer import set_learning_rate, wait_for_weights, wrap_for_training
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
-from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, WeightBucket, ragged_index
+from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket, ragged_index
+
+_NAMED_SUMS = ("loss", "clipped_low", "clipped_high", "dual_clipped", "log_ratio", "ratio")
+"""Sums of every surrogate, whose metrics have names of their own."""
 
 
 class _Updated(NamedTuple):
@@ -127,7 +130,8 @@ class TrainerRank:
         Args:
             keep_tokens: keep what the loss used of each token until `updated_tokens` fetches it.
         Returns:
-            The mini-batch's metrics on ranks of the last stage, equal on all of them. None on the others.
+            The mini-batch's metrics, and sums `measured/NAME` (`Part.sums`), on ranks of the last stage, where they are
+            equal. None on the others.
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are unchanged.
         """
@@ -135,7 +139,7 @@ class TrainerRank:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss_of = partial(self._loss, num_tokens=batch.num_response_tokens, stats=batch.stats, keep_tokens=keep_tokens)
+        loss_of = partial(self._loss, batch=batch, keep_tokens=keep_tokens)
         microbatches = self._microbatches(batch)
         collected = self._run(microbatches, loss_of, forward_only=False)
         learning_rate = set_learning_rate(self._optimizer, self.config, step=step)
@@ -157,6 +161,7 @@ class TrainerRank:
         sums = {name: torch.stack([part[name].double() for part in collected]).sum() for name in names}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals, group=self.layout.dp_cp_group)
+        measured = [name for name in names if name.startswith("measured/")]
         means = dict(zip(sums, (totals / batch.num_response_tokens).tolist(), strict=True))
         return {
             "loss/policy": means["loss"] * batch.num_response_tokens,
@@ -165,6 +170,8 @@ class TrainerRank:
             "loss/dual_clip_fraction": means["dual_clipped"],
             "loss/approx_kl": -means["log_ratio"],
             "loss/importance_ratio": means["ratio"],
+            **{f"loss/{name}": means[name] for name in names if name not in (*_NAMED_SUMS, *measured)},
+            **{name: means[name] * batch.num_response_tokens for name in measured},
             "grad_norm": grad_norm,
             "lr": learning_rate,
         }
@@ -196,8 +203,7 @@ class TrainerRank:
         scores: Tensor,
         microbatch: MicroBatch,
         *,
-        num_tokens: int,
-        stats: EntropyStats | None,
+        batch: TrainBatch,
         keep_tokens: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_probs_N, entropies_N = scores[0]
@@ -206,8 +212,9 @@ class TrainerRank:
             entropies_N,
             microbatch,
             self.config.algorithm,
-            num_tokens=num_tokens,
-            stats=stats,
+            num_tokens=batch.num_response_tokens,
+            stats=batch.stats,
+            controls=batch.controls,
             cp_group=self.layout.cp_group if self.layout.sizes.cp > 1 else None,
             keep_tokens=keep_tokens,
         )

@@ -337,6 +337,8 @@ EXPECTED = {
     "archer": {"clip_low": 0.2, "clip_high": 0.2},
     "edge_grpo": {"advantage": "entropy_driven"},
     "dr_grpo": {"norm_by_std": False, "aggregation": "sequence_mean_token_sum_norm"},
+    "entropy_bonus": {"aggregation": "token_mean"},
+    "adaptive_entropy": {"aggregation": "token_mean"},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "hapo": {"advantage": "token_level_group_average"},
     "hapo_none": {"advantage": "group_mean"},
@@ -352,6 +354,8 @@ SWITCHES = {
     "hapo_only_clip": {"adaptive_clip"},
     "forking_tokens": {"forking_tokens"},
     "archer": {"dual_constraint"},
+    "entropy_bonus": {"entropy_bonus"},
+    "adaptive_entropy": {"entropy_bonus"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_hapo.checkpoint import manifest
 from megatron_hapo.checkpoint.disk_space import check_disk_space
-from megatron_hapo.checkpoint.manifest import MANIFEST, damaged_files, hash_files
+from megatron_hapo.checkpoint.manifest import MANIFEST, damaged_files, hash_files, write_manifest
 from megatron_hapo.checkpoint.run_checkpoints import STATE_FILE, Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, HapoError
@@ -53,6 +54,28 @@ def test_the_newest_are_kept_and_a_run_resumes_from_the_last(tmp_path: Path) -> 
     trainer = Trainer()
     state = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
     assert (state and (state.step, state.prompts), trainer.loaded) == ((15, 150), "step_00000015.partial")
+
+
+def test_the_state_of_controllers_is_restored_exactly(tmp_path: Path) -> None:
+    checkpoints, trainer = Checkpoints(tmp_path, keep=2, resume=True), Trainer()
+    state = {"entropy_bonus/coefficient": 0.1 + 0.2, "other/integral": -1e-17 / 3}
+    checkpoints.save(RunState(step=5, prompts=0, stats=None, controllers=state), _any(trainer))
+    restored = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
+    assert restored is not None
+    assert restored.controllers == state
+
+
+def test_a_checkpoint_without_controllers_is_one_of_an_earlier_version(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (folder,) = tmp_path.glob("step_*")
+    values = json.loads((folder / STATE_FILE).read_text())
+    del values["controllers"]
+    (folder / STATE_FILE).write_text(json.dumps(values))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)
+    restored = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(Trainer()))
+    assert restored is not None
+    assert restored.controllers == {}
 
 
 def test_a_restarted_run_keeps_its_own_checkpoints_only(tmp_path: Path) -> None:
