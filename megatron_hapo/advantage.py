@@ -38,7 +38,7 @@ def token_level_group_average(
         ValueError: shapes differ, a reward is not finite, a length is negative.
     Source: HAPO, arXiv:2509.16591, "token-level group average".
     """
-    return _per_group(
+    return per_group(
         rewards_B, lengths_B, groups_B,
         lambda rewards, lengths: _token_level(rewards, lengths, norm_by_std=norm_by_std, fallback=fallback, eps=eps),
     )  # fmt: skip
@@ -54,7 +54,7 @@ def group_mean_advantage(
 
     Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
     """
-    return _per_group(
+    return per_group(
         rewards_B,
         lengths_B,
         groups_B,
@@ -79,9 +79,13 @@ def _group_mean(rewards: Tensor, *, norm_by_std: bool, eps: float) -> Tensor:
     return centred / (rewards.std() + eps) if norm_by_std else centred
 
 
-def _per_group(
+def per_group(
     rewards_B: Tensor, lengths_B: Tensor, groups_B: Tensor, advantage: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
+    """The advantages of every group by a function of its rewards and lengths (float64); 0 where rewards do not differ.
+
+    Arguments, result and errors are those of `token_level_group_average`.
+    """
     if not rewards_B.shape == lengths_B.shape == groups_B.shape or rewards_B.dim() != 1:
         raise ValueError(
             "rewards, lengths and groups must be 1-d and of equal length, got "

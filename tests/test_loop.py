@@ -389,8 +389,13 @@ def mixed_config(model: Path, folder: Path, steps: int) -> Config:
         "eval": {"one": {**sums, "samples": 2}, "greedy": {**sums, "size": 2, "temperature": 0}},
         "curriculum": {"enabled": True, "revisit": 0.5},
     }
-    # A controller whose state follows every step; the entropies of a random model are all far below the target.
-    values["algorithm"]["entropy_bonus"] = {"enabled": True, "target": 50.0, "coefficient": 1e-3, "delta": 1e-3}
+    # Controllers whose state follows every step; no entropy of a random model reaches the bonus's target.
+    values["algorithm"] |= {
+        "entropy_bonus": {"enabled": True, "target": 50.0, "coefficient": 1e-3, "delta": 1e-3},
+        "entropic": {"enabled": True, "target": 5.0, "probability": 0.1},
+        "repo": {"enabled": True},
+        "bapo": {"enabled": True, "target": 1.1},
+    }
     return Config.model_validate(values)
 
 
@@ -420,7 +425,9 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
     whole, resumed = run(tmp_path / "whole", 4), run(tmp_path / "resumed", 2, 4)
     assert resumed["responses"] == whole["responses"]
     assert resumed["state"] == whole["state"]
-    assert whole["state"]["controllers"] == {"entropy_bonus/coefficient": pytest.approx(5e-3)}
+    controllers = whole["state"]["controllers"]
+    assert controllers["entropy_bonus/coefficient"] == pytest.approx(5e-3)
+    assert controllers.keys() > {"entropic/integral", "repo/zeta", "repo/target", "bapo/low", "bapo/high"}
     assert {"question": "3+3=", "answer": "6"} in [columns for _, columns, _ in whole["responses"]]
     assert whole["state"]["prompts"]["taken"] == {"sums": 12, "doubles": 4}
     assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())

@@ -69,7 +69,7 @@ def policy_loss(
         low_N, high_N = _clip_range(parts, tokens, algorithm)
         advantages_N = _token_advantages(parts, tokens, ratio_N, low_N, high_N)
     surrogate = first_answer(part.surrogate(tokens, ratio_N, advantages_N, low_N, high_N) for part in parts)
-    assert surrogate is not None, "ClippedSurrogate always answers"
+    assert surrogate is not None, "algorithm.surrogate is a choice that a part must implement"
     losses_N, sums = surrogate
     loss = losses_N.sum() / num_tokens
     for part in parts:

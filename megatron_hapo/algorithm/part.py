@@ -166,7 +166,7 @@ class Part:
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Losses of the tokens [N], differentiable in the ratio, and the sums that `loss.clipped_surrogate` returns.
 
-        The first part that answers decides; `methods.grpo.ClippedSurrogate` comes last.
+        The first part that answers decides; `algorithm.surrogate` chooses one.
         """
         return None
 

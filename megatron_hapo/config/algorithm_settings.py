@@ -7,14 +7,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_hapo.config.effects import any_of, only_with
+from megatron_hapo.config.effects import any_of, not_with, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.rival_settings import DualConstraintConfig, EntropyBonusConfig, ForkingTokensConfig
-from megatron_hapo.config.section import ClipHigh, Fraction, Section, Strength
+from megatron_hapo.config.rival_settings import (
+    USES_CLIP_RANGE,
+    BapoConfig,
+    CeGppoConfig,
+    ClipCovConfig,
+    DualConstraintConfig,
+    EntropicConfig,
+    EntropyBonusConfig,
+    ForkingTokensConfig,
+    KlCovConfig,
+    MultiTemperatureConfig,
+    RepoConfig,
+    SapoConfig,
+)
+from megatron_hapo.config.section import ClipHigh, ClipLow, Fraction, Section, Strength
 
 _TEMPERATURE = only_with("algorithm.adaptive_temperature.enabled", True)
+_MULTI_TEMPERATURE = only_with("algorithm.multi_temperature.enabled", True)
+_FIXED_BOUNDS = not_with("algorithm.bapo.enabled", True)
 _CLIP = only_with("algorithm.adaptive_clip.enabled", True)
 _REDISTRIBUTION = only_with("algorithm.redistribution.enabled", True)
+_MODULATION = any_of(_TEMPERATURE, _CLIP, _REDISTRIBUTION)
 _CORRECTION = only_with("algorithm.importance_correction.level", "token", "sequence")
 
 
@@ -50,7 +66,7 @@ class EntropyConfig(Section):
 
     pivot: Fraction = 0.8
     """Quantile of log entropy that separates high from low (rho)."""
-    sign: Literal["signed", "reference"] = "signed"
+    sign: Annotated[Literal["signed", "reference"], _MODULATION] = "signed"
     """`signed`: h in [-1, 1], as the method is described. `reference`: h is positive at low entropy, as in the
     authors' released code."""
     floor: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6
@@ -59,7 +75,7 @@ class EntropyConfig(Section):
     """Entropies from which h in the loss is computed. `old`: the policy before the step's first update. `current`: the
     policy being updated, against the step's statistics. `micro_batch`: current entropies with statistics of each
     micro-batch, as in the authors' released code; the result then depends on the layout."""
-    scale_quantile: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    scale_quantile: Annotated[Annotated[float, Field(ge=0, lt=0.5)], _MODULATION] = 0.0
     """Share of tokens at either end whose log entropies do not stretch the scale of h, e.g. 0.001. 0 scales by the
     largest and the smallest."""
 
@@ -78,8 +94,12 @@ class ImportanceCorrectionConfig(Section):
 class AlgorithmConfig(Section):
     """Advantage and loss. The defaults are HAPO; `configs/methods` has the other methods."""
 
-    advantage: Literal["token_level_group_average", "group_mean", "entropy_driven"] = "token_level_group_average"
-    """`token_level_group_average`: HAPO. `group_mean`: GRPO. `entropy_driven`: EDGE-GRPO."""
+    advantage: Literal["token_level_group_average", "group_mean", "entropy_driven", "group_quantile"] = (
+        "token_level_group_average"
+    )
+    """`token_level_group_average`: HAPO. `group_mean`: GRPO. `entropy_driven`: EDGE-GRPO. `group_quantile`: QAE."""
+    advantage_quantile: Annotated[Fraction, only_with("algorithm.advantage", "group_quantile")] = 0.4
+    """Quantile of the group's rewards that is the baseline (K): larger leaves more right responses without weight."""
     norm_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     advantage_fallback: Annotated[
@@ -94,19 +114,35 @@ class AlgorithmConfig(Section):
     """Reduction of the loss over a mini-batch. `token_mean`: mean over tokens (DAPO, HAPO). `sequence_mean_token_mean`:
     mean over responses of their token means (GRPO, GSPO). `sequence_mean_token_sum_norm`: mean over responses of their
     token sums / rollout.max_response_tokens (Dr.GRPO)."""
-    clip_low: Fraction = 0.2
-    """The importance ratio is clipped to at least 1 - clip_low."""
-    clip_high: ClipHigh = 0.2
+    surrogate: Literal["clipped", "unclipped", "cispo", "sapo", "ce_gppo"] = "clipped"
+    """What ratio and advantage of a token become. `clipped`: PPO's clipping, with a dual clip. `unclipped`: their
+    product. `cispo`: the clipped ratio weighs the gradient of every token. `sapo`: a smooth gate. `ce_gppo`: clipped
+    tokens keep a bounded gradient."""
+    clip_low: Annotated[ClipLow, USES_CLIP_RANGE, _FIXED_BOUNDS] = 0.2
+    """The importance ratio is clipped to at least 1 - clip_low; 1 is no lower bound."""
+    clip_high: Annotated[ClipHigh, USES_CLIP_RANGE, _FIXED_BOUNDS] = 0.2
     """The importance ratio is clipped to at most 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1, le=1e6)] = 10.0
+    dual_clip: Annotated[
+        Annotated[float, Field(gt=1, le=1e6)], only_with("algorithm.surrogate", "clipped", "ce_gppo")
+    ] = 10.0
     """Bound c on the loss of tokens with a negative advantage."""
-    entropy: Annotated[EntropyConfig, any_of(_TEMPERATURE, _CLIP, _REDISTRIBUTION)] = EntropyConfig()
+    entropy: Annotated[EntropyConfig, any_of(_TEMPERATURE, _MULTI_TEMPERATURE, _CLIP, _REDISTRIBUTION)] = (
+        EntropyConfig()
+    )
     adaptive_temperature: AdaptiveTemperatureConfig = AdaptiveTemperatureConfig()
     adaptive_clip: AdaptiveClipConfig = AdaptiveClipConfig()
     redistribution: RedistributionConfig = RedistributionConfig()
     forking_tokens: ForkingTokensConfig = ForkingTokensConfig()
     dual_constraint: DualConstraintConfig = DualConstraintConfig()
     entropy_bonus: EntropyBonusConfig = EntropyBonusConfig()
+    sapo: SapoConfig = SapoConfig()
+    ce_gppo: CeGppoConfig = CeGppoConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
+    kl_cov: KlCovConfig = KlCovConfig()
+    entropic: EntropicConfig = EntropicConfig()
+    repo: RepoConfig = RepoConfig()
+    bapo: Annotated[BapoConfig, USES_CLIP_RANGE] = BapoConfig()
+    multi_temperature: MultiTemperatureConfig = MultiTemperatureConfig()
     importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
 
     def contradictions(self, *, cp: int) -> Iterator[Fault]:
@@ -118,4 +154,18 @@ class AlgorithmConfig(Section):
                 "micro-batch",
                 ("parallel.cp",),
             )
-        yield from self.entropy_bonus.contradictions()
+        if self.multi_temperature.enabled and self.adaptive_temperature.enabled:
+            yield Fault(
+                "algorithm.multi_temperature.enabled",
+                "must be false with algorithm.adaptive_temperature.enabled=true: both set the sampler's temperature",
+                ("algorithm.adaptive_temperature.enabled",),
+            )
+        uses_range = self.surrogate in ("clipped", "cispo", "ce_gppo") or self.redistribution.enabled
+        if self.adaptive_clip.enabled and not uses_range:
+            yield Fault(
+                "algorithm.adaptive_clip.enabled",
+                f"must be false with algorithm.surrogate={self.surrogate}, which has no clip range",
+                ("algorithm.surrogate",),
+            )
+        for section in (self.entropy_bonus, self.clip_cov, self.repo, self.bapo):
+            yield from section.contradictions()

@@ -7,17 +7,33 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_hapo.config.effects import not_with, only_with
+from megatron_hapo.config.effects import any_of, not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.section import ClipHigh, Fraction, Section, Strength
 
 _FORKING_TOKENS = only_with("algorithm.forking_tokens.enabled", True)
 _DUAL_CONSTRAINT = only_with("algorithm.dual_constraint.enabled", True)
+_CLIP_COV = only_with("algorithm.clip_cov.enabled", True)
+_KL_COV = only_with("algorithm.kl_cov.enabled", True)
+_ENTROPIC = only_with("algorithm.entropic.enabled", True)
+_REPO = only_with("algorithm.repo.enabled", True)
+_REPO_ADAPTIVE = only_with("algorithm.repo.adaptive", True)
+_BAPO = only_with("algorithm.bapo.enabled", True)
+_MULTI_TEMPERATURE = only_with("algorithm.multi_temperature.enabled", True)
+USES_CLIP_RANGE = any_of(
+    only_with("algorithm.surrogate", "clipped", "cispo", "ce_gppo"),
+    only_with("algorithm.redistribution.enabled", True),
+)
+"""The clip range bounds the ratio, or is the neutral zone of the redistribution."""
 _BONUS = only_with("algorithm.entropy_bonus.enabled", True)
 _BONUS_TARGET = not_with("algorithm.entropy_bonus.target", None)
 
 Nats = Annotated[float, Field(ge=0, le=100)]
 """A mean entropy per token."""
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(ge=1e-6, le=1e3)]
+Bound = Annotated[float, Field(gt=0, le=1e3)]
+"""Of an importance ratio."""
 
 
 class ForkingTokensConfig(Section):
@@ -25,7 +41,7 @@ class ForkingTokensConfig(Section):
 
     enabled: bool = False
     """Drop the gradient of all other tokens."""
-    share: Annotated[float, Field(gt=0, le=1), _FORKING_TOKENS] = 0.2
+    share: Annotated[Share, _FORKING_TOKENS] = 0.2
     """Share of the response tokens to keep (rho)."""
 
 
@@ -37,9 +53,9 @@ class DualConstraintConfig(Section):
     """Apply the constraints."""
     quantile: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.8
     """Entropy quantile that separates the two kinds of tokens."""
-    clip_low: Annotated[Fraction, _DUAL_CONSTRAINT] = 0.5
+    clip_low: Annotated[Fraction, _DUAL_CONSTRAINT, USES_CLIP_RANGE] = 0.5
     """Lower clip range of reasoning tokens."""
-    clip_high: Annotated[ClipHigh, _DUAL_CONSTRAINT] = 0.5
+    clip_high: Annotated[ClipHigh, _DUAL_CONSTRAINT, USES_CLIP_RANGE] = 0.5
     """Upper clip range of reasoning tokens."""
     kl: Annotated[Strength, _DUAL_CONSTRAINT] = 0.001
     """Coefficient of the KL divergence of knowledge tokens from the policy before the step's first update."""
@@ -70,3 +86,143 @@ class EntropyBonusConfig(Section):
                 f"got {self.coefficient:g}",
                 ("algorithm.entropy_bonus.max_coefficient",),
             )
+
+
+class SapoConfig(Section):
+    """SAPO's gate in place of clipping (arXiv:2511.20347)."""
+
+    tau_positive: Annotated[Positive, only_with("algorithm.surrogate", "sapo")] = 1.0
+    """Steepness of the gate for positive advantages; larger closes it sooner."""
+    tau_negative: Annotated[Positive, only_with("algorithm.surrogate", "sapo")] = 1.05
+    """Steepness of the gate for the others."""
+
+
+class CeGppoConfig(Section):
+    """CE-GPPO's gradients beyond the clip range (arXiv:2509.20712)."""
+
+    beta_low: Annotated[Strength, only_with("algorithm.surrogate", "ce_gppo")] = 0.75
+    """Weight of tokens below the range with a negative advantage (beta_1)."""
+    beta_high: Annotated[Strength, only_with("algorithm.surrogate", "ce_gppo")] = 1.0
+    """Weight of tokens above the range with a positive advantage (beta_2)."""
+
+
+class ClipCovConfig(Section):
+    """Clip-Cov (arXiv:2505.22617): no gradient for some tokens with a large covariance of log-prob and advantage."""
+
+    enabled: bool = False
+    """Drop the gradient of these tokens."""
+    share: Annotated[Share, _CLIP_COV] = 2e-4
+    """Share of the step's tokens, drawn from those in the range (r)."""
+    lower: Annotated[Positive, _CLIP_COV] = 1.0
+    """Covariances must exceed this (omega_low)."""
+    upper: Annotated[Positive, _CLIP_COV] = 5.0
+    """Covariances must be less than this (omega_high)."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Why no token could be drawn."""
+        if self.enabled and self.lower >= self.upper:
+            yield Fault(
+                "algorithm.clip_cov.lower",
+                f"must be less than algorithm.clip_cov.upper={self.upper:g}, got {self.lower:g}",
+                ("algorithm.clip_cov.upper",),
+            )
+
+
+class KlCovConfig(Section):
+    """KL-Cov (arXiv:2505.22617): a penalty on the tokens with the largest covariance of log-prob and advantage."""
+
+    enabled: bool = False
+    """Penalise how far these tokens move from the policy before the step's first update."""
+    share: Annotated[Share, _KL_COV] = 2e-3
+    """Share of the step's tokens (k)."""
+    coefficient: Annotated[Strength, _KL_COV] = 1.0
+    """Loss per nat of |log-ratio| (beta)."""
+
+
+class EntropicConfig(Section):
+    """EntroPIC (arXiv:2511.15248): a proportional-integral controller of entropy."""
+
+    enabled: bool = False
+    """Weigh likely tokens by the sign of their advantage."""
+    target: Annotated[Nats, _ENTROPIC] = 0.1
+    """Mean entropy to keep, nats (H_target)."""
+    proportional: Annotated[Strength, _ENTROPIC] = 1.0
+    """Weight per nat of the step's error (K_p)."""
+    integral: Annotated[Strength, _ENTROPIC] = 0.01
+    """Weight per nat of the errors of all earlier steps (K_i)."""
+    probability: Annotated[Fraction, _ENTROPIC] = 0.95
+    """Tokens are likely above this probability."""
+
+
+class RepoConfig(Section):
+    """REPO-R (arXiv:2603.11682): advantages rescaled by the token's log-prob."""
+
+    enabled: bool = False
+    """Rescale the advantages."""
+    zeta: Annotated[float, Field(ge=-1, le=1), _REPO] = 1e-3
+    """Strength; if adaptive, that of the first step. Positive raises the entropy."""
+    adaptive: Annotated[bool, _REPO] = True
+    """Halve or double zeta after each step, towards the target."""
+    target: Annotated[Nats | None, _REPO, _REPO_ADAPTIVE] = None
+    """Mean entropy to keep, nats. None: that of the first step."""
+    zeta_min: Annotated[float, Field(ge=1e-12, le=1), _REPO, _REPO_ADAPTIVE] = 1e-4
+    """Smallest |zeta|; a halving below it turns the sign."""
+    zeta_max: Annotated[float, Field(ge=1e-12, le=1), _REPO, _REPO_ADAPTIVE] = 0.05
+    """Largest |zeta|."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Why the controller has no range."""
+        if self.enabled and self.adaptive and self.zeta_min > self.zeta_max:
+            yield Fault(
+                "algorithm.repo.zeta_min",
+                f"must be at most algorithm.repo.zeta_max={self.zeta_max:g}, got {self.zeta_min:g}",
+                ("algorithm.repo.zeta_max",),
+            )
+
+
+class BapoConfig(Section):
+    """BAPO (arXiv:2510.18927): clip bounds that balance positive against negative advantages, in place of clip_low and
+    clip_high."""
+
+    enabled: bool = False
+    """Let the bounds follow the balance of the previous step."""
+    target: Annotated[Strength, _BAPO] = 1.0
+    """Positive over negative contributions to reach."""
+    low: Annotated[Bound, _BAPO] = 0.6
+    """Lower bound of the ratio at the start of the search."""
+    low_max: Annotated[Bound, _BAPO] = 0.8
+    """Largest lower bound."""
+    low_step: Annotated[float, Field(ge=0.005, le=1e3), _BAPO] = 0.05
+    """Step of the lower bound."""
+    high: Annotated[Bound, _BAPO] = 1.2
+    """Upper bound of the ratio at the start of the search."""
+    high_max: Annotated[Bound, _BAPO] = 2.0
+    """Largest upper bound."""
+    high_step: Annotated[float, Field(ge=0.005, le=1e3), _BAPO] = 0.05
+    """Step of the upper bound."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Why the bounds are not in order."""
+        bounds = {"low": self.low, "low_max": self.low_max, "1": 1.0, "high": self.high, "high_max": self.high_max}
+        if self.enabled and sorted(bounds.values()) != [*bounds.values()]:
+            yield Fault(
+                "algorithm.bapo.low",
+                f"the bounds must be in the order low, low_max, 1, high, high_max, got {list(bounds.values())}",
+                tuple(f"algorithm.bapo.{name}" for name in ("low_max", "high", "high_max")),
+            )
+        elif self.enabled and (self.high_max - self.high) / self.high_step > 200:
+            yield Fault(
+                "algorithm.bapo.high_max",
+                f"must be at most 200 steps of algorithm.bapo.high_step={self.high_step:g} above "
+                f"algorithm.bapo.high={self.high:g}, got {self.high_max:g}",
+                ("algorithm.bapo.high", "algorithm.bapo.high_step"),
+            )
+
+
+class MultiTemperatureConfig(Section):
+    """Two sampling temperatures (arXiv:2510.08892), separated at the entropy quantile algorithm.entropy.pivot."""
+
+    enabled: bool = False
+    """Sample tokens above the quantile at T (1 + tau), the others at T (1 - tau)."""
+    tau: Annotated[float, Field(ge=0, lt=1), _MULTI_TEMPERATURE] = 0.1
+    """Distance of both temperatures from T, relative to T."""

@@ -25,6 +25,8 @@ Examples = Annotated[int, Field(gt=0, le=10_000_000)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+ClipLow = Annotated[float, Field(gt=0, le=1)]
+"""Distance of an importance ratio's lower bound from 1; 1 is no bound."""
 ClipHigh = Annotated[float, Field(gt=0, le=1e6)]
 """Distance of an importance ratio's upper bound from 1."""
 Seconds = Annotated[float, Field(gt=0, le=1e7)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,10 +61,13 @@ def scored_batch(*, groups: int = 2, size: int = 3, seed: int = 0) -> tuple[Trai
     return batch, TokenScores(log_probs=log_probs, rollout_temperature_log_probs=log_probs, entropies=entropies)
 
 
-def with_scores(batch: TrainBatch, scores: TokenScores, settings: AlgorithmConfig) -> tuple[TrainBatch, EntropyStats]:
+def with_scores(
+    batch: TrainBatch, scores: TokenScores, settings: AlgorithmConfig, controls: Mapping[str, float] | None = None
+) -> tuple[TrainBatch, EntropyStats]:
     """The batch as `training_batch` completes it, with its advantages kept."""
     stats = step_statistics(scores, settings)
-    return with_token_data(replace(batch, old_log_probs=scores.log_probs, stats=stats), scores, settings), stats
+    scored = replace(batch, old_log_probs=scores.log_probs, stats=stats, controls=controls or {})
+    return with_token_data(scored, scores, settings), stats
 
 
 def as_microbatch(batch: TrainBatch) -> MicroBatch:
@@ -339,6 +343,16 @@ EXPECTED = {
     "dr_grpo": {"norm_by_std": False, "aggregation": "sequence_mean_token_sum_norm"},
     "entropy_bonus": {"aggregation": "token_mean"},
     "adaptive_entropy": {"aggregation": "token_mean"},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "aggregation": "token_mean"},
+    "sapo": {"surrogate": "sapo", "aggregation": "sequence_mean_token_mean"},
+    "ce_gppo": {"surrogate": "ce_gppo"},
+    "clip_cov": {"surrogate": "clipped"},
+    "kl_cov": {"surrogate": "unclipped"},
+    "qae": {"advantage": "group_quantile", "advantage_quantile": 0.4},
+    "entropic": {"aggregation": "token_mean"},
+    "repo": {"aggregation": "token_mean"},
+    "bapo": {"surrogate": "clipped"},
+    "multi_temperature": {"aggregation": "token_mean"},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "hapo": {"advantage": "token_level_group_average"},
     "hapo_none": {"advantage": "group_mean"},
@@ -356,6 +370,7 @@ SWITCHES = {
     "archer": {"dual_constraint"},
     "entropy_bonus": {"entropy_bonus"},
     "adaptive_entropy": {"entropy_bonus"},
+    **{name: {name} for name in ("clip_cov", "kl_cov", "entropic", "repo", "bapo", "multi_temperature")},
 }
 
 

@@ -86,7 +86,7 @@ def test_all_faults_come_at_once_and_name_their_origin(tmp_path):
     path = write(tmp_path, "base: base.yaml\nbatch: {prompts_per_step: 10, prompts_per_minibatch: 4}\nstep: 3\n")
     assert faults_of(path, "algorithm.clip_high=-0.2", "algorithm.entropy.sign=positive", "parallel.tp=two") == [
         "command line: parallel.tp: must be a whole number, got 'two'",
-        "base.yaml: algorithm.clip_low: must be less than 1, got 1.5",
+        "base.yaml: algorithm.clip_low: must be at most 1, got 1.5",
         "command line: algorithm.clip_high: must be greater than 0, got -0.2",
         "command line: algorithm.entropy.sign: must be 'signed' or 'reference', got 'positive'",
         "run.yaml: step: unknown key; did you mean steps?",

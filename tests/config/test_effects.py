@@ -172,7 +172,8 @@ def test_of_several_switches_the_one_set_last_counts(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + f"algorithm: {{{off}, adaptive_clip: {{enabled: false}}}}\n")
     assert faults_of(path, "algorithm.entropy.sign=reference") == [
         "command line: algorithm.entropy.sign: has no effect: algorithm.adaptive_temperature.enabled, "
-        "algorithm.adaptive_clip.enabled and algorithm.redistribution.enabled are false"
+        "algorithm.multi_temperature.enabled, algorithm.adaptive_clip.enabled and algorithm.redistribution.enabled "
+        "are false"
     ]
 
 

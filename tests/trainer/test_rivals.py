@@ -30,6 +30,14 @@ DAPO: dict[str, Any] = {
 RIVALS: dict[str, dict[str, Any]] = {
     "entropy_bonus": {"entropy_bonus": {"enabled": True, "coefficient": 0.01}},
     "adaptive_entropy": {"entropy_bonus": {"enabled": True, "coefficient": 0.1, "target": 9.0, "max_coefficient": 1.0}},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.2},
+    "sapo": {"surrogate": "sapo"},
+    "ce_gppo": {"surrogate": "ce_gppo"},
+    "clip_cov": {"clip_cov": {"enabled": True, "share": 0.2, "lower": 0.1}},
+    "kl_cov": {"surrogate": "unclipped", "kl_cov": {"enabled": True, "share": 0.2}},
+    "entropic": {"entropic": {"enabled": True, "target": 4.0, "probability": 0.01}},
+    "repo": {"repo": {"enabled": True, "zeta": 0.05, "target": 1.0}},
+    "bapo": {"bapo": {"enabled": True, "target": 1.2}},
 }
 LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2, "max_tokens": 64},

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_hapo.advantage import group_mean_advantage
 from megatron_hapo.algorithm.part import GroupedRewards, LossTokens, Part
-from megatron_hapo.config import AlgorithmConfig
 from megatron_hapo.loss import clipped_surrogate
 
 
@@ -39,13 +38,10 @@ class TokenRatio(Part):
 
 
 class ClippedSurrogate(Part):
-    """`loss.clipped_surrogate`, unless another part replaces it."""
+    """`loss.clipped_surrogate`."""
 
     order = 100
-
-    @classmethod
-    def enabled(cls, algorithm: AlgorithmConfig) -> bool:
-        return True
+    choice = ("surrogate", "clipped")
 
     def surrogate(
         self, tokens: LossTokens, ratio_N: Tensor, advantages_N: Tensor, low_N: Tensor, high_N: Tensor
