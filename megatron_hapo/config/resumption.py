@@ -28,7 +28,9 @@ ON_RESUME: Mapping[str, OnResume] = {
     "output_dir": "irrelevant",
     # ----- the run
     "seed": "effective",  # of prompts, mini-batches and samples still to come
-    "steps": "effective",  # fewer than the checkpoint has are refused: see `refusals`
+    # Fewer than the checkpoint has are refused (`refusals`). A schedule of the learning rate then follows the curve
+    # over the new number of steps, where its rate may jump.
+    "steps": "effective",
     "device": "effective",
     "placement": "effective",
     # ----- what the restored state embodies
@@ -66,6 +68,7 @@ ON_RESUME: Mapping[str, OnResume] = {
         (
             *("optimizer.lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2"),
             *("optimizer.eps", "optimizer.clip_grad", "optimizer.cpu_offload"),
+            *("optimizer.schedule", "optimizer.min_lr", "optimizer.decay_steps"),
         ),
         "effective",
     ),

@@ -172,7 +172,7 @@ class Config(Section):
         yield from self.batch.contradictions(advantage=self.algorithm.advantage)
         yield from self.parallel.contradictions()
         yield from self.trainer.contradictions()
-        yield from self.optimizer.contradictions(device=self.device, trainer=self.trainer)
+        yield from self.optimizer.contradictions(device=self.device, trainer=self.trainer, steps=self.steps)
         yield from self.rollout.contradictions(device=self.device)
         yield from self.async_.contradictions(
             placement=self.placement, correction_level=self.algorithm.importance_correction.level

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from megatron_hapo.config.effects import any_of, not_with
+from megatron_hapo.config.effects import any_of, not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.config.section import FilePath, Fraction, NonNegativeInt, PositiveInt, Seconds, Section, Strength
@@ -100,16 +100,28 @@ class TrainerConfig(Section):
             )
 
 
+_FALLING = only_with("optimizer.schedule", "linear", "cosine", "wsd")
+
+
 class OptimizerConfig(Section):
-    """Adam."""
+    """Adam, and its learning rate."""
 
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 10
     """Steps (not mini-batches) over which the learning rate rises linearly; the first step already has lr/warmup_steps.
     """
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """What the learning rate does after the warm-up. `constant`: stays. `linear`, `cosine`: falls over all remaining
+    steps, to min_lr at the end of the run (`steps`). `wsd`: stays, then falls linearly over the last decay_steps
+    (warm-up, stable, decay)."""
+    min_lr: Annotated[float, Field(ge=0, le=10), _FALLING] = 0.0
+    """Learning rate that the schedule reaches when the last step has been made; the last step's is still above it."""
+    decay_steps: Annotated[PositiveInt | None, only_with("optimizer.schedule", "wsd")] = None
+    """Steps over which the learning rate falls at the end of the run. `None`: a tenth of `steps`, at least one."""
     weight_decay: Strength = 0.1
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of all parameters: norms and biases are not spared. It is multiplied by the learning
+    rate, and falls with it."""
     beta1: Fraction = 0.9
     """Decay rate of the first moment."""
     beta2: Fraction = 0.999
@@ -122,8 +134,13 @@ class OptimizerConfig(Section):
     """Keep master weights and moments in host memory and run Adam there (Megatron's HybridDeviceOptimizer): 12 bytes
     per parameter less on the GPUs, about 16 more on the hosts, and a slower update. Needs GPUs."""
 
-    def contradictions(self, *, device: str, trainer: TrainerConfig) -> Iterator[Fault]:
-        """Why the optimizer cannot be offloaded."""
+    def num_decay_steps(self, steps: int) -> int:
+        """Steps of the decay of `wsd` in a run of `steps` steps."""
+        return self.decay_steps or max(1, steps // 10)
+
+    def contradictions(self, *, device: str, trainer: TrainerConfig, steps: int) -> Iterator[Fault]:
+        """Why the schedule does not fit into the run, and why the optimizer cannot be offloaded."""
+        yield from self._schedule_faults(steps)
         if not self.cpu_offload:
             return
         key, dtype = "optimizer.cpu_offload", trainer.dtype
@@ -134,6 +151,29 @@ class OptimizerConfig(Section):
         if dtype != "bfloat16":
             message = f"needs trainer.dtype=bfloat16, got {dtype}: Megatron cannot load its checkpoints of other dtypes"
             yield Fault(key, message, ("trainer.dtype",))
+
+    def _schedule_faults(self, steps: int) -> Iterator[Fault]:
+        if self.schedule == "constant":
+            return
+        if self.min_lr > self.lr:
+            yield Fault(
+                "optimizer.min_lr", f"must be at most optimizer.lr={self.lr}, got {self.min_lr}", ("optimizer.lr",)
+            )
+        remaining, decay = steps - self.warmup_steps, self.num_decay_steps(steps)
+        if remaining < 1:
+            yield Fault(
+                "optimizer.warmup_steps",
+                f"must be less than steps={steps} with optimizer.schedule={self.schedule}, got {self.warmup_steps}: no "
+                "step is left for the schedule",
+                ("steps", "optimizer.schedule"),
+            )
+        elif self.schedule == "wsd" and decay > remaining:
+            yield Fault(
+                "optimizer.decay_steps",
+                f"must be at most steps - optimizer.warmup_steps = {remaining}, got {decay}"
+                + ("" if self.decay_steps else ", a tenth of steps"),
+                ("steps", "optimizer.warmup_steps"),
+            )
 
 
 class BatchConfig(Section):

@@ -57,14 +57,6 @@ def wait_for_weights(chunks: Sequence[Any]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, config: Config, *, step: int) -> float:
-    """Set, and return, the learning rate of a step: linear warm-up from step 1, whose rate is above zero."""
-    rate = config.optimizer.lr * min(1.0, step / max(1, config.optimizer.warmup_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
-    return rate
-
-
 def _gathers_during_forward(config: Config) -> bool:
     return config.trainer.overlap_communication and config.trainer.distributed_optimizer
 
@@ -93,6 +85,7 @@ def _optimizer_config(config: Config, *, params_dtype: torch.dtype) -> Optimizer
     return OptimizerConfig(
         optimizer="adam",
         lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
         weight_decay=config.optimizer.weight_decay,
         adam_beta1=config.optimizer.beta1,
         adam_beta2=config.optimizer.beta2,

@@ -36,8 +36,9 @@ from megatron_hapo.resharding.plan import Parameter, SendingTask
 from megatron_hapo.resharding.transfer import Transfer, as_matrix
 from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, engine_cut
+from megatron_hapo.trainer.learning_rate import LearningRate
 from megatron_hapo.trainer.offload import ReleasableMemory
-from megatron_hapo.trainer.optimizer import set_learning_rate, wait_for_weights, wrap_for_training
+from megatron_hapo.trainer.optimizer import wait_for_weights, wrap_for_training
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket, ragged_index
 
@@ -80,6 +81,7 @@ class TrainerRank:
             entropy_gradient=any(part.entropy_gradient for part in enabled_parts(config.algorithm)),
         )
         self._chunks, self._optimizer = wrap_for_training(self.model, config)
+        self._learning_rate = LearningRate(self._optimizer, config)
         self._memory = ReleasableMemory(self._chunks, self._optimizer, layout.device)
         self._round_weights()  # after the optimizer has copied its master weights
         self._updated: _Updated | None = None
@@ -142,7 +144,7 @@ class TrainerRank:
         loss_of = partial(self._loss, batch=batch, keep_tokens=keep_tokens)
         microbatches = self._microbatches(batch)
         collected = self._run(microbatches, loss_of, forward_only=False)
-        learning_rate = set_learning_rate(self._optimizer, self.config, step=step)
+        learning_rate = self._learning_rate.set(step=step)
         # step() would clip by a NaN norm and apply the result, so check the norm first.
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())

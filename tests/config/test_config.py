@@ -183,6 +183,27 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["launch.ray_worker_ports=[20000, 20010]", "rollout.engines=4"],
             "launch.ray_worker_ports: must span at least 14 ports, from the first to the last, got [20000, 20010]",
         ),
+        (
+            ["optimizer.schedule=cosine", "optimizer.warmup_steps=3"],
+            "optimizer.warmup_steps: must be less than steps=3 with optimizer.schedule=cosine, got 3",
+        ),
+        (
+            ["optimizer.schedule=wsd", "optimizer.warmup_steps=1", "optimizer.decay_steps=3"],
+            "optimizer.decay_steps: must be at most steps - optimizer.warmup_steps = 2, got 3",
+        ),
+        (
+            ["optimizer.schedule=wsd", "optimizer.warmup_steps=195", "steps=200"],
+            "optimizer.decay_steps: must be at most steps - optimizer.warmup_steps = 5, got 20, a tenth of steps",
+        ),
+        (
+            ["optimizer.schedule=linear", "optimizer.warmup_steps=0", "optimizer.min_lr=1e-5"],
+            "optimizer.min_lr: must be at most optimizer.lr=1e-06, got 1e-05",
+        ),
+        (["optimizer.min_lr=1e-7"], "optimizer.min_lr: has no effect: optimizer.schedule is constant"),
+        (
+            ["optimizer.schedule=cosine", "optimizer.warmup_steps=0", "optimizer.decay_steps=1"],
+            "optimizer.decay_steps: has no effect: optimizer.schedule is cosine",
+        ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),
         (

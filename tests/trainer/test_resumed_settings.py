@@ -15,8 +15,24 @@ from tests.distributed import run_ranks
 from tests.tiny_families import write_family
 from tests.trainer.test_trainer import make_batch, make_config, make_grid, with_everything
 
-BEFORE = {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip_grad": 1.0, "lr": 1e-3}
-AFTER = {"weight_decay": 0.9, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "clip_grad": 0.01, "lr": 2e-3}
+BEFORE = {
+    "weight_decay": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "clip_grad": 1.0,
+    "lr": 1e-3,
+    "schedule": "constant",
+}
+AFTER = {
+    "weight_decay": 0.9,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "eps": 1e-3,
+    "clip_grad": 0.01,
+    "lr": 2e-3,
+    "schedule": "cosine",
+}
 CASES = {
     "distributed": ({"dp": 2}, "float32"),
     "replicated": ({"tp": 2, "distributed_optimizer": False}, "float32"),
