@@ -108,10 +108,14 @@ class Driver:
         return collected
 
     def _score(self, collected: Collected, clock: StepClock) -> tuple[TrainBatch, TokenScores]:
-        """The groups' responses as one batch, and the old policy's scores of their tokens."""
+        """The groups' responses as one batch, and the old policy's and the reference model's scores of their tokens."""
         batch = pack_groups(collected.groups)
         with clock("log_probs"):
-            return batch, self.trainer.log_probs(batch)
+            scores = self.trainer.log_probs(batch)
+        if self.config.algorithm.kl.enabled:
+            with clock("reference"):
+                scores = replace(scores, reference_log_probs=self.trainer.reference_log_probs(batch))
+        return batch, scores
 
     def _update(
         self, batch: TrainBatch, step: int, clock: StepClock, num_recorded: int
@@ -126,7 +130,10 @@ class Driver:
             )  # fmt: skip
             rows = minibatch_rows(config.batch, seed=config.seed, step=step)
             lengths_B = batch.response_lengths[:num_recorded]
-            return parts, *updates_with_tokens(self.trainer, parts, rows, lengths_B, step=step)
+            updated = updates_with_tokens(self.trainer, parts, rows, lengths_B, step=step)
+            if (every := config.algorithm.kl.reset_every) and step % every == 0:
+                self.trainer.replace_reference()
+            return parts, *updated
 
     def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
         """Brings the new weights into the engines."""

@@ -59,6 +59,14 @@ class TrainerShard(Protocol):
         """Rows of the batch and their scores with the current weights, on ranks that report; else None."""
         ...
 
+    def reference_log_probs(self, batch: TrainBatch) -> tuple[list[int], np.ndarray] | None:
+        """Rows of the batch and the reference model's log-probs of their response tokens, on ranks that report."""
+        ...
+
+    def replace_reference(self) -> None:
+        """Make the current policy the reference model."""
+        ...
+
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float] | None:
         """One optimizer step on a mini-batch; its metrics on ranks of the last stage, else None."""
         ...
@@ -85,7 +93,7 @@ class TrainerShard(Protocol):
         ...
 
     def save_checkpoint(self, folder: Path) -> dict[str, str]:
-        """Write this rank's part of model and optimizer state; the files written, with their hashes."""
+        """Write this rank's part of model, optimizer state and a replaced reference; the files, with their hashes."""
         ...
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -130,6 +138,14 @@ class Trainer(Protocol):
 
     def log_probs(self, batch: TrainBatch) -> TokenScores:
         """Scores of every response token with the current weights, in batch order."""
+        ...
+
+    def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
+        """The reference model's log-probs of every response token at the base temperature, in batch order. [N]"""
+        ...
+
+    def replace_reference(self) -> None:
+        """Make the current policy the reference model."""
         ...
 
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:

@@ -180,6 +180,8 @@ class TokenScores:
     """[N] float32, at each token's own sampling temperature, so comparable with rollout_log_probs."""
     entropies: np.ndarray
     """[N] float32, nats, at the base temperature, of the whole vocabulary."""
+    reference_log_probs: np.ndarray | None = None
+    """[N] float32, the reference model's, otherwise as `log_probs`; None without `algorithm.kl`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,5 +321,6 @@ def merge_tokens(
 
 def merge_scores(parts: Sequence[tuple[list[int], TokenScores] | None], batch: TrainBatch) -> TokenScores:
     """Scores in batch order from the parts of the ranks; every row must occur exactly once."""
-    present = [(part[0], vars(part[1])) for part in parts if part is not None]
-    return TokenScores(**merge_tokens(present, batch.response_lengths))
+    present = [(rows, vars(scores)) for rows, scores in (part for part in parts if part is not None)]
+    named = [(rows, {name: a for name, a in arrays.items() if a is not None}) for rows, arrays in present]
+    return TokenScores(**merge_tokens(named, batch.response_lengths))

@@ -395,6 +395,8 @@ def mixed_config(model: Path, folder: Path, steps: int) -> Config:
         "entropic": {"enabled": True, "target": 5.0, "probability": 0.1},
         "repo": {"enabled": True},
         "bapo": {"enabled": True, "target": 1.1},
+        # After step 2 its policy is the reference, which the checkpoint then holds.
+        "kl": {"enabled": True, "coefficient": 0.1, "target": 1e-3, "reset_every": 2},
     }
     return Config.model_validate(values)
 
@@ -428,6 +430,8 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
     controllers = whole["state"]["controllers"]
     assert controllers["entropy_bonus/coefficient"] == pytest.approx(5e-3)
     assert controllers.keys() > {"entropic/integral", "repo/zeta", "repo/target", "bapo/low", "bapo/high"}
+    assert [row["kl/mean"] > 0 for row in whole["rows"][1:]] == [False, True, False, True]
+    assert len({row["control/kl_coefficient"] for row in whole["rows"][1:]}) == 4
     assert {"question": "3+3=", "answer": "6"} in [columns for _, columns, _ in whole["responses"]]
     assert whole["state"]["prompts"]["taken"] == {"sums": 12, "doubles": 4}
     assert any(source["unvaried"] for source in whole["state"]["prompts"]["sources"].values())

@@ -26,7 +26,7 @@ class GroupedRewards:
     """What advantages are computed from: all responses of a step. Tensors on the CPU."""
 
     rewards: Tensor
-    """[B] float64, with the overlong penalty."""
+    """[B] float64, with the overlong penalty and what the method subtracts."""
     lengths: Tensor
     """[B] int64, response tokens."""
     groups: Tensor
@@ -83,6 +83,15 @@ class Part:
     def sampling(self, stats: EntropyStats) -> AdaptiveTemperature | None:
         """How the previous step's statistics steer the sampler."""
         return None
+
+    def rewards(self, batch: TrainBatch, scores: TokenScores, rewards_B: Tensor) -> Tensor:
+        """The rewards from which advantages are computed, [B] float64, from those of the parts before this one.
+
+        Args:
+            batch: all responses of the step, with old log-probs and statistics.
+            rewards_B: of the scorers, with the overlong penalty.
+        """
+        return rewards_B
 
     def advantages(self, rewards: GroupedRewards) -> Tensor | None:
         """The advantage of every response, [B]; the first part that answers decides."""

@@ -32,7 +32,7 @@ def training_batch(
         controls: what controllers set for the step's updates (`controllers.step_controls`).
     """
     scored = replace(batch, old_log_probs=scores.log_probs, stats=stats, controls=controls or {})
-    scored = replace(scored, advantages=advantages(batch, groups, scores, algorithm))
+    scored = replace(scored, advantages=advantages(scored, groups, scores, algorithm))
     return with_token_data(scored, scores, algorithm)
 
 
@@ -40,13 +40,17 @@ def advantages(
     batch: TrainBatch, groups: Sequence[ScoredGroup], scores: TokenScores, algorithm: AlgorithmConfig
 ) -> np.ndarray:
     """The advantage of every response. [B] float32"""
+    parts = enabled_parts(algorithm)
+    rewards_B = torch.tensor([score.reward for group in groups for score in group.scores], dtype=torch.float64)
+    for part in parts:
+        rewards_B = part.rewards(batch, scores, rewards_B)
     rewards = GroupedRewards(
-        rewards=torch.tensor([score.reward for group in groups for score in group.scores], dtype=torch.float64),
+        rewards=rewards_B,
         lengths=torch.from_numpy(batch.response_lengths),
         groups=torch.tensor([index for index, group in enumerate(groups) for _ in group.rollouts]),
         entropies=torch.from_numpy(scores.entropies),
     )
-    advantages_B = first_answer(part.advantages(rewards) for part in enabled_parts(algorithm))
+    advantages_B = first_answer(part.advantages(rewards) for part in parts)
     assert advantages_B is not None, "algorithm.advantage is a choice that a part must implement"
     return advantages_B.float().numpy()
 

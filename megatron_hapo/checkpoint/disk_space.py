@@ -17,10 +17,11 @@ _GB = 1e9
 
 
 def checkpoint_bytes(num_parameters: int, config: Config) -> int:
-    """Size of one resumable checkpoint: weights and optimizer state."""
+    """Size of one resumable checkpoint: weights and optimizer state, and a reference model that was replaced."""
     is_plain_float32 = config.trainer.dtype == "float32" and not config.trainer.distributed_optimizer
     state_bytes = 8 if is_plain_float32 else _STATE_BYTES  # without a second copy of the weights
-    return num_parameters * (DTYPE_BYTES[config.trainer.dtype] + state_bytes)
+    has_reference = config.algorithm.kl.enabled and config.algorithm.kl.reset_every
+    return num_parameters * (DTYPE_BYTES[config.trainer.dtype] * (2 if has_reference else 1) + state_bytes)
 
 
 def needed_bytes(num_parameters: int, config: Config, *, first_step: int) -> int:

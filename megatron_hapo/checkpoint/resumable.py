@@ -17,8 +17,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_hapo.checkpoint.checkpoint_errors import explain_load_errors, explain_write_errors
 from megatron_hapo.checkpoint.manifest import hash_files
 from megatron_hapo.checkpoint.torch_dist_metadata import read_metadata
-from megatron_hapo.checkpoint.weights import prepare_to_save, set_weights, sharded_weights
+from megatron_hapo.checkpoint.weights import load_weights, prepare_to_save, save_weights, set_weights, sharded_weights
+from megatron_hapo.model.families import Shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
+
+REFERENCE = "reference"
+"""The folder of a replaced reference model inside a checkpoint: weights alone, in the same format."""
 
 
 def save(
@@ -59,6 +63,30 @@ def load(model: Sequence[GPTModel], optimizer: MegatronOptimizer, layout: Parall
         for values in part.optimizer.state.values():
             if "step" in values:
                 values["step"] = values["step"].clone()
+
+
+def save_reference(model: Sequence[GPTModel], layout: ParallelLayout, folder: Path) -> dict[str, str]:
+    """Write the reference model's weights, which are the model's at this moment, into a checkpoint. All ranks call it.
+
+    Returns:
+        The files that this rank has written, and their hashes.
+    """
+    target = folder / REFERENCE
+    target.mkdir(exist_ok=True)
+    save_weights(model, layout, target)
+    with explain_write_errors(folder):
+        written = [path.relative_to(folder).as_posix() for path in target.glob(f"__{dist.get_rank()}_*.distcp")]
+        return hash_files(folder, written)
+
+
+def has_reference(folder: Path) -> bool:
+    """Whether a checkpoint holds a reference model; else it is the model that the run started from."""
+    return (folder / REFERENCE).is_dir()
+
+
+def load_reference(model: Sequence[GPTModel], shape: Shape, layout: ParallelLayout, folder: Path) -> None:
+    """Fill the model with the reference's weights from a checkpoint of any layout. All ranks call it together."""
+    load_weights(model, shape, layout, folder / REFERENCE)
 
 
 def _adopt_rates(saved: Any, own: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ class Checkpoints:
 
     def bytes_on_disk(self) -> int:
         """Size of the checkpoints that later ones will replace."""
-        return sum(path.stat().st_size for path in self._folder.glob("step_*/*") if path.is_file())
+        return sum(path.stat().st_size for path in self._folder.glob("step_*/**/*") if path.is_file())
 
     def _newest_sound(self) -> Path | None:
         """The checkpoint to resume from, as far as the damage is known; None to start from the beginning."""

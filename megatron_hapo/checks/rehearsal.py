@@ -19,7 +19,7 @@ from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.observe.step_metrics import entropy_metrics, mismatch_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import generate_scored, training_sampling
-from megatron_hapo.types import Prompt, ScoredGroup, pack_groups
+from megatron_hapo.types import Prompt, ScoredGroup, TokenScores, pack_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,9 @@ def rehearse(
     batch = pack_groups(groups)
     turns.to_trainer()
     scores = trainer.log_probs(batch)
+    if config.algorithm.kl.enabled:
+        scores = replace(scores, reference_log_probs=trainer.reference_log_probs(batch))
+        findings.append(reference_finding(scores))
     stats = step_statistics(scores, config.algorithm)
     controls = step_controls({}, scores, config.algorithm)
     training_batch(batch, groups, scores, stats, config.algorithm, controls)  # the method's parts work on these scores
@@ -83,6 +86,15 @@ def rehearse(
         steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)
         findings += [Finding(f.verdict, f"at the adaptive temperature, {f.message}") for f in steered_findings]
     return findings
+
+
+def reference_finding(scores: TokenScores) -> Finding:
+    """Whether the reference model is the policy, as it must be before the first update."""
+    assert scores.reference_log_probs is not None
+    largest = float(np.abs(scores.reference_log_probs - scores.log_probs).max())
+    if largest == 0:
+        return Finding("ok", "the reference model's log-probs are the policy's")
+    return Finding("fault", f"log-probs of the reference model differ from the policy's by up to {largest:.2g}")
 
 
 def response_findings(groups: Sequence[ScoredGroup], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

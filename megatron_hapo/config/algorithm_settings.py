@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megatron_hapo.config.effects import any_of, not_with, only_with
 from megatron_hapo.config.faults import Fault
+from megatron_hapo.config.kl_settings import KlConfig
 from megatron_hapo.config.rival_settings import (
     USES_CLIP_RANGE,
     BapoConfig,
@@ -143,6 +144,7 @@ class AlgorithmConfig(Section):
     repo: RepoConfig = RepoConfig()
     bapo: Annotated[BapoConfig, USES_CLIP_RANGE] = BapoConfig()
     multi_temperature: MultiTemperatureConfig = MultiTemperatureConfig()
+    kl: KlConfig = KlConfig()
     importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
 
     def contradictions(self, *, cp: int) -> Iterator[Fault]:
@@ -167,5 +169,5 @@ class AlgorithmConfig(Section):
                 f"must be false with algorithm.surrogate={self.surrogate}, which has no clip range",
                 ("algorithm.surrogate",),
             )
-        for section in (self.entropy_bonus, self.clip_cov, self.repo, self.bapo):
+        for section in (self.kl, self.entropy_bonus, self.clip_cov, self.repo, self.bapo):
             yield from section.contradictions()

@@ -1,8 +1,9 @@
 """What a setting that was changed between a checkpoint and the run that resumes from it does: nothing is ignored.
 
-A checkpoint restores weights, optimizer state, the position in the prompts, the entropy statistics of the last step and
-the state of the method's controllers. Everything else is read from the settings of the resumed run, so a change has its
-effect from the next step on. Settings that the restored state embodies are refused instead.
+A checkpoint restores weights, optimizer state, the position in the prompts, the entropy statistics of the last step,
+the state of the method's controllers, and a reference model that was replaced. Everything else is read from the
+settings of the resumed run, so a change has its effect from the next step on. Settings that the restored state embodies
+are refused instead.
 `tests/config/test_resumption.py` holds the table to the settings.
 """
 

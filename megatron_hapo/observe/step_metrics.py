@@ -43,6 +43,7 @@ def step_metrics(
         **weight_metrics(batch),
         **cut_metrics(batch),
         **mismatch_metrics(batch, scores),
+        **reference_metrics(scores),
         **update_metrics(updates),
         **{f"control/{name}": float(value) for name, value in batch.controls.items()},
     }
@@ -129,4 +130,15 @@ def mismatch_metrics(batch: TrainBatch, scores: TokenScores) -> dict[str, float]
         "rollout/logprob_abs_diff_max": float(np.abs(difference).max()),
         "rollout/mismatch_kl": float(kl.mean()),
         **{f"rollout/mismatch_kl_{name}": float(np.quantile(kl, q)) for name, q in MISMATCH_QUANTILES.items()},
+    }
+
+
+def reference_metrics(scores: TokenScores) -> dict[str, float]:
+    """How far the policy is from the reference model, if there is one."""
+    if scores.reference_log_probs is None:
+        return {}
+    difference = scores.log_probs.astype(np.float64) - scores.reference_log_probs
+    return {
+        "kl/mean": float(np.mean(np.expm1(-difference) + difference)),
+        "kl/log_ratio": float(np.mean(difference)),
     }

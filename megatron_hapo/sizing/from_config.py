@@ -36,6 +36,7 @@ def layout_of(config: Config) -> Layout:
         sequence_parallel=config.parallel.sequence_parallel,
         distributed_optimizer=config.trainer.distributed_optimizer,
         cpu_offload=config.optimizer.cpu_offload,
+        has_reference=config.algorithm.kl.enabled,
         recompute=config.trainer.recompute,
         output_head=config.trainer.output_head,
         # A sequence that exceeds the budget gets a micro-batch of its own.
@@ -68,6 +69,7 @@ def limits_of(config: Config) -> Limits:
         # Entropy statistics per micro-batch need whole sequences on a rank.
         max_cp=1 if config.algorithm.entropy.source == "micro_batch" else 8,
         distributed_optimizer=config.trainer.distributed_optimizer,
+        has_reference=config.algorithm.kl.enabled,
         output_head=config.trainer.output_head,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
         spec="local" if config.model.spec == "local" else "te",

@@ -53,6 +53,8 @@ class TrainerMemory:
     sync_buckets: int
     """Gathered tensors and the bucket in flight during a weight sync."""
     reserve: int
+    host_reference: int = 0
+    """In host memory, and so in no total: the reference model's weights."""
 
     @property
     def phases(self) -> dict[str, int]:
@@ -131,6 +133,7 @@ def _stage_memory(
         optimizer_step=0 if spec == "te" or layout.cpu_offload else 4 * sharded,
         sync_buckets=sync_bytes(shape, layout, bucket_bytes=bucket_bytes),
         reserve=FIXED_RESERVE_BYTES + round(FRAGMENTATION * gpu_bytes) if gpu_bytes else 0,
+        host_reference=layout.bytes_per_parameter * parameters.total if layout.has_reference else 0,
     )
 
 

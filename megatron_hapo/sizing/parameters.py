@@ -30,6 +30,8 @@ class Layout:
     distributed_optimizer: bool = True
     cpu_offload: bool = False
     """Whether the optimizer's state is in host memory."""
+    has_reference: bool = False
+    """Whether a reference model's weights wait in host memory, for one more forward pass a step."""
     recompute: Recompute = "none"
     output_head: Literal["logits", "fused"] = "logits"
     tokens_per_microbatch: int = 16384

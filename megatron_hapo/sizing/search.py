@@ -61,6 +61,7 @@ class Limits:
     max_cp: int = 1
     output_head: Literal["logits", "fused"] = "logits"
     distributed_optimizer: bool = True
+    has_reference: bool = False
     bytes_per_parameter: int = 2
     spec: Spec = "te"
     memory_fraction: float = 0.8
@@ -364,7 +365,7 @@ def _layouts(
                 grid = Layout(
                     sizes=ParallelSizes(tp=tp, **stages, cp=cp, ep=ep, etp=etp, dp=dp),
                     output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
-                    distributed_optimizer=limits.distributed_optimizer,
+                    distributed_optimizer=limits.distributed_optimizer, has_reference=limits.has_reference,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), get_args(Recompute)):
                     # The budget must hold the longest sequence, and is rounded up to a multiple of 1,024.

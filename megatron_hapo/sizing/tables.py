@@ -117,7 +117,9 @@ def _plan_dict(plan: LayoutPlan) -> dict[str, Any]:
             "engines": plan.engines, "tp": plan.rollout_tp, "running_requests": plan.running_requests,
             "memory_fraction": plan.memory_fraction,
         },
-        "trainer_bytes": {name: getattr(plan.trainer, name) for name in (*TRAINER_PARTS, "optimizer_step")},
+        "trainer_bytes": {
+            name: getattr(plan.trainer, name) for name in (*TRAINER_PARTS, "optimizer_step", "host_reference")
+        },
         "engine_bytes": {name: getattr(plan.engine, name) for name in ENGINE_PARTS},
         "kv_tokens": plan.engine.kv_tokens,
         "seconds": {**asdict(plan.time), "total": plan.time.total},

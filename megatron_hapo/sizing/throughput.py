@@ -167,6 +167,8 @@ def train_seconds(
     update += _gradient_seconds(shape, layout, gpu, nvlink_size)
     # Scoring runs over all responses of the step at once, so its pipeline fills only once.
     score = (workload.minibatches * microbatches + fill) * max(forward)
+    if layout.has_reference:
+        score = 2 * score + reference_exchange_seconds(shape, layout)
     busy = microbatches * sum(forward) / len(forward)
     return score, workload.minibatches * update, 1 - busy / (slots * max(forward))
 
@@ -238,6 +240,12 @@ def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) 
     # Adam reads gradient, master weight and both moments, and writes the last three.
     bandwidth = HOST_MEMORY_BANDWIDTH if layout.cpu_offload else gpu.memory_bandwidth
     return messages + 28 * states / (MEMORY_EFFICIENCY * bandwidth)
+
+
+def reference_exchange_seconds(shape: Shape, layout: Layout) -> float:
+    """Seconds per step to exchange the policy's weights with the reference's and back: each set moves twice."""
+    largest = max(stage_parameters(shape, layout, stage).total for stage in range(layout.sizes.pp))
+    return 4 * layout.bytes_per_parameter * largest / (LINK_EFFICIENCY * HOST_LINK_BANDWIDTH)
 
 
 def turn_seconds(optimizer_bytes: int) -> float:

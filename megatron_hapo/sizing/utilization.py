@@ -64,7 +64,7 @@ class Utilization:
         `mfu`: the model's operations over the peak of the trainer's GPUs in the time of scoring and updates.
         """
         config, seconds = self.config, metrics["time/step"]
-        training = metrics["time/log_probs"] + metrics["time/update"]
+        training = metrics["time/log_probs"] + metrics["time/update"] + metrics.get("time/reference", 0.0)
         gpus = config.parallel.world_size
         if config.placement == "disaggregated":
             gpus += config.rollout.engines * config.rollout.tp
@@ -85,8 +85,10 @@ class Utilization:
         return int(sum(padded_lengths(lengths_B, multiple=multiple, cp_size=parallel.cp)))
 
     def _operations(self, parts: Sequence[TrainBatch]) -> float:
-        """Model operations: a forward pass to score; a forward and a backward pass (twice a forward) to update."""
+        """Model operations: a forward pass to score, and one of a reference model; a forward and a backward pass (twice
+        a forward) to update."""
         lengths = np.concatenate([part.sequence_lengths for part in parts]).astype(float)
         tokens, responses = lengths.sum(), sum(part.num_response_tokens for part in parts)
         mean_of_token = float((lengths**2).sum() / tokens)
-        return 4 * model_flops(self.shape, tokens=tokens, length=mean_of_token, response_share=responses / tokens)
+        passes = 5 if self.config.algorithm.kl.enabled else 4
+        return passes * model_flops(self.shape, tokens=tokens, length=mean_of_token, response_share=responses / tokens)

@@ -16,7 +16,7 @@ from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions
 from megatron_hapo.config import Config
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.protocols import TrainerShard, TrainerWorker, declared_verbs
-from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
+from megatron_hapo.types import TokenScores, TrainBatch, merge_scores, merge_tokens
 
 _SHARD_VERBS = declared_verbs(TrainerShard)
 _VERBS = declared_verbs(TrainerWorker)
@@ -109,6 +109,16 @@ class TrainerOverRanks(ABC):
         """Scores of every response token with the current weights, in batch order."""
         return merge_scores(self.broadcast(TrainerWorker.log_probs, batch), batch)
 
+    def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
+        """The reference model's log-probs of every response token, in batch order. [N] float32"""
+        parts = self.broadcast(TrainerWorker.reference_log_probs, batch)
+        named = [(part[0], {"log_probs": part[1]}) for part in parts if part is not None]
+        return merge_tokens(named, batch.response_lengths)["log_probs"]
+
+    def replace_reference(self) -> None:
+        """Makes the current policy the reference model."""
+        self.broadcast(TrainerWorker.replace_reference)
+
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
         """One optimizer step on a mini-batch; its metrics."""
         results = self.broadcast(TrainerWorker.update, batch, step=step, keep_tokens=keep_tokens)
@@ -120,7 +130,8 @@ class TrainerOverRanks(ABC):
         return [part for part in parts if part is not None]
 
     def save_checkpoint(self, folder: Path) -> dict[str, str]:
-        """Writes model and optimizer state; the hashes of the files that the ranks have written."""
+        """Writes model, optimizer state and a replaced reference; the hashes of the files that the ranks have
+        written."""
         parts = self.broadcast(TrainerWorker.save_checkpoint, folder)
         # With these the checkpoint is a model folder too: another run may start from it, and `convert` reads it.
         copy_companions(self._config.model.path, folder, self._config.trainer.dtype)

@@ -39,6 +39,7 @@ from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, en
 from megatron_hapo.trainer.learning_rate import LearningRate
 from megatron_hapo.trainer.offload import ReleasableMemory
 from megatron_hapo.trainer.optimizer import wait_for_weights, wrap_for_training
+from megatron_hapo.trainer.reference import ReferenceWeights
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket, ragged_index
 
@@ -84,6 +85,7 @@ class TrainerRank:
         self._learning_rate = LearningRate(self._optimizer, config)
         self._memory = ReleasableMemory(self._chunks, self._optimizer, layout.device)
         self._round_weights()  # after the optimizer has copied its master weights
+        self._reference = ReferenceWeights(self.model) if config.algorithm.kl.enabled else None
         self._updated: _Updated | None = None
         self._sending: SendingTask | None = None
         self._sender = Sender(dist.get_rank())
@@ -107,6 +109,30 @@ class TrainerRank:
             return None
         rows = [row for microbatch in microbatches for row in microbatch.rows]
         return rows, TokenScores(log_probs=columns[0], rollout_temperature_log_probs=columns[1], entropies=columns[2])
+
+    def reference_log_probs(self, batch: TrainBatch) -> tuple[list[int], np.ndarray] | None:
+        """Score the responses of this rank's data-parallel slice with the reference model, at the base temperature.
+
+        Returns:
+            As `log_probs`: rows and log-probs, [N] float32.
+        """
+        assert self._reference is not None, "algorithm.kl is not enabled"
+        microbatches = self._microbatches(batch)
+        wait_for_weights(self._chunks)
+        with self._reference.in_place_of_policy():
+            collected = self._run(microbatches, lambda scores, _: (scores[0, 0],), forward_only=True)
+        if not self.layout.is_last_stage:
+            return None
+        (log_probs_N,) = self._whole_responses(microbatches, collected).cpu().numpy()
+        if not self.layout.reports:
+            return None
+        return [row for microbatch in microbatches for row in microbatch.rows], log_probs_N
+
+    def replace_reference(self) -> None:
+        """Make the current weights the reference model."""
+        assert self._reference is not None, "algorithm.kl is not enabled"
+        wait_for_weights(self._chunks)
+        self._reference.replace()
 
     def _whole_responses(self, microbatches: list[MicroBatch], collected: list[tuple[Tensor, ...]]) -> Tensor:
         """The micro-batches' values, [values, tokens], with the tokens of other context-parallel ranks filled in."""
@@ -291,18 +317,32 @@ class TrainerRank:
     def save_checkpoint(self, folder: Path) -> dict[str, str]:
         """Write this rank's shard of a resumable checkpoint into an existing folder; returns when all ranks have.
 
+        A reference model that is not the model of the run's start goes into a folder inside it.
+
         Returns:
             The files that this rank has written, and their hashes.
         """
         self._require_memory("save_checkpoint")
         wait_for_weights(self._chunks)
-        return resumable.save(self.model, self._optimizer, self.layout, folder)
+        written = resumable.save(self.model, self._optimizer, self.layout, folder)
+        if self._reference is None or self._reference.is_initial:
+            return written
+        with self._reference.in_place_of_policy():
+            return written | resumable.save_reference(self.model, self.layout, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Load model and optimizer from a checkpoint of any layout; raises ConfigError if it is damaged."""
+        """Load model, optimizer and reference from a checkpoint of any layout; raises ConfigError if it is damaged.
+
+        Without a reference in the checkpoint it stays the model of the run's start, which this rank has loaded.
+        """
         self._require_memory("load_checkpoint")
         resumable.load(self.model, self._optimizer, self.layout, folder)
         self._round_weights()  # the checkpoint may come from a run without quantization
+        if self._reference is not None and resumable.has_reference(folder):
+            with self._reference.in_place_of_policy():
+                resumable.load_reference(self.model, self.shape, self.layout, folder)
+                self._round_weights()
+            self._reference.is_initial = False
 
     # ----- memory
 

@@ -336,6 +336,7 @@ def test_the_mismatch_is_measured_at_one_temperature_with_its_quantiles():
 
 EXPECTED = {
     "grpo": {"advantage": "group_mean", "aggregation": "sequence_mean_token_mean", "ratio": "token"},
+    "grpo_kl": {"advantage": "group_mean", "aggregation": "sequence_mean_token_mean", "ratio": "token"},
     "dapo": {"advantage": "group_mean", "aggregation": "token_mean", "clip_high": 0.28},
     "forking_tokens": {"aggregation": "token_mean", "clip_high": 0.28},
     "archer": {"clip_low": 0.2, "clip_high": 0.2},
@@ -366,6 +367,7 @@ SWITCHES = {
     "hapo_only_temperature": {"adaptive_temperature"},
     "hapo_only_redistribution": {"redistribution"},
     "hapo_only_clip": {"adaptive_clip"},
+    "grpo_kl": {"kl"},
     "forking_tokens": {"forking_tokens"},
     "archer": {"dual_constraint"},
     "entropy_bonus": {"entropy_bonus"},

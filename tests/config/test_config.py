@@ -204,6 +204,14 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             ["optimizer.schedule=cosine", "optimizer.warmup_steps=0", "optimizer.decay_steps=1"],
             "optimizer.decay_steps: has no effect: optimizer.schedule is cosine",
         ),
+        (
+            ["algorithm.kl.enabled=true", "algorithm.kl.estimator=k1"],
+            "algorithm.kl.estimator: must be k2 or k3 with algorithm.kl.where=loss, got k1: its gradient does not",
+        ),
+        (
+            ["algorithm.kl.enabled=true", "algorithm.kl.horizon=5"],
+            "algorithm.kl.horizon: has no effect: algorithm.kl.target is not set",
+        ),
         (["reward.correct=-1"], "reward.correct: must be greater than reward.wrong=-1.0, got -1.0"),
         (["reward.scorer=reasoning_gym"], "reward.scorer: reasoning_gym cannot score data.train.type=arithmetic"),
         (

@@ -16,9 +16,16 @@ from megatron_hapo.config import Config, load_config
 from megatron_hapo.errors import HapoError
 from megatron_hapo.sizing import from_config
 from megatron_hapo.sizing.memory import GIB, engine_memory, trainer_memory, turns_on_shared_gpu
-from megatron_hapo.sizing.parameters import model_parameters, stage_layers
+from megatron_hapo.sizing.parameters import model_parameters, stage_layers, stage_parameters
 from megatron_hapo.sizing.search import Cluster, LayoutPlan, Limits, Placement, search
-from megatron_hapo.sizing.throughput import GPUS, Workload, decode_parameters, generate_seconds, model_flops
+from megatron_hapo.sizing.throughput import (
+    GPUS,
+    Workload,
+    decode_parameters,
+    generate_seconds,
+    model_flops,
+    train_seconds,
+)
 from tests.sizing.test_sizing_memory import QWEN3_8B
 from tests.test_cli import run_folder, started  # noqa: F401  # fixtures
 from tests.time_limits import patient
@@ -119,6 +126,22 @@ def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
         # The trainer's weights reduce the engine's cache, not what it needs besides weights and cache.
         assert plan.engine.kv_cache <= alone.kv_cache - plan.trainer.resting()
         assert plan.engine.runtime >= alone.runtime
+
+
+def test_a_reference_model_costs_host_memory_and_a_forward_pass_and_nothing_on_the_gpu() -> None:
+    cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
+    plans = {has: search(QWEN3_8B, WORKLOAD, cluster, Limits(has_reference=has))[0] for has in (False, True)}
+    assert all(plan.trainer.host_reference == 0 for plan in plans[False])
+    for plan in plans[True]:
+        alone = replace(plan.layout, has_reference=False)
+        assert plan.trainer.host_reference == plan.trainer.weights
+        without = trainer_memory(QWEN3_8B, alone, gpu_bytes=80 * GIB)
+        assert trainer_memory(QWEN3_8B, plan.layout, gpu_bytes=80 * GIB).total == without.total
+        score, update, bubble = train_seconds(QWEN3_8B, alone, WORKLOAD, GPUS["h100"], nvlink_size=8)
+        with_reference = train_seconds(QWEN3_8B, plan.layout, WORKLOAD, GPUS["h100"], nvlink_size=8)
+        # Two exchanges; in each the weights of both models cross a link of 0.7 x 55 GB/s.
+        weights = 2 * max(stage_parameters(QWEN3_8B, alone, stage).total for stage in range(alone.sizes.pp))
+        assert with_reference == pytest.approx((2 * score + 4 * weights / (0.7 * 55e9), update, bubble))
 
 
 def test_no_more_data_parallel_ranks_than_responses() -> None:

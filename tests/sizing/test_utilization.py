@@ -15,7 +15,9 @@ from megatron_hapo.types import TrainBatch
 from tests.shapes import TINY
 
 
-def utilization(*, peak_flops: float | None = None, max_tokens: int = 10, **parallel: Any) -> Utilization:
+def utilization(
+    *, peak_flops: float | None = None, max_tokens: int = 10, kl: bool = False, **parallel: Any
+) -> Utilization:
     config = Config.model_validate(
         {
             "name": "counted",
@@ -24,6 +26,7 @@ def utilization(*, peak_flops: float | None = None, max_tokens: int = 10, **para
             "parallel": parallel,
             "trainer": {"max_tokens_per_microbatch": max_tokens},
             "rollout": {"engines": 2, "tp": 2},
+            "algorithm": {"kl": {"enabled": kl}},
             "data": {"train": {"type": "arithmetic", "size": 1}},
         }
     )
@@ -77,3 +80,14 @@ def test_mfu_and_idle_shares_of_a_step() -> None:
     assert found["utilization/trainer_idle_share"] == pytest.approx(0.7)
     assert found["utilization/tokens_per_second_per_gpu"] == 10  # two of the trainer, four of the engines
     assert "utilization/mfu" not in utilization().of_step(metrics | times)
+
+
+def test_the_pass_of_a_reference_model_counts_as_training() -> None:
+    alone, beside = utilization(peak_flops=1e9), utilization(peak_flops=1e9, kl=True)
+    batches = [batch([4, 8], responses=3)]
+    metrics, more = alone.of_batches(batches), beside.of_batches(batches)
+    assert more["utilization/model_tflops"] == pytest.approx(metrics["utilization/model_tflops"] * 5 / 4)
+    times = {"time/step": 10, "time/rollout": 6, "time/log_probs": 1, "time/update": 3, "tokens_per_second": 60}
+    found = beside.of_step(more | times | {"time/reference": 1})
+    assert found["utilization/trainer_idle_share"] == pytest.approx(0.5)
+    assert found["utilization/mfu"] == pytest.approx(alone.of_step(metrics | times)["utilization/mfu"])

@@ -336,7 +336,7 @@ def all_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for world_size, cases in LAYOUTS.items()
     }
     for model in MODELS:
-        np.savez(folder / f"{model}_scores.npz", **vars(results[1][0][model][0]["scores"]))
+        np.savez(folder / f"{model}_scores.npz", **arrays_of(results[1][0][model][0]["scores"]))
     return {"folder": folder, "results": results}
 
 
@@ -348,6 +348,10 @@ def trained(request: pytest.FixtureRequest, all_trained: dict[str, Any]) -> dict
         size: [rank[name] for rank in ranks] for size, ranks in all_trained["results"].items() if name in ranks[0]
     }
     return {"name": name, "model": all_trained["folder"] / name, "results": results}
+
+
+def arrays_of(scores: TokenScores) -> dict[str, np.ndarray]:
+    return {name: array for name, array in vars(scores).items() if array is not None}
 
 
 def layouts_of(trained: dict[str, Any]):

@@ -8,9 +8,9 @@ knowledge token. Everything else is DAPO's:
 with eps = 0.5, kl = 0 for reasoning tokens and eps = 0.2, kl = 0.001 for knowledge tokens, D the k3 estimate of the KL.
 Decided here: entropies are the old policy's; the quantile is the k-th smallest, k = round_half_even(0.8 (n - 1)),
 without interpolation; a token at the quantile is a knowledge token (in the paper a reasoning token), so that a response
-of equally certain tokens has no reasoning tokens; D is taken to the policy before the step's first update, because no
-separate reference policy is kept (the paper's is the starting model). At the first update of a step D and its gradient
-are therefore zero.
+of equally certain tokens has no reasoning tokens; D is taken to the policy before the step's first update, as a method
+of this package needs no reference model (the paper's is the starting model; `algorithm.kl` has one, for all tokens). At
+the first update of a step D and its gradient are therefore zero.
 
 Source: arXiv:2507.15778v2, section 4.1, equations 2 to 5; values from section 5.1.
 """
@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_hapo.algorithm.methods.reference_kl import kl_estimate
 from megatron_hapo.algorithm.part import LossTokens, Part
 from megatron_hapo.config import AlgorithmConfig
-from megatron_hapo.loss import MAX_LOG_RATIO
 from megatron_hapo.types import TokenScores, TrainBatch
 
 
@@ -67,5 +67,4 @@ def reasoning_mask(entropies_N: Tensor, lengths_B: Tensor, *, quantile: float = 
 
 def kl_to_old_policy(log_probs_N: Tensor, old_log_probs_N: Tensor) -> Tensor:
     """k3 estimate of each token's KL(current || old), at least 0, differentiable in log_probs. [N]"""
-    log_ratio_N = (old_log_probs_N - log_probs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(log_ratio_N) - log_ratio_N
+    return kl_estimate(log_probs_N, old_log_probs_N, estimator="k3")

@@ -3,7 +3,7 @@
     L = -1/B sum_i 1/|o_i| sum_t min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i)
 
 Decided here: no KL to a reference policy (the paper has one with coefficient 0.04; the methods compared with HAPO leave
-it out), and dual clip as in every method of this package.
+it out; `reference_kl` and the overlay `grpo_kl` add it), and dual clip as in every method of this package.
 
 Source: DeepSeekMath, arXiv:2402.03300, equation 3.
 """
