@@ -65,7 +65,7 @@ def rehearse(
     scores = trainer.log_probs(batch)
     if config.algorithm.kl.enabled:
         scores = replace(scores, reference_log_probs=trainer.reference_log_probs(batch))
-        findings.append(reference_finding(scores))
+        findings.append(reference_finding(scores, config.trainer.dtype))
     stats = step_statistics(scores, config.algorithm)
     controls = step_controls({}, scores, config.algorithm)
     training_batch(batch, groups, scores, stats, config.algorithm, controls)  # the method's parts work on these scores
@@ -88,13 +88,14 @@ def rehearse(
     return findings
 
 
-def reference_finding(scores: TokenScores) -> Finding:
-    """Whether the reference model is the policy, as it must be before the first update."""
+def reference_finding(scores: TokenScores, dtype: str) -> Finding:
+    """Whether the reference model is the policy, as it must be before the first update, up to the dtype's accuracy."""
     assert scores.reference_log_probs is not None
-    largest = float(np.abs(scores.reference_log_probs - scores.log_probs).max())
-    if largest == 0:
-        return Finding("ok", "the reference model's log-probs are the policy's")
-    return Finding("fault", f"log-probs of the reference model differ from the policy's by up to {largest:.2g}")
+    mean = float(np.abs(scores.reference_log_probs - scores.log_probs).mean())
+    text = f"log-probs of the reference model and of the policy, both untrained, differ by {mean:.2g} on average"
+    if mean <= (limit := LARGEST_LOGPROB_DIFFERENCE[dtype]):
+        return Finding("ok", text)
+    return Finding("fault", f"{text}; at {dtype} it should be at most {limit:g}")
 
 
 def response_findings(groups: Sequence[ScoredGroup], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

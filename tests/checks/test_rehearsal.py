@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hapo.checks.rehearsal import group_findings, hub_findings, logprob_findings
+from megatron_hapo.checks.rehearsal import group_findings, hub_findings, logprob_findings, reference_finding
 from megatron_hapo.reward.pool import Score
-from megatron_hapo.types import Prompt, Rollout, ScoredGroup
+from megatron_hapo.types import Prompt, Rollout, ScoredGroup, TokenScores
 
 
 def mismatch(mean: float) -> dict[str, float]:
@@ -41,6 +41,17 @@ def test_log_prob_differences_are_compared_with_the_dtypes_limit(mean: float, dt
     (finding,) = logprob_findings(mismatch(mean), dtype)
     assert finding.verdict == verdict
     assert f"{mean:.2g} on average" in finding.message
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(0.0, "ok"), (1e-3, "ok"), (0.01, "fault")])
+def test_the_reference_model_must_be_the_policy(difference: float, verdict: str) -> None:
+    zeros = np.zeros(7, np.float32)
+    scores = TokenScores(
+        log_probs=zeros, rollout_temperature_log_probs=zeros, entropies=zeros, reference_log_probs=zeros - difference
+    )
+    finding = reference_finding(scores, "float32")
+    assert finding.verdict == verdict
+    assert f"differ by {difference:.2g} on average" in finding.message
 
 
 @pytest.mark.parametrize(("correct", "reason"), [([True, True], "too easy"), ([False, False], "too hard")])

@@ -15,9 +15,10 @@ import torch
 from megatron_hapo.algorithm.controllers import next_state, step_controls
 from megatron_hapo.algorithm.methods.reference_kl import kl_estimate
 from megatron_hapo.algorithm.training_batch import with_token_data
+from megatron_hapo.checkpoint.disk_space import checkpoint_bytes
 from megatron_hapo.config import AlgorithmConfig, Config
 from megatron_hapo.entropy import entropy_stats
-from megatron_hapo.model.families import read_shape
+from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.observe.step_metrics import reference_metrics
 from megatron_hapo.sizing.from_config import layout_of
 from megatron_hapo.sizing.memory import trainer_memory
@@ -310,6 +311,10 @@ def test_a_reference_is_saved_only_once_it_was_replaced_and_loads_at_another_lay
     named = {name for rank in ranks for name in rank["written"][4]}
     assert named == {path.relative_to(folder / "step_4").as_posix() for path in (folder / "step_4").rglob("*.distcp")}
     assert any(name.startswith("reference/") for name in named)
+    config = config_with_kl(folder / "model", {"dp": 2}, **ADAPTIVE)
+    stored = sum(path.stat().st_size for path in (folder / "step_4").rglob("*.distcp"))
+    # Files also have about a kilobyte per tensor, which only counts for a model as small as this.
+    assert checkpoint_bytes(num_parameters(read_shape(folder / "model")), config) == pytest.approx(stored, rel=0.2)
     metrics, weights = ranks[0]["whole"]
     for got, want in zip(ranks[0]["4 {'pp': 2}"][0], metrics[4:], strict=True):
         assert got == pytest.approx(want, rel=1e-3)
