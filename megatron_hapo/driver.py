@@ -18,7 +18,7 @@ from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
-from megatron_hapo.observe.step_metrics import step_metrics
+from megatron_hapo.observe.step_metrics import step_metrics, unreplayed_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluate
@@ -83,6 +83,7 @@ class Driver:
         """One step of the paper's loop and its metrics; step counts from 1."""
         collected = self._generate(step, rollouts, clock)
         batch, scores = self._score(collected, clock)
+        route_metrics = self._route_metrics(batch, step, clock)
         algorithm = self.config.algorithm
         self.stats = step_statistics(scores, algorithm)
         controls = step_controls(self.controllers, scores, algorithm)
@@ -98,7 +99,13 @@ class Driver:
             groups=collected.groups, kept_share=collected.kept_share, batch=batch, scores=scores, stats=self.stats,
             updates=updates, step=step,
         )  # fmt: skip
-        return {**metrics, **collected.metrics, **collected.seconds, **self.utilization.of_batches(parts)}
+        return {
+            **metrics,
+            **route_metrics,
+            **collected.metrics,
+            **collected.seconds,
+            **self.utilization.of_batches(parts),
+        }
 
     def _generate(self, step: int, rollouts: RolloutSource, clock: StepClock) -> Collected:
         """The step's groups with their rewards; afterwards the memory is the trainer's."""
@@ -116,6 +123,18 @@ class Driver:
             with clock("reference"):
                 scores = replace(scores, reference_log_probs=self.trainer.reference_log_probs(batch))
         return batch, scores
+
+    def _route_metrics(self, batch: TrainBatch, step: int, clock: StepClock) -> dict[str, float]:
+        """How far engine and trainer choose the same experts, and at some steps what their log-probs would be without
+        replay."""
+        if batch.routes is None:
+            return {}
+        metrics = {"rollout/route_agreement": self.trainer.route_agreement()}
+        if (every := self.config.rollout.compare_routes_every) and step % every == 0:
+            with clock("log_probs"):
+                scores = self.trainer.log_probs(replace(batch, routes=None))
+            metrics |= unreplayed_metrics(batch, scores)
+        return metrics
 
     def _update(
         self, batch: TrainBatch, step: int, clock: StepClock, num_recorded: int

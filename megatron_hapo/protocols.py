@@ -67,6 +67,10 @@ class TrainerShard(Protocol):
         """Make the current policy the reference model."""
         ...
 
+    def route_agreement(self) -> tuple[int, int]:
+        """Of the experts that `log_probs` has replayed on this rank, how many its routers chose as well, and all."""
+        ...
+
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float] | None:
         """One optimizer step on a mini-batch; its metrics on ranks of the last stage, else None."""
         ...
@@ -146,6 +150,10 @@ class Trainer(Protocol):
 
     def replace_reference(self) -> None:
         """Make the current policy the reference model."""
+        ...
+
+    def route_agreement(self) -> float:
+        """Share of the experts replayed by `log_probs`, since the last call, that the routers would have chosen."""
         ...
 
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:

@@ -80,6 +80,8 @@ class Sampling:
     """None: as many as there are, or `rollout_settings.MOST_KEPT` with `keep_cut`."""
     keep_cut: bool = False
     """Whether rollouts tell which tokens top-p and top-k kept, and log-probs are those among them."""
+    keep_routes: bool = False
+    """Whether rollouts tell the experts that the engine chose, if its model has any."""
     stop_token_ids: tuple[int, ...] = ()
     adaptive: AdaptiveTemperature | None = None
     """None samples every token at the base temperature."""
@@ -110,6 +112,33 @@ class KeptTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouteFormat:
+    """How the experts that an engine chose are stored: `[positions, expert layers, top_k]`, one number each."""
+
+    num_layers: int
+    """Of the whole model."""
+    expert_layers: tuple[int, ...]
+    """Those with experts, from 0."""
+    num_experts: int
+    top_k: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8 where it can also hold `unknown`, else int16."""
+        return np.dtype(np.uint8 if self.num_experts < 256 else np.int16)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one position's routes."""
+        return len(self.expert_layers) * self.top_k * self.dtype.itemsize
+
+
+def unknown_route(dtype: np.dtype) -> int:
+    """The number that stands for an expert which no engine chose: the trainer's router chooses there."""
+    return int(np.iinfo(dtype).max)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One sampled response."""
 
@@ -126,6 +155,9 @@ class Rollout:
     finish_reason: FinishReason
     kept: KeptTokens | None = None
     """Of its R tokens; None: the whole vocabulary, or not known."""
+    routes: np.ndarray | None = None
+    """[P + R - 1, expert layers, top_k] in RouteFormat's dtype, the experts of every position but the last, which no
+    token follows, by the weights that sampled the position's next token. None: no experts, or not known."""
 
     @property
     def policy_version(self) -> int:
@@ -213,6 +245,9 @@ class TrainBatch:
 
     token_ids: np.ndarray = field(metadata=_along("tokens"))
     """[T] int32, prompt and response of each sequence in turn."""
+    routes: np.ndarray | None = field(default=None, metadata=_along("tokens"))
+    """[T, expert layers, top_k] uint8 or int16, the experts that the engine chose; `unknown_route` at the last token of
+    each sequence. None: the trainer's router chooses."""
     sequence_lengths: np.ndarray = field(metadata=_along("responses"))
     """[B] int64, prompt plus response tokens."""
     response_lengths: np.ndarray = field(metadata=_along("responses"))
@@ -295,7 +330,17 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> TrainBatch:
         temperatures=np.concatenate([r.temperatures for r in rollouts]),
         rollout_log_probs=np.concatenate([r.rollout_log_probs for r in rollouts]),
         kept=KeptTokens.concatenate(kept) if kept else None,
+        routes=_pack_routes([r.routes for r in rollouts if r.routes is not None], len(rollouts)),
     )
+
+
+def _pack_routes(routes: Sequence[np.ndarray], num_rollouts: int) -> np.ndarray | None:
+    """The routes of sequences laid end to end, each with a position of unknown ones at its end."""
+    if not routes:
+        return None
+    assert len(routes) == num_rollouts, "some rollouts lack their routes"
+    end = np.full((1, *routes[0].shape[1:]), unknown_route(routes[0].dtype), routes[0].dtype)
+    return np.concatenate([part for of_rollout in routes for part in (of_rollout, end)])
 
 
 def pack_groups(groups: Sequence[ScoredGroup]) -> TrainBatch:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
+from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.spans import SpanRecorder, Timeline, recorded
 from megatron_hapo.private_folder import PrivateFolder
 from megatron_hapo.protocols import Finished
@@ -57,6 +58,7 @@ class Engine:
         self.spans = SpanRecorder(config.name)
         self._config = config
         self._state = EngineState(weights=Weights.LOADED if config.read_weights else Weights.RANDOM)
+        self._routes = read_shape(config.model_path).routes if config.returns_routes else None
         self._calls: dict[int, _Call] = {}
         self._num_aborts = 0  # updates that have aborted requests
         self._expected: dict[str, list[int]] = {}  # checksums of the buckets of the open update
@@ -65,7 +67,7 @@ class Engine:
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.path}/rendezvous"
         try:
             with self._scratch.for_temporary_files():  # SGLang's sockets, which it would leave behind
-                self._engine = sglang.Engine(**server_arguments(config))
+                self._engine = sglang.Engine(**server_arguments(config, returns_routes=self._routes is not None))
         except BaseException:
             self._scratch.close()
             raise
@@ -156,6 +158,7 @@ class Engine:
 
     async def _respond(self, number: int, prompt: Prompt, index: int, sampling: Sampling, call: _Call) -> None:
         seed = sample_seed(sampling.seed, prompt.uid, index)
+        routes = self._routes if sampling.keep_routes else None
         try:
             while True:
                 num_aborts = self._num_aborts
@@ -163,15 +166,16 @@ class Engine:
                     input_ids=prompt.token_ids.tolist(),
                     sampling_params=sampling_parameters(sampling, seed=seed),
                     return_sampling_mask=sampling.keep_cut,
+                    return_routed_experts=routes is not None,
                 )
                 if answer["meta_info"]["finish_reason"]["type"] != "abort" or num_aborts == self._num_aborts:
                     break  # otherwise a weight update has aborted it, and it starts again
-            call.finished.put((number, index, rollout_of(prompt, answer, sampling)))
+            call.finished.put((number, index, rollout_of(prompt, answer, sampling, routes=routes)))
         except Exception as error:  # any error is raised in the caller of `advance`
             call.finished.put(error)
 
     def self_test(self) -> None:
-        """Proves on this model that temperatures and log-probs are those of the formula.
+        """Proves on this model that temperatures and log-probs are those of the formula, and that it returns experts.
 
         Raises:
             RolloutError: what was expected, what came, and the likely cause.
@@ -179,6 +183,8 @@ class Engine:
         self._state.check("self_test")
         vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
         self_test.run(self._answers, vocab_size=vocab_size, dtype=self._config.dtype)
+        if self._routes is not None:
+            self_test.check_routes(self._answers, self._routes, vocab_size=vocab_size)
         if self._engine.flush_cache().success is not True:
             raise RolloutError("SGLang did not flush its cache after the self-test")
         self._moved("self_test")

@@ -38,6 +38,8 @@ class EngineConfig:
     """Whether a trainer uses the same GPUs in turn, so that `release_memory` will be called."""
     in_flight: InFlight = "finish"
     """What a weight update does with unfinished responses."""
+    returns_routes: bool = False
+    """Whether responses can ask for the experts of their tokens; without effect for a model without experts."""
     name: str = "engine"
     """The engine's name in profiles."""
 
@@ -65,7 +67,7 @@ def check_engine_config(config: EngineConfig) -> None:
         raise RolloutError("; ".join(faults))
 
 
-def server_arguments(config: EngineConfig) -> dict[str, Any]:
+def server_arguments(config: EngineConfig, *, returns_routes: bool) -> dict[str, Any]:
     """The keyword arguments of `sglang.Engine`."""
     arguments = {
         "model_path": str(config.model_path),
@@ -88,6 +90,7 @@ def server_arguments(config: EngineConfig) -> dict[str, Any]:
         # An idle scheduler would otherwise poll on a whole core, which the trainer can use.
         "sleep_on_idle": True,
         "log_level": "error",
+        "enable_return_routed_experts": returns_routes,
         "enable_memory_saver": config.releases_memory and config.device == "cuda",
     }
     if not config.read_weights:

@@ -1,5 +1,5 @@
-"""The SGLang plugin: adaptive temperature, seeded sampling, and weight updates that report every failure. Hooks
-into SGLang's internals (0.5.23) are registered only here.
+"""The SGLang plugin: adaptive temperature, seeded sampling, experts of paused requests, and weight updates that report
+every failure. Hooks into SGLang's internals (0.5.23) are registered only here.
 
 SGLang finds `register` through the entry point group `sglang.srt.plugins` and runs it in its main process and in every
 scheduler process. It only logs a plugin that fails, which is why `sglang_ext.engine.Engine.self_test` exists.
@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.private_folder import current_folder, shared_memory_prefix
-from sglang_ext import cpu_attention, float8, temperature
+from sglang_ext import cpu_attention, float8, host_memory, temperature
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.layers.sampler import Sampler
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -59,6 +60,13 @@ def register() -> None:
             _around_weight_update,
             HookType.AROUND,
         ),
+        (srt + "managers.schedule_batch.release_req", _before_release, HookType.BEFORE),
+        (
+            srt + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+            "_maybe_collect_routed_experts",
+            _after_collecting_routes,
+            HookType.AFTER,
+        ),
         (srt + "managers.load_snapshot.shm_path_for", _in_private_folder, HookType.AFTER),
         (
             srt + "distributed.device_communicators.shm_broadcast.make_shm_name",
@@ -68,8 +76,9 @@ def register() -> None:
     ):
         HookRegistry.register(target, hook, hook_type)
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        for target, name in float8.TARGETS.items():
-            HookRegistry.register(target, getattr(float8, name), HookType.REPLACE)
+        for module in (float8, host_memory):
+            for target, name in module.TARGETS.items():
+                HookRegistry.register(target, getattr(module, name), HookType.REPLACE)
         for hook_type, hooks in ((HookType.AFTER, cpu_attention.AFTER), (HookType.AROUND, cpu_attention.AROUND)):
             for target, name in hooks.items():
                 HookRegistry.register(target, getattr(cpu_attention, name), hook_type)
@@ -216,6 +225,44 @@ class _HostColumn:
                 self._copied.synchronize()
             self._values = self._host_R.tolist()
         return self._values[row]
+
+
+# ----- experts of requests that are paused
+
+
+def _before_release(*, req: Req, req_to_token_pool: ReqToTokenPool, **_: Any) -> None:
+    """Keeps the experts that a request has used so far, before it is retracted.
+
+    When it continues, SGLang computes its prefix anew, with new weights after an update, and records other experts over
+    those that sampled its tokens.
+    """
+    if not req.return_routed_experts or not req.output_ids:
+        return  # without a token it starts afresh
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    capturer = get_global_experts_capturer()
+    if capturer is None:
+        return
+    kept = _kept_routes(req)
+    # Nothing new where a request is retracted again before it has sampled a token.
+    more = capturer.get_topk(
+        req_pool_idx=req.kv.req_pool_idx,  # type: ignore[arg-type]  # not None while it holds KV
+        seqlen=len(req.origin_input_ids) + len(req.output_ids),
+        req_to_token_pool=req_to_token_pool,
+        start_len=0 if kept is None else len(kept),
+    )
+    req.hapo_routes = more if kept is None else torch.cat([kept, more])  # type: ignore[attr-defined]
+
+
+def _after_collecting_routes(_result: None, _processor: Any, req: Req) -> None:
+    """Puts back the experts that were kept."""
+    kept = _kept_routes(req)
+    if kept is not None and req.routed_experts is not None:
+        req.routed_experts[: len(kept)] = kept
+
+
+def _kept_routes(req: Req) -> Tensor | None:
+    return getattr(req, "hapo_routes", None)
 
 
 # ----- what SGLang's processes share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from megatron_hapo.config.rollout_settings import MOST_KEPT
 from megatron_hapo.errors import RolloutError
-from megatron_hapo.types import AdaptiveTemperature, FinishReason, KeptTokens, Prompt, Rollout, Sampling
+from megatron_hapo.types import AdaptiveTemperature, FinishReason, KeptTokens, Prompt, Rollout, RouteFormat, Sampling
 from sglang_ext import temperature
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
 
@@ -39,8 +40,8 @@ def adaptive_parameters(adaptive: AdaptiveTemperature | None) -> list[float]:
     return [] if adaptive is None or adaptive.tau == 0 else temperature.row_parameters(adaptive)
 
 
-def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
-    """The rollout in SGLang's answer.
+def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling, *, routes: RouteFormat | None = None) -> Rollout:
+    """The rollout in SGLang's answer, with the experts of its tokens if `routes`.
 
     Raises:
         RolloutError: SGLang aborted the request, or its answer does not say the same of every token.
@@ -84,7 +85,26 @@ def rollout_of(prompt: Prompt, answer: dict, sampling: Sampling) -> Rollout:
         policy_versions=versions,
         finish_reason=reason,
         kept=kept,
+        routes=routes and routes_of(meta, routes, len(prompt.token_ids) + len(response_ids) - 1),
     )
+
+
+def routes_of(meta: dict, routes: RouteFormat, num_positions: int) -> np.ndarray:
+    """The experts of each position, as `RouteFormat` stores them. [num_positions, expert layers, top_k]
+
+    Raises:
+        RolloutError: SGLang returned none, or another number.
+    """
+    encoded = meta.get("routed_experts")
+    numbers = np.frombuffer(base64.b64decode(encoded or ""), dtype=np.int32)
+    expected = (num_positions, routes.num_layers, routes.top_k)
+    if numbers.size != np.prod(expected):
+        raise RolloutError(
+            f"SGLang returned {numbers.size} numbers of experts where {num_positions} positions, {routes.num_layers} "
+            f"layers and {routes.top_k} experts a token need {np.prod(expected)}. If it cannot return them, set "
+            "rollout.replay_routes=false; the trainer's log-probs may then be those of other experts"
+        )
+    return numbers.reshape(expected)[:, list(routes.expert_layers)].astype(routes.dtype)
 
 
 def _kept_tokens(meta: dict) -> KeptTokens:

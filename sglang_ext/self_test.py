@@ -13,15 +13,17 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_hapo.config.rollout_settings import MOST_KEPT
 from megatron_hapo.entropy import adaptive_temperature, entropy_from_logits
 from megatron_hapo.errors import RolloutError
-from megatron_hapo.types import AdaptiveTemperature, EntropyStats, Sign
+from megatron_hapo.types import AdaptiveTemperature, EntropyStats, RouteFormat, Sign
 from sglang_ext import temperature
 from sglang_ext.plugin import REQUEST_KEY, TEMPERATURE_KEY
+from sglang_ext.responses import routes_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,20 @@ def run(answers: Answer, *, vocab_size: int, dtype: str) -> None:
         if case.top_k is not None:
             _check_cut(case, reply, vocab_size)
     logger.info("self-test of the sampling passed in %.1f s", time.perf_counter() - start)
+
+
+def check_routes(answers: Answer, routes: RouteFormat, *, vocab_size: int) -> None:
+    """Raises RolloutError if the engine does not return different experts of the model for each position and layer."""
+    prompt = [997 * (1 + i) % vocab_size for i in range(5)]
+    parameters = {"temperature": 0.0, "max_new_tokens": _TOKENS, "ignore_eos": True}
+    [reply] = answers([prompt], [parameters], return_routed_experts=True)
+    experts = np.sort(routes_of(reply["meta_info"], routes, len(prompt) + _TOKENS - 1), axis=-1)
+    if (experts[..., 1:] == experts[..., :-1]).any() or experts.min() < 0 or experts.max() >= routes.num_experts:
+        raise RolloutError(
+            f"self-test of the experts: expected {routes.top_k} different ones below {routes.num_experts} for each "
+            f"token and layer, got e.g. {experts[0, 0].tolist()}. SGLang does not record those of this model; set "
+            "rollout.replay_routes=false"
+        )
 
 
 def _entropic_prompt(answers: Answer, vocab_size: int) -> tuple[list[int], Tensor]:

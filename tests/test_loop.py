@@ -257,7 +257,6 @@ def test_the_trainer_scores_tokens_among_those_that_the_cut_kept(trained: dict[s
     found = trained["trainer"].log_probs(batch).rollout_temperature_log_probs - batch.rollout_log_probs
     without = trained["trainer"].log_probs(replace(batch, kept=None))
     missed = without.rollout_temperature_log_probs - batch.rollout_log_probs
-    print("replayed", np.abs(found).max(), "not replayed", np.abs(missed).mean(), batch.kept.lengths.mean())
     assert np.abs(found).max() < 1e-5
     assert np.abs(missed).mean() > 0.05
 

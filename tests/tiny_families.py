@@ -49,7 +49,7 @@ STACKED = "qwen3_moe_mixed"
 """The case whose experts are stored stacked."""
 
 
-def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: bool = False, **sizes: int) -> Path:
+def write_family(folder: Path, case: str, *, dtype: str = "float32", tokenizer: bool = False, **sizes: float) -> Path:
     """Write the case's model, with `sizes` overriding its config; returns the folder."""
     import torch
     import transformers

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hapo.types import KeptTokens, TrainBatch
+from megatron_hapo.types import KeptTokens, TrainBatch, unknown_route
 
 
 def plan_microbatches(
@@ -100,6 +100,8 @@ class MicroBatch:
     """[N] each, by the names of `TrainBatch.per_token`: float32, or bool where the batch has bool."""
     kept: KeptTokens | None = None
     """Of its N response tokens, on the host; None: the whole vocabulary."""
+    routes: Tensor | None = None
+    """[T, expert layers, top_k] int16, the experts of each token, -1 where the router chooses; None: it always does."""
 
     def __getitem__(self, name: str) -> Tensor:
         """The per-token tensor of this name. [N]
@@ -138,9 +140,10 @@ def pack(
 
     starts = np.cumsum(lengths) - lengths
     token_ids = np.zeros(total, dtype=part.token_ids.dtype)
-    token_ids[_spans(starts, part.sequence_lengths)] = part.token_ids
+    own_tokens = _spans(starts, part.sequence_lengths)
     predicting = _spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
 
+    token_ids[own_tokens] = part.token_ids
     here = zigzag(sequence_lengths, cp_size=cp_size, cp_rank=cp_rank)
     place = np.full(total, -1)
     place[here] = np.arange(len(here))
@@ -165,7 +168,15 @@ def pack(
             for name, array in part.per_token().items()
         },
         kept=None if part.kept is None else part.kept[kept],
+        routes=None if part.routes is None else to_device(_routes(part.routes, own_tokens, total)[here], torch.int16),
     )
+
+
+def _routes(routes: np.ndarray, own_tokens: np.ndarray, total: int) -> np.ndarray:
+    """The routes at their places in the packed batch, -1 where they are unknown. [total, expert layers, top_k] int16"""
+    packed = np.full((total, *routes.shape[1:]), -1, dtype=np.int16)
+    packed[own_tokens] = np.where(routes == unknown_route(routes.dtype), np.int16(-1), routes.astype(np.int16))
+    return packed
 
 
 def padded_lengths(lengths_B: np.ndarray, *, multiple: int, cp_size: int) -> list[int]:

@@ -70,6 +70,9 @@ def rehearse(
     controls = step_controls({}, scores, config.algorithm)
     training_batch(batch, groups, scores, stats, config.algorithm, controls)  # the method's parts work on these scores
     findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
+    if batch.routes is not None:
+        share = trainer.route_agreement()
+        findings.append(Finding("ok", f"engine and trainer would choose {share:.1%} of the experts alike; replayed"))
     entropy = entropy_metrics(scores, stats)
     findings.append(
         Finding("ok", f"entropy: mean {entropy['entropy/mean']:.3f} nats, pivot {entropy['entropy/pivot']:.3f}")

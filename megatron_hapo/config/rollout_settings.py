@@ -42,6 +42,12 @@ class RolloutConfig(Section):
     updates too. Entropies stay those of the whole vocabulary."""
     top_k: Annotated[int, Field(ge=2, le=MOST_KEPT)] | None = None
     """Sample training rollouts from so many most likely tokens; see top_p. `None`: no limit of its own."""
+    replay_routes: bool = True
+    """Models with experts: the engine returns the experts of every token in every layer, and the trainer's log-probs
+    and updates use them, so that both compute the same policy. One byte per layer and chosen expert (two above 255
+    experts), 384 bytes a token for Qwen3-30B-A3B. Models without experts have nothing to replay."""
+    compare_routes_every: Annotated[NonNegativeInt, only_with("rollout.replay_routes", True)] = 20
+    """Steps between log-probs without replay, for `rollout/unreplayed_*`; each costs another forward pass. 0: none."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a response, besides the end-of-sequence tokens of the model's generation config."""
     max_running_requests: PositiveInt = 256

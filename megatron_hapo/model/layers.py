@@ -212,6 +212,9 @@ class PackedBatchParams(PackedSeqParams):
     """[t] int64, position of each of this rank's tokens in its sequence."""
     gathered_order: Tensor
     """[t] position in the gathered slices of each token of the packed batch."""
+    routes: Tensor | None = None
+    """[t, expert layers, top_k], the experts of each of this rank's tokens, -1 where the router chooses; None: it
+    always does. See `route_replay`."""
 
 
 PackedFormat = Literal["thd", "sbhd"]
@@ -226,6 +229,7 @@ def packed_params(
     qkv_format: PackedFormat,
     cp_size: int = 1,
     cp_rank: int = 0,
+    routes: Tensor | None = None,
 ) -> PackedBatchParams:
     """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them."""
     lengths = torch.tensor(sequence_lengths)
@@ -239,6 +243,7 @@ def packed_params(
         max_seqlen_kv=longest,
     )
     slices = [torch.from_numpy(zigzag(sequence_lengths, cp_size=cp_size, cp_rank=rank)) for rank in range(cp_size)]
+    params.routes = routes
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     params.positions = (torch.arange(len(starts)) - starts)[slices[cp_rank]].to(device)
     params.gathered_order = torch.cat(slices).argsort().to(device)

@@ -142,3 +142,12 @@ def reference_metrics(scores: TokenScores) -> dict[str, float]:
         "kl/mean": float(np.mean(np.expm1(-difference) + difference)),
         "kl/log_ratio": float(np.mean(difference)),
     }
+
+
+def unreplayed_metrics(batch: TrainBatch, scores: TokenScores) -> dict[str, float]:
+    """Of `mismatch_metrics` what shows the effect of replaying the engine's experts, from scores without replay."""
+    mismatch = mismatch_metrics(batch, scores)
+    return {
+        f"rollout/unreplayed_{name}": mismatch[f"rollout/{name}"]
+        for name in ("logprob_abs_diff", "logprob_abs_diff_max", "mismatch_kl", "mismatch_kl_p99")
+    }

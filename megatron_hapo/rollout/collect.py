@@ -33,7 +33,7 @@ def training_sampling(config: Config, *, step: int, adaptive: AdaptiveTemperatur
     return Sampling(
         samples=config.batch.samples_per_prompt, temperature=rollout.temperature,
         max_response_tokens=rollout.max_response_tokens, stop_token_ids=rollout.stop_token_ids,
-        top_p=rollout.top_p, top_k=rollout.top_k, keep_cut=rollout.cuts,
+        top_p=rollout.top_p, top_k=rollout.top_k, keep_cut=rollout.cuts, keep_routes=rollout.replay_routes,
         seed=(config.seed << 50) + (step << 10), adaptive=adaptive,
     )  # fmt: skip
 

@@ -119,6 +119,11 @@ class TrainerOverRanks(ABC):
         """Makes the current policy the reference model."""
         self.broadcast(TrainerWorker.replace_reference)
 
+    def route_agreement(self) -> float:
+        """Share of the experts replayed by `log_probs`, since the last call, that the routers would have chosen."""
+        counts = self.broadcast(TrainerWorker.route_agreement)
+        return sum(agreeing for agreeing, _ in counts) / sum(known for _, known in counts)
+
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
         """One optimizer step on a mini-batch; its metrics."""
         results = self.broadcast(TrainerWorker.update, batch, step=step, keep_tokens=keep_tokens)

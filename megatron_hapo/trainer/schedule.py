@@ -80,6 +80,7 @@ def run_microbatches(
                 qkv_format=packed_format,
                 cp_size=layout.sizes.cp,
                 cp_rank=layout.cp_rank,
+                routes=microbatch.routes,
             ),
             output_processor=output_head,
             output_processor_context=scored_tokens(microbatch),

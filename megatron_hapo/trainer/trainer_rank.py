@@ -30,6 +30,7 @@ from megatron_hapo.model.build import build_model, named_parameters, packed_form
 from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
+from megatron_hapo.model.route_replay import install
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
@@ -75,6 +76,7 @@ class TrainerRank:
             recompute=config.trainer.recompute,
             spec=config.model.spec,
         )
+        self._replays = install(self.model, self.shape, layout)
         load_weights(self.model, self.shape, layout, config.model.path)
         self._output_head = OUTPUT_HEADS[config.trainer.output_head](
             tp_group=layout.tp_group if layout.sizes.tp > 1 else None,
@@ -101,7 +103,11 @@ class TrainerRank:
         """
         microbatches = self._microbatches(batch)
         adaptive = bool((batch.temperatures != self.config.rollout.temperature).any())
+        for replay in self._replays:
+            replay.counts = True
         collected = self._run(microbatches, self._score, forward_only=True, rollout_temperatures=adaptive)
+        for replay in self._replays:
+            replay.counts = False
         if not self.layout.is_last_stage:
             return None
         columns = self._whole_responses(microbatches, collected).cpu().numpy()
@@ -133,6 +139,11 @@ class TrainerRank:
         assert self._reference is not None, "algorithm.kl is not enabled"
         wait_for_weights(self._chunks)
         self._reference.replace()
+
+    def route_agreement(self) -> tuple[int, int]:
+        """Of the experts that `log_probs` has replayed on this rank, how many its routers chose as well, and all."""
+        counts = [replay.take_counts() for replay in self._replays]
+        return sum(agreeing for agreeing, _ in counts), sum(known for _, known in counts)
 
     def _whole_responses(self, microbatches: list[MicroBatch], collected: list[tuple[Tensor, ...]]) -> Tensor:
         """The micro-batches' values, [values, tokens], with the tokens of other context-parallel ranks filled in."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hapo.algorithm.microbatches import pack, plan_microbatches, zigzag
-from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores
+from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores, unknown_route
 
 
 def make_batch() -> TrainBatch:
@@ -101,6 +101,24 @@ def test_kept_tokens_follow_their_response_tokens(cp_rank: int) -> None:
     assert microbatch.kept.lengths.tolist() == [of_token[token] for token in microbatch.targets.tolist()]
     repeated = np.repeat(microbatch.targets.numpy(), microbatch.kept.lengths)
     np.testing.assert_array_equal(microbatch.kept.token_ids, repeated)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+@pytest.mark.parametrize(("cp_size", "cp_rank"), [(1, 0), (2, 0), (2, 1)])
+def test_routes_follow_their_tokens_and_are_unknown_elsewhere(dtype: type, cp_size: int, cp_rank: int) -> None:
+    """Token id i has the experts (i, i + 1) in one layer and (i + 2, i + 3) in the other; the last are unknown."""
+    batch = make_batch()
+    routes = (batch.token_ids[:, None, None] + np.arange(4).reshape(2, 2)).astype(dtype)
+    routes[[3, 6, 11]] = unknown_route(np.dtype(dtype))
+    microbatch = pack(
+        replace(batch, routes=routes), [2, 0], device=torch.device("cpu"), multiple=4, cp_size=cp_size, cp_rank=cp_rank
+    )
+    assert microbatch.routes is not None
+    ids = microbatch.input_ids[0]
+    known = (ids > 0) & (ids != 25) & (ids != 4)
+    assert 0 < known.sum() < len(ids)
+    expected = ids[:, None, None] + torch.arange(4).view(2, 2)
+    assert torch.equal(microbatch.routes, torch.where(known[:, None, None], expected, -1).short())
 
 
 def test_missing_per_token_data_are_named() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_hapo.observe.step_metrics import staleness, step_metrics
+from megatron_hapo.observe.step_metrics import mismatch_metrics, staleness, step_metrics, unreplayed_metrics
 from megatron_hapo.types import (
     EntropyStats,
     KeptTokens,
@@ -18,6 +18,7 @@ from megatron_hapo.types import (
     TokenScores,
     TrainBatch,
     pack_groups,
+    pack_rollouts,
 )
 from tests.observe.test_metrics import documented_metrics
 
@@ -71,3 +72,22 @@ def test_a_cut_choice_has_metrics_of_the_tokens_that_it_left():
     assert metrics.keys() <= documented_metrics()
     assert (metrics["rollout/kept_tokens"], metrics["rollout/kept_tokens_max"]) == (2, 4)
     assert not [name for name in make_metrics(None) if name.startswith("rollout/kept_tokens")]
+
+
+def test_metrics_without_replay_are_those_of_the_mismatch_under_their_own_names():
+    batch = pack_groups([ScoredGroup([make_rollout([5, 5])], [Score(1.0, 1.0)])])
+    values = np.array([0.25, -0.5], np.float32)
+    scores = TokenScores(log_probs=values, rollout_temperature_log_probs=values, entropies=values)
+    metrics = unreplayed_metrics(batch, scores)
+    assert metrics.keys() <= documented_metrics()
+    assert metrics["rollout/unreplayed_logprob_abs_diff"] == pytest.approx(0.375)
+    assert metrics["rollout/unreplayed_mismatch_kl"] == mismatch_metrics(batch, scores)["rollout/mismatch_kl"]
+
+
+def test_routes_of_rollouts_get_an_unknown_one_where_no_token_follows():
+    """A prompt of one token and responses of two and one: routes of two and one positions."""
+    rollouts = [replace(make_rollout([0] * count), routes=np.full((count, 1, 2), count, np.uint8)) for count in (2, 1)]
+    routes = pack_rollouts(rollouts).routes
+    assert routes is not None
+    assert routes.dtype == np.uint8
+    assert routes[:, 0].tolist() == [[2, 2], [2, 2], [255, 255], [1, 1], [255, 255]]

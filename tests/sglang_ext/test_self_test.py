@@ -1,14 +1,17 @@
-"""The start-up proof of the cut, on answers worked out by hand; the other proofs run in every start of an engine."""
+"""The start-up proofs of cuts and experts, on answers worked out by hand; others run in every start of an engine."""
 
 from __future__ import annotations
 
+import base64
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hapo.errors import RolloutError
-from sglang_ext.self_test import _Case, _check_cut
+from megatron_hapo.types import RouteFormat
+from sglang_ext.self_test import _Case, _check_cut, check_routes
 
 PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]
 
@@ -51,3 +54,36 @@ def test_other_kept_tokens_are_refused(mask: list[int]):
 def test_a_log_prob_over_the_whole_vocabulary_is_refused():
     with pytest.raises(RolloutError, match=r"expected log-prob -1\.0415 of token 3 among the kept ones, got -1\.204"):
         _check_cut(_Case("top-p", None, 0.75, 100), reply([4, 1, 3], token=3, log_prob=math.log(0.3)), 5)
+
+
+ROUTES = RouteFormat(num_layers=3, expert_layers=(0, 2), num_experts=4, top_k=2)
+"""Of the layers 0 and 2; layer 1 has no experts, and SGLang leaves zeros there."""
+
+
+def check(experts: np.ndarray | None) -> None:
+    meta = {} if experts is None else {"routed_experts": base64.b64encode(experts.astype(np.int32).tobytes()).decode()}
+    check_routes(lambda prompts, parameters, **options: [{"meta_info": meta}], ROUTES, vocab_size=100)
+
+
+def experts_of(first: list[int]) -> np.ndarray:
+    """Experts 1 and 3 of every position and layer with experts, but `first` at the first position and layer."""
+    experts = np.zeros((6, 3, 2), dtype=int)
+    experts[:, [0, 2]] = [3, 1]
+    experts[0, 0] = first
+    return experts
+
+
+def test_different_experts_of_every_position_and_layer_are_accepted():
+    check(experts_of([0, 2]))
+
+
+@pytest.mark.parametrize("first", [[0, 0], [4, 1], [-1, 2]])
+def test_experts_that_the_model_does_not_choose_are_refused(first: list[int]):
+    with pytest.raises(RolloutError, match=r"expected 2 different ones below 4 .*rollout.replay_routes=false"):
+        check(experts_of(first))
+
+
+@pytest.mark.parametrize("experts", [None, experts_of([0, 2])[:5], experts_of([0, 2])[:, :2]])
+def test_an_engine_that_does_not_return_experts_is_refused(experts: np.ndarray | None):
+    with pytest.raises(RolloutError, match=r"6 positions, 3 layers and 2 experts .*set rollout.replay_routes=false"):
+        check(experts)

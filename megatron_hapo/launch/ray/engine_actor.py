@@ -47,6 +47,7 @@ class EngineActor:
                 read_weights=read_weights,
                 releases_memory=config.placement == "colocated",
                 in_flight=config.weight_sync.in_flight,
+                returns_routes=rollout.replay_routes and not read_weights,  # an evaluation has nothing to replay
                 name=f"engine {index}",
             )
         )

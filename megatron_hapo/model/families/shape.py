@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families.config_json import ModelConfig, read_model_config
+from megatron_hapo.types import RouteFormat
 
 # Several times what the largest known models have: beyond them a number is a typing error, and would cost memory and
 # time wherever layers and experts are listed.
@@ -69,6 +70,16 @@ class Shape:
     def has_experts(self, layer: int) -> bool:
         """Whether this layer has experts instead of an ordinary feed-forward block."""
         return self.moe is not None and layer not in self.moe.dense_layers
+
+    @property
+    def routes(self) -> RouteFormat | None:
+        """How the experts of its tokens are stored; None without experts."""
+        if self.moe is None:
+            return None
+        layers = tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
+        return RouteFormat(
+            num_layers=self.num_layers, expert_layers=layers, num_experts=self.moe.num_experts, top_k=self.moe.top_k
+        )
 
 
 def read_shape(model_path: Path) -> Shape:
