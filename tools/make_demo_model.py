@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800, help="number of pre-training updates")
+    parser.add_argument("--experts", type=int, default=0, help="experts in each layer, of which a token uses two")
     args = parser.parse_args()
 
     disable_progress_bar()
@@ -23,7 +24,7 @@ def main() -> None:
         if step % 100 == 0:
             print(f"pre-training {step}/{args.steps}  loss {loss:.3f}", flush=True)
 
-    make_demo_model(args.out, seed=args.seed, steps=args.steps, progress=report)
+    make_demo_model(args.out, seed=args.seed, steps=args.steps, experts=args.experts, progress=report)
     print(f"wrote {args.out}")
 
 

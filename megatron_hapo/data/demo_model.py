@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_hapo.data import arithmetic
 
@@ -40,6 +47,7 @@ def make_demo_model(
     min_terms: int = 3,
     max_terms: int = 4,
     max_number: int = 9,
+    experts: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
     """Write model and tokenizer as a Hugging Face folder. A seed gives the same weights each time on the same machine.
@@ -48,11 +56,16 @@ def make_demo_model(
         steps: number of updates; 0 writes the untrained model.
         slip: probability that a training solution drops a carry.
         min_terms, max_terms, max_number: see arithmetic.problems. The seed used there is even.
+        experts: number of experts in each layer, of which a token uses two; 0: a Qwen3 without experts.
         progress: called after each update with its number, from 1, and its loss.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model = Qwen3ForCausalLM(make_config(tokenizer))
+    model = (
+        Qwen3MoeForCausalLM(make_moe_config(tokenizer, experts))
+        if experts
+        else Qwen3ForCausalLM(make_config(tokenizer))
+    )
     examples = _examples(
         tokenizer,
         arithmetic.problems(
@@ -104,6 +117,15 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     )
 
 
+def make_moe_config(tokenizer: PreTrainedTokenizerFast, experts: int) -> Qwen3MoeConfig:
+    """The same sizes with experts of half the feed-forward size, two of which a token uses."""
+    sizes = make_config(tokenizer).to_dict()
+    sizes = {name: value for name, value in sizes.items() if name not in ("model_type", "architectures", "layer_types")}
+    return Qwen3MoeConfig(
+        **sizes, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True
+    )
+
+
 def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int), f"the tokenizer has no token {token}"
@@ -131,7 +153,7 @@ def _examples(
 
 
 def _pretrain(
-    model: Qwen3ForCausalLM,
+    model: Qwen3ForCausalLM | Qwen3MoeForCausalLM,
     examples: Sequence[tuple[list[int], int]],
     *,
     pad_id: int,

@@ -93,3 +93,15 @@ def test_demo_model_loads_in_transformers_and_is_reproducible(tmp_path):
     assert tokenizer.decode(tokenizer.encode("7+8=15 Answer: 15, ä")) == "7+8=15 Answer: 15, ä"
     longest = max(problems(size=500, seed=0, min_terms=3, max_terms=4), key=lambda p: len(p.solution))
     assert len(tokenizer.encode(longest.solution)) < 40
+
+
+def test_the_demo_model_can_have_experts(tmp_path):
+    from megatron_hapo.data.demo_model import make_demo_model
+    from megatron_hapo.model.families import read_shape
+
+    losses = []
+    make_demo_model(tmp_path, steps=3, batch_size=8, experts=8, progress=lambda _, loss: losses.append(loss))
+    assert losses[2] < losses[0]
+    shape = read_shape(tmp_path)
+    assert shape.moe is not None
+    assert (shape.moe.num_experts, shape.moe.top_k, shape.moe.dense_layers) == (8, 2, frozenset())
