@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hapo.algorithm.step_statistics import steering
+from megatron_hapo.config import AlgorithmConfig
 from megatron_hapo.entropy import EntropyStats, adaptive_temperature, entropy_from_logits, entropy_stats
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.resharding.checksum import engine_slices, tensor_checksum
@@ -74,16 +76,28 @@ EOS = 258  # of the byte-level tokenizer
 SAMPLING = Sampling(samples=3, temperature=1.2, max_response_tokens=24, seed=5)
 
 
-@pytest.mark.parametrize("sign", ["signed", "reference"])
+TWO_TEMPERATURES = AlgorithmConfig.model_validate(
+    {"adaptive_temperature": {"enabled": False}, "multi_temperature": {"enabled": True, "tau": 0.3}}
+)
+
+
+@pytest.mark.parametrize("sign", ["signed", "reference", "two temperatures"])
 def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
-    adaptive = AdaptiveTemperature(stats=stats, tau=0.3, sign=sign)
+    if sign == "two temperatures":
+        adaptive = steering(TWO_TEMPERATURES, stats)
+    else:
+        adaptive = AdaptiveTemperature(stats=stats, tau=0.3, sign=sign)
+    assert adaptive is not None
     groups = engine.generate(make_prompts(4), replace(SAMPLING, adaptive=adaptive))
     rollouts = [rollout for group in groups for rollout in group]
     assert len(rollouts) == 12
     for rollout in rollouts:
         entropy_R = entropy_from_logits(response_logits(reference, rollout) / 1.2)
-        expected_R = adaptive_temperature(entropy_R, 1.2, stats, tau=0.3, sign=sign)
+        expected_R = adaptive_temperature(entropy_R, 1.2, adaptive.stats, tau=0.3, sign=adaptive.sign)
         torch.testing.assert_close(torch.from_numpy(rollout.temperatures), expected_R, atol=1e-4, rtol=0)
+        if sign == "two temperatures":
+            hot_R = entropy_R.log() > stats.pivot
+            torch.testing.assert_close(expected_R, torch.where(hot_R, 1.2 * 1.3, 1.2 * 0.7))
     spread = np.concatenate([rollout.temperatures for rollout in rollouts])
     assert spread.max() - spread.min() > 0.05  # otherwise the test would prove nothing
     assert_log_probs_are_at_recorded_temperatures(reference, rollouts)

@@ -43,6 +43,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2, "max_tokens": 64},
     {"dp": 2, "max_tokens": 1, "output_head": "fused"},
     {"tp": 2, "sequence_parallel": False},
+    {"pp": 2, "max_tokens": 64},
 ]
 
 
@@ -107,9 +108,11 @@ def test_the_update_is_the_same_at_any_layout(updated: Any, rival: str) -> None:
     metrics, gradients, state = single[rival]
     assert metrics["grad_norm"] > 0
     for layout, ranks in others.items():
+        assert any(rank[rival][0] for rank in ranks), layout
         for rank in ranks:
             got_metrics, got_gradients, got_state = rank[rival]
-            assert got_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6), layout
-            assert got_state == pytest.approx(state, rel=1e-4), layout
+            if got_metrics is not None:  # a rank of the last stage
+                assert got_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6), layout
+                assert got_state == pytest.approx(state, rel=1e-4), layout
             for name, gradient in got_gradients.items():
                 np.testing.assert_allclose(gradient, gradients[name], rtol=2e-3, atol=2e-5, err_msg=f"{layout} {name}")
