@@ -18,7 +18,7 @@ from tests.tiny_families import write_family
 @pytest.mark.slow
 def test_a_run_replays_the_engines_experts(tmp_path: Path) -> None:
     """Engine in bfloat16 and trainer in float32 round differently, so that their routers disagree here and there."""
-    model = write_family(tmp_path / "model", "qwen3_moe", tokenizer=True, num_experts=8)
+    model = write_family(tmp_path / "model", "qwen3_moe", tokenizer=True, num_experts=8, moe_intermediate_size=32)
     values = make_config(model, tmp_path, {"ep": 2, "dp": 2}).model_dump()
     values["rollout"] |= {"dtype": "bfloat16", "compare_routes_every": 1, "max_prompt_tokens": 128}
     config = Config.model_validate(values | {"async": {"max_staleness": 0}})
