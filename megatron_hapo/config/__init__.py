@@ -2,7 +2,15 @@
 
 from megatron_hapo.config.algorithm_settings import AlgorithmConfig
 from megatron_hapo.config.data_settings import CurriculumConfig, OverlongConfig, RewardConfig, Source
-from megatron_hapo.config.data_sources import ArithmeticData, ColumnsConfig, EvalSet, FileData, PromptText, TaskData
+from megatron_hapo.config.data_sources import (
+    ArithmeticData,
+    CheckedSumsData,
+    ColumnsConfig,
+    EvalSet,
+    FileData,
+    PromptText,
+    TaskData,
+)
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.loading import Draft, dump_config, load_config, read_config
 from megatron_hapo.config.parallel_sizes import ParallelSizes
@@ -21,6 +29,7 @@ __all__ = [
     "AlgorithmConfig",
     "ArithmeticData",
     "BatchConfig",
+    "CheckedSumsData",
     "ColumnsConfig",
     "Config",
     "CurriculumConfig",

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from megatron_hapo.config.data_sources import ArithmeticData, EvalData, EvalSet, FileData, TaskData, TrainData
+from megatron_hapo.config.data_sources import (
+    ArithmeticData,
+    CheckedSumsData,
+    EvalData,
+    EvalSet,
+    FileData,
+    TaskData,
+    TrainData,
+)
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.scorer_names import Scorer
@@ -21,7 +29,7 @@ from megatron_hapo.config.section import (
     one_or_several,
 )
 
-Source = FileData | TaskData | ArithmeticData
+Source = FileData | TaskData | ArithmeticData | CheckedSumsData
 """One source of prompts, in whatever place of the config."""
 
 

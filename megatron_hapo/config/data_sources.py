@@ -122,7 +122,18 @@ class ArithmeticData(PromptText):
     """Largest term of a sum."""
 
 
-DataSource = Annotated[FileData | TaskData | ArithmeticData, Field(discriminator="type")]
+class CheckedSumsData(PromptText):
+    """Generated sums that are checked and tried again: a small task on which the entropy of tokens matters."""
+
+    type: Literal["checked_sums"]
+    """`checked_sums`: generated sums for a model that checks its own totals."""
+    size: Annotated[Examples, Field(le=10_000)]
+    """Number of prompts."""
+    seed: Seed = 0
+    """Seed of the prompts."""
+
+
+DataSource = Annotated[FileData | TaskData | ArithmeticData | CheckedSumsData, Field(discriminator="type")]
 
 
 class _Share(Section):
@@ -140,6 +151,10 @@ class MixedTask(TaskData, _Share):
 
 class MixedArithmetic(ArithmeticData, _Share):
     """Sums in a mixture."""
+
+
+class MixedCheckedSums(CheckedSumsData, _Share):
+    """Checked sums in a mixture."""
 
 
 class EvalSet(Section):
@@ -169,8 +184,12 @@ class EvalArithmetic(ArithmeticData, EvalSet):
     """An evaluation set of sums."""
 
 
-_Mixed = Annotated[MixedFile | MixedTask | MixedArithmetic, Field(discriminator="type")]
-_EvalSet = Annotated[EvalFile | EvalTask | EvalArithmetic, Field(discriminator="type")]
+class EvalCheckedSums(CheckedSumsData, EvalSet):
+    """An evaluation set of checked sums."""
+
+
+_Mixed = Annotated[MixedFile | MixedTask | MixedArithmetic | MixedCheckedSums, Field(discriminator="type")]
+_EvalSet = Annotated[EvalFile | EvalTask | EvalArithmetic | EvalCheckedSums, Field(discriminator="type")]
 
 TrainData = Annotated[
     Annotated[DataSource, Tag(ONE)] | Annotated[dict[SectionName, _Mixed], Tag(NAMED)], Discriminator(one_or_named)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 DATA_SOURCE = "arithmetic"
@@ -43,20 +44,38 @@ def problems(*, size: int, seed: int, min_terms: int = 3, max_terms: int = 5, ma
         raise ValueError(f"min_terms and max_terms must satisfy 2 <= min <= max, got {min_terms} and {max_terms}")
     if max_number < 1:
         raise ValueError(f"max_number must be at least 1, got {max_number}")
+
+    def draw(rng: random.Random) -> Problem:
+        terms = _draw_terms(rng, num_terms=rng.randint(min_terms, max_terms), max_number=max_number)
+        return Problem(question=_question(terms), answer=str(sum(terms)), solution=_work_out(terms))
+
+    try:
+        return distinct_problems(draw, size=size, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} with {min_terms} to {max_terms} terms up to {max_number}: raise max_terms or max_number, or "
+            "lower size"
+        ) from None
+
+
+def distinct_problems(draw: Callable[[random.Random], Problem | None], *, size: int, seed: int) -> list[Problem]:
+    """`size` problems with different questions from the half that belongs to the seed.
+
+    Args:
+        draw: a problem, or None for one that does not count.
+    Raises:
+        ValueError: too few different questions were drawn.
+    """
     rng = random.Random(seed)
     found: dict[str, Problem] = {}
-    tries_left = 100 * size + 1000
-    while len(found) < size:
-        if tries_left == 0:
-            raise ValueError(
-                f"found only {len(found)} of {size} different questions with {min_terms} to {max_terms} terms up to "
-                f"{max_number}: raise max_terms or max_number, or lower size"
-            )
-        tries_left -= 1
-        terms = _draw_terms(rng, num_terms=rng.randint(min_terms, max_terms), max_number=max_number)
-        question = _question(terms)
-        if zlib.crc32(question.encode()) % 2 == seed % 2:
-            found[question] = Problem(question=question, answer=str(sum(terms)), solution=_work_out(terms))
+    for _ in range(100 * size + 1000):
+        if len(found) == size:
+            break
+        problem = draw(rng)
+        if problem is not None and zlib.crc32(problem.question.encode()) % 2 == seed % 2:
+            found[problem.question] = problem
+    if len(found) < size:
+        raise ValueError(f"found only {len(found)} of {size} different questions")
     return list(found.values())
 
 

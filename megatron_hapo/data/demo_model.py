@@ -1,8 +1,8 @@
-"""The demo's initial model: a small Qwen3 with a tokenizer, pre-trained briefly on the arithmetic task.
+"""The initial models of the small tasks: a small Qwen3 with a tokenizer, pre-trained briefly on sums.
 
-Uses torch and transformers in one process. Most carries in the training solutions are dropped
-(arithmetic.demonstration), so the model writes well-formed solutions that are often wrong. That leaves something for
-reinforcement learning to improve, and tokens of different entropy.
+Uses torch and transformers in one process. Most carries in the training solutions are dropped, so the model writes
+well-formed solutions that are often wrong. That leaves something for reinforcement learning to improve, and tokens of
+different entropy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_hapo.data import arithmetic
+from megatron_hapo.data import arithmetic, checked_sums
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -36,17 +38,32 @@ CHAT_TEMPLATE = (
 IGNORED_LABEL = -100
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a model is pre-trained on."""
+
+    problems: Callable[..., list[arithmetic.Problem]]
+    """Takes size and seed; the seed that is used here is even."""
+    demonstration: Callable[..., str]
+    """Takes a problem, a random generator and slip: a worked solution that drops carries."""
+    slip: float
+    """Probability that a carry is dropped."""
+
+
+TASKS = {
+    arithmetic.DATA_SOURCE: Task(partial(arithmetic.problems, max_terms=4), arithmetic.demonstration, slip=0.65),
+    checked_sums.DATA_SOURCE: Task(checked_sums.problems, checked_sums.demonstration, slip=0.65),
+}
+
+
 def make_demo_model(
     out: Path,
     *,
+    task: Task = TASKS[arithmetic.DATA_SOURCE],
     seed: int = 0,
     steps: int = 800,
     batch_size: int = 64,
     lr: float = 3e-3,
-    slip: float = 0.65,
-    min_terms: int = 3,
-    max_terms: int = 4,
-    max_number: int = 9,
     experts: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
@@ -54,8 +71,6 @@ def make_demo_model(
 
     Args:
         steps: number of updates; 0 writes the untrained model.
-        slip: probability that a training solution drops a carry.
-        min_terms, max_terms, max_number: see arithmetic.problems. The seed used there is even.
         experts: number of experts in each layer, of which a token uses two; 0: a Qwen3 without experts.
         progress: called after each update with its number, from 1, and its loss.
     """
@@ -66,15 +81,7 @@ def make_demo_model(
         if experts
         else Qwen3ForCausalLM(make_config(tokenizer))
     )
-    examples = _examples(
-        tokenizer,
-        arithmetic.problems(
-            size=4000, seed=2 * seed, min_terms=min_terms, max_terms=max_terms, max_number=max_number
-        ),
-        rng=random.Random(seed),
-        slip=slip,
-        count=steps * batch_size,
-    )  # fmt: skip
+    examples = _examples(tokenizer, task, seed=seed, count=steps * batch_size)
     pad_id = _token_id(tokenizer, PAD)
     _pretrain(model, examples, pad_id=pad_id, steps=steps, batch_size=batch_size, lr=lr, progress=progress)
     model.save_pretrained(out)
@@ -132,22 +139,16 @@ def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return found
 
 
-def _examples(
-    tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[arithmetic.Problem],
-    *,
-    rng: random.Random,
-    slip: float,
-    count: int,
-) -> list[tuple[list[int], int]]:
+def _examples(tokenizer: PreTrainedTokenizerFast, task: Task, *, seed: int, count: int) -> list[tuple[list[int], int]]:
     """For each example, the token ids of question and solution, and how many of them belong to the question."""
+    problems, rng = task.problems(size=4000, seed=2 * seed), random.Random(seed)
     examples = []
     for _ in range(count):
         problem = rng.choice(problems)
         messages = [{"role": "user", "content": problem.question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompt_ids = tokenizer.encode(str(prompt), add_special_tokens=False)
-        solution = arithmetic.demonstration(problem, rng, slip=slip) + END
+        solution = task.demonstration(problem, rng, slip=task.slip) + END
         examples.append((prompt_ids + tokenizer.encode(solution, add_special_tokens=False), len(prompt_ids)))
     return examples
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_hapo.config import ArithmeticData, FileData, PromptText, Source, TaskData
+from megatron_hapo.config import ArithmeticData, CheckedSumsData, FileData, PromptText, Source, TaskData
 from megatron_hapo.config.time_limit import time_limit
-from megatron_hapo.data import arithmetic
+from megatron_hapo.data import arithmetic, checked_sums
 from megatron_hapo.data.chat_template import is_valid_unicode
 from megatron_hapo.data.hub_rows import is_hub_name, open_hub_rows, parse_hub_name
 from megatron_hapo.data.reasoning_tasks import REASONING_GYM_PREFIX, encode_task, import_reasoning_gym
@@ -54,7 +54,7 @@ def source_name(source: Source) -> str:
             return f"{first} and {len(others)} more" if others else str(first)
         case TaskData():
             return f"{REASONING_GYM_PREFIX}{source.name}"
-        case ArithmeticData():
+        case ArithmeticData() | CheckedSumsData():
             return source.type
 
 
@@ -70,7 +70,12 @@ def problems(source: Source) -> Iterator[Problem | InvalidRow]:
         case TaskData():
             return _task_problems(source)
         case ArithmeticData():
-            return _arithmetic_problems(source)
+            return _sums(
+                source, arithmetic.problems, min_terms=source.min_terms, max_terms=source.max_terms,
+                max_number=source.max_number,
+            )  # fmt: skip
+        case CheckedSumsData():
+            return _sums(source, checked_sums.problems)
 
 
 def file_faults(source: FileData) -> list[str]:
@@ -274,15 +279,11 @@ def _task_entry(dataset: Any, index: int, name: str) -> dict[str, Any]:
         raise DataError(f"{name}: task {index}: {one_line(error) or type(error).__name__}") from None
 
 
-def _arithmetic_problems(source: ArithmeticData) -> Iterator[Problem]:
+def _sums(
+    source: ArithmeticData | CheckedSumsData, make: Callable[..., list[arithmetic.Problem]], **bounds: int
+) -> Iterator[Problem]:
     try:
-        generated = arithmetic.problems(
-            size=source.size,
-            seed=source.seed,
-            min_terms=source.min_terms,
-            max_terms=source.max_terms,
-            max_number=source.max_number,
-        )
+        generated = make(size=source.size, seed=source.seed, **bounds)
     except ValueError as error:
         raise DataError(f"{source_name(source)}: {error}") from None
     for index, problem in enumerate(generated):

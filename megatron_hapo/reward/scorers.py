@@ -105,7 +105,7 @@ def resolve_scorer(scorer: Scorer, data_source: str) -> NamedScorer:
     """The scorer to use: `auto` is resolved by the data source, any other scorer is returned unchanged."""
     if scorer != "auto":
         return scorer
-    if data_source == "arithmetic":
+    if data_source in ("arithmetic", "checked_sums"):
         return "exact"
     return "reasoning_gym" if data_source.startswith(REASONING_GYM_PREFIX) else "math"
 

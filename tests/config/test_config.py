@@ -108,7 +108,10 @@ def test_unknown_keys_get_a_suggestion_at_any_depth(tmp_path):
 @pytest.mark.parametrize(
     ("train", "fault"),
     [
-        ("{type: arithmetik, size: 1}", "type: must be one of 'file', 'reasoning_gym', 'arithmetic', got 'arithmetik'"),
+        (
+            "{type: arithmetik, size: 1}",
+            "type: must be one of 'file', 'reasoning_gym', 'arithmetic', 'checked_sums', got 'arithmetik'",
+        ),
         ("{size: 1}", "type: is required"),
         ("{type: file}", "path: is required"),
         ("{type: arithmetic, size: 5, min_terms: 6}", "min_terms: must be at most data.train.max_terms=5, got 6"),
