@@ -48,11 +48,15 @@ class Task:
     """Takes a problem, a random generator and slip: a worked solution that drops carries."""
     slip: float
     """Probability that a carry is dropped."""
+    num_problems: int
+    """Number of different problems."""
 
 
 TASKS = {
-    arithmetic.DATA_SOURCE: Task(partial(arithmetic.problems, max_terms=4), arithmetic.demonstration, slip=0.65),
-    checked_sums.DATA_SOURCE: Task(checked_sums.problems, checked_sums.demonstration, slip=0.65),
+    arithmetic.DATA_SOURCE: Task(
+        partial(arithmetic.problems, max_terms=4), arithmetic.demonstration, slip=0.65, num_problems=4000
+    ),
+    checked_sums.DATA_SOURCE: Task(checked_sums.problems, checked_sums.demonstration, slip=0.65, num_problems=20_000),
 }
 
 
@@ -141,7 +145,7 @@ def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 def _examples(tokenizer: PreTrainedTokenizerFast, task: Task, *, seed: int, count: int) -> list[tuple[list[int], int]]:
     """For each example, the token ids of question and solution, and how many of them belong to the question."""
-    problems, rng = task.problems(size=4000, seed=2 * seed), random.Random(seed)
+    problems, rng = task.problems(size=task.num_problems, seed=2 * seed), random.Random(seed)
     examples = []
     for _ in range(count):
         problem = rng.choice(problems)
