@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_hapo.types import EntropyStats, Sign
+from megatron_hapo.types import EntropyStats, Sign, TemperatureRule
 
 _SQUARES_PER_UNIT = 1 << 24
 """Squares are summed as integers of this resolution, so that the sum does not depend on the order."""
@@ -19,6 +19,8 @@ _TOKENS_AT_ONCE = 1 << 18
 """Tokens per chunk of the sum of squares; a chunk fits into the processor's cache."""
 _SMALLEST_SPREAD = 1e-12
 """As in the released code: a side of the pivot without any spread gives 0, never 0 / 0."""
+_LARGEST_CHANGE = 0.9
+"""Bound of the unscaled rule: T_t stays between 0.1 T and 1.9 T."""
 
 
 def entropy_stats(
@@ -138,6 +140,7 @@ def adaptive_temperature(
     stats: EntropyStats,
     *,
     tau: float,
+    rule: TemperatureRule = "scaled",
     sign: Sign = "signed",
     floor: float = 1e-6,
 ) -> Tensor:
@@ -147,17 +150,48 @@ def adaptive_temperature(
         entropy_R: [R], nats, of the row's logits divided by its base temperature.
         base_R: [R] or a number, base temperature.
         tau: in [0, 1); 0 gives the base temperature.
+        rule, sign: see `temperature_response`.
     Raises:
         ValueError: tau outside [0, 1), base temperatures of another shape, a non-finite entropy.
     """
-    if not 0 <= tau < 1:
-        raise ValueError(f"tau must lie in [0, 1), got {tau}")
+    strength, above, below, unsigned = temperature_response(stats, tau=tau, rule=rule, sign=sign)
     if not isinstance(base_R, int | float) and base_R.dim() and base_R.shape != entropy_R.shape:
         raise ValueError(
             f"base temperature must be a number or have the entropies' shape {tuple(entropy_R.shape)}, "
             f"got {tuple(base_R.shape)}"
         )
-    return base_R * (1 + tau * entropy_modulation(entropy_R, stats, sign=sign, floor=floor))
+    h_R = modulation(
+        _checked(entropy_R, floor), floor=floor, pivot=stats.pivot, above=above, below=below, unsigned=unsigned
+    )
+    return base_R * (1 + strength * h_R)
+
+
+def temperature_response(
+    stats: EntropyStats, *, tau: float, rule: TemperatureRule, sign: Sign
+) -> tuple[float, float, float, bool]:
+    """(strength, spread above, spread below, unsigned), so that T_t = T (1 + strength modulation(H_t)).
+
+    `scaled`, the released code: h in [-1, 1], so that tau is the largest relative change. `z_score`, the paper's
+    equation 8: T_t = T (1 + tau (log H - q) / rms), where rms, the spread about the pivot, takes the place of the
+    standard deviation, as it does in the released code. The equation has no bound, and where it is not positive there
+    is no distribution: here the change is limited to `_LARGEST_CHANGE`, as modulation clamps at its spreads. Its sign
+    is that of log H - q, whatever `sign` says.
+
+    Raises:
+        ValueError: tau outside [0, 1), an unknown sign or rule.
+    """
+    if not 0 <= tau < 1:
+        raise ValueError(f"tau must lie in [0, 1), got {tau}")
+    match rule:
+        case "scaled":
+            return tau, *spreads(stats), is_unsigned(sign)
+        case "z_score":
+            if tau == 0:
+                return 0.0, 1.0, 1.0, False
+            spread = max(stats.rms * _LARGEST_CHANGE / tau, _SMALLEST_SPREAD)
+            return _LARGEST_CHANGE, spread, spread, False
+        case _:
+            raise ValueError(f"rule must be 'scaled' or 'z_score', got {rule!r}")
 
 
 def entropy_from_logits(logits_RV: Tensor) -> Tensor:

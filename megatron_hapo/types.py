@@ -17,6 +17,8 @@ InFlight = Literal["finish", "pause", "abort"]
 """What a weight sync does with unfinished responses; see config.WeightSyncConfig.in_flight."""
 Sign = Literal["signed", "reference"]
 """Sign of h below the pivot; see config.EntropyConfig.sign."""
+TemperatureRule = Literal["scaled", "z_score"]
+"""What tau is multiplied with; see config.AdaptiveTemperatureConfig.rule."""
 Axis = Literal["tokens", "responses", "response_tokens"]
 
 
@@ -60,6 +62,7 @@ class AdaptiveTemperature:
 
     stats: EntropyStats
     tau: float
+    rule: TemperatureRule = "scaled"
     sign: Sign = "signed"
     floor: float = 1e-6
 

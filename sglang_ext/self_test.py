@@ -161,7 +161,9 @@ def _check_temperatures(case: _Case, reply: dict, vocab_size: int) -> None:
     for step, got in enumerate(recorded):
         base_V = _full_log_probs(reply, step, vocab_size) * (got / _BASE)
         entropy_1 = entropy_from_logits(base_V)[None]
-        expected = float(adaptive_temperature(entropy_1, _BASE, a.stats, tau=a.tau, sign=a.sign, floor=a.floor))
+        expected = float(
+            adaptive_temperature(entropy_1, _BASE, a.stats, tau=a.tau, rule=a.rule, sign=a.sign, floor=a.floor)
+        )
         if not math.isclose(got, expected, rel_tol=_TEMPERATURE_TOLERANCE):
             _fail(case, f"temperature {expected:.6g} at token {step}", f"{got:.6g}", _OTHER_FORMULA)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_hapo.entropy import is_unsigned, modulation, spreads
+from megatron_hapo.entropy import modulation, temperature_response
 from megatron_hapo.types import AdaptiveTemperature
 
 NEUTRAL = (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
@@ -20,11 +20,13 @@ _CHUNK_ELEMENTS = 1 << 24  # of logits; bounds the work space at 128 MiB however
 def row_parameters(adaptive: AdaptiveTemperature) -> list[float]:
     """The numbers that travel with a request and become one row of `parameters_R6`.
 
-    tau, whether `sign` is `reference`, floor, pivot, spread above and spread below the pivot. The spreads are computed
-    here in double precision, as `entropy_modulation` does, so that the results agree bit by bit.
+    Strength, whether h loses its sign below the pivot, floor, pivot, spread above and spread below the pivot. The
+    spreads are computed here in double precision, as `adaptive_temperature` does, so that the results agree bit by bit.
     """
-    stats, unsigned = adaptive.stats, is_unsigned(adaptive.sign)
-    return [adaptive.tau, float(unsigned), adaptive.floor, stats.pivot, *spreads(stats)]
+    strength, above, below, unsigned = temperature_response(
+        adaptive.stats, tau=adaptive.tau, rule=adaptive.rule, sign=adaptive.sign
+    )
+    return [strength, float(unsigned), adaptive.floor, adaptive.stats.pivot, above, below]
 
 
 def temperature_factor(entropy_R: Tensor, parameters_R6: Tensor) -> Tensor:

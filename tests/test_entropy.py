@@ -135,6 +135,18 @@ def test_hand_worked_temperatures():
     assert torch.equal(per_row, got)
 
 
+def test_unscaled_temperatures_follow_the_papers_equation_within_their_bound():
+    stats = EntropyStats(pivot=0.0, log_max=math.log(4), log_min=-8.0, rms=2 * math.log(2), num_tokens=5)
+    entropy_R = torch.tensor([4.0, 2.0, 1.0, 0.5, 2.0**-20])  # log H / rms: 1, 0.5, 0, -0.5, -10
+    got = adaptive_temperature(entropy_R, 2.0, stats, tau=0.1, rule="z_score", floor=1e-9)
+    torch.testing.assert_close(got, torch.tensor([2.2, 2.1, 2.0, 1.9, 0.2]))  # the last would be 0
+    unsigned = adaptive_temperature(entropy_R, 2.0, stats, tau=0.1, rule="z_score", sign="reference", floor=1e-9)
+    assert torch.equal(unsigned, got)
+    assert (adaptive_temperature(entropy_R, 2.0, stats, tau=0.0, rule="z_score") == 2).all()
+    flat = EntropyStats(pivot=0.0, log_max=0.0, log_min=0.0, rms=0.0, num_tokens=2)
+    assert float(adaptive_temperature(torch.tensor([1.0]), 1.0, flat, tau=0.1, rule="z_score")) == 1.0
+
+
 def test_entropies_below_the_floor_count_as_the_floor():
     entropy_N = torch.tensor([0.0, -1e-7, 1e-6, 1.0])
     stats = entropy_stats(entropy_N, pivot=0.5)

@@ -42,6 +42,9 @@ class AdaptiveTemperatureConfig(Section):
     """Sample each token at its own temperature."""
     tau: Annotated[float, Field(ge=0, lt=1), _TEMPERATURE] = 0.05
     """Strength: T (1 + tau) is the temperature at h = 1."""
+    rule: Annotated[Literal["scaled", "z_score"], _TEMPERATURE] = "scaled"
+    """`scaled`: h in [-1, 1], as in the released code. `z_score`: in its place (log H - q) / rms without scaling, the
+    paper's equation 8; T_t is kept between 0.1 T and 1.9 T."""
 
 
 class AdaptiveClipConfig(Section):
@@ -60,6 +63,9 @@ class RedistributionConfig(Section):
     """Amplify advantages of uncertain tokens whose ratio moves, and damp those of certain tokens whose ratio stays."""
     beta: Annotated[Strength, _REDISTRIBUTION] = 1.0
     """Strength: such an advantage is scaled by 1 + beta h."""
+    neutral_zone: Annotated[Literal["adapted", "base"], _REDISTRIBUTION] = "adapted"
+    """Clip range whose inner half is the zone in which a ratio counts as standing still. `adapted`: of the token, after
+    adaptive clipping, as in the released code. `base`: clip_low and clip_high, as in the paper."""
 
 
 class EntropyConfig(Section):
@@ -104,11 +110,12 @@ class AlgorithmConfig(Section):
     norm_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     advantage_fallback: Annotated[
-        Annotated[float, Field(gt=0, le=1e6)],
+        Annotated[float, Field(gt=0, le=1e6)] | None,
         only_with("algorithm.advantage", "token_level_group_average"),
         only_with("algorithm.norm_by_std", True),
     ] = 5.0
-    """A group with a normalised |advantage| of at least this value gets GRPO's advantage instead."""
+    """A group with a normalised |advantage| of at least this value gets GRPO's advantage instead, as in the released
+    code. `None`: no group does, as in the paper."""
     ratio: Literal["token", "sequence"] = "token"
     """`token`: each token has its own importance ratio. `sequence`: one ratio for each response (GSPO)."""
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = "token_mean"

@@ -337,9 +337,9 @@ def test_the_mismatch_is_measured_at_one_temperature_with_its_quantiles():
 EXPECTED = {
     "grpo": {"advantage": "group_mean", "aggregation": "sequence_mean_token_mean", "ratio": "token"},
     "grpo_kl": {"advantage": "group_mean", "aggregation": "sequence_mean_token_mean", "ratio": "token"},
-    "dapo": {"advantage": "group_mean", "aggregation": "token_mean", "clip_high": 0.28},
-    "forking_tokens": {"aggregation": "token_mean", "clip_high": 0.28},
-    "archer": {"clip_low": 0.2, "clip_high": 0.2},
+    "dapo": {"advantage": "group_mean", "aggregation": "token_mean"},
+    "forking_tokens": {"aggregation": "token_mean"},
+    "archer": {"aggregation": "token_mean"},
     "edge_grpo": {"advantage": "entropy_driven"},
     "dr_grpo": {"norm_by_std": False, "aggregation": "sequence_mean_token_sum_norm"},
     "entropy_bonus": {"aggregation": "token_mean"},
@@ -361,13 +361,19 @@ EXPECTED = {
     "hapo_only_group_average": {"advantage": "token_level_group_average"},
     "hapo_only_redistribution": {"advantage": "group_mean"},
     "hapo_only_clip": {"advantage": "group_mean"},
+    "hapo_temperature_average": {"advantage": "token_level_group_average"},
+    "hapo_temperature_average_redistribution": {"advantage": "token_level_group_average"},
 }
+OWN_CLIP_RANGE = {"gspo": (3e-4, 4e-4)}
+"""Methods whose ratio is so different that the job's clip range means nothing to them."""
 SWITCHES = {
     "hapo": {"adaptive_temperature", "adaptive_clip", "redistribution"},
     "hapo_only_temperature": {"adaptive_temperature"},
     "hapo_only_redistribution": {"redistribution"},
     "hapo_only_clip": {"adaptive_clip"},
     "grpo_kl": {"kl"},
+    "hapo_temperature_average": {"adaptive_temperature"},
+    "hapo_temperature_average_redistribution": {"adaptive_temperature", "redistribution"},
     "forking_tokens": {"forking_tokens"},
     "archer": {"dual_constraint"},
     "entropy_bonus": {"entropy_bonus"},
@@ -377,16 +383,22 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_methods_overlay_loads_on_a_job(tmp_path, path):
-    job = tmp_path / "job.yaml"
-    job.write_text(f"base: [{CONFIGS / 'demo_cpu.yaml'}, {path}]\nname: {path.stem}\n")
-    config = load_config(job)
+def test_every_methods_overlay_loads_on_a_job_and_leaves_it_what_is_the_jobs(tmp_path, path):
+    """Otherwise a comparison on one job would compare more than the methods."""
+    job, ground = tmp_path / "job.yaml", tmp_path / "ground.yaml"
+    ground.write_text(f"base: [{CONFIGS}/demo_cpu.yaml, {CONFIGS}/presets/paper.yaml]\nalgorithm: {{dual_clip: 7}}")
+    job.write_text(f"base: [{ground}, {path}]\nname: {path.stem}\n")
+    config, of_job = load_config(job), load_config(ground)
     settings = config.algorithm
+    assert (settings.clip_low, settings.clip_high) == OWN_CLIP_RANGE.get(path.stem, (0.2, 0.28))
+    assert settings.dual_clip == 7
+    for name in SWITCHES.get(path.stem, set()) & SWITCHES["hapo"]:  # a part that is off keeps no values
+        assert getattr(settings, name) == getattr(of_job.algorithm, name)
+    assert config.model_dump(exclude={"name", "algorithm"}) == of_job.model_dump(exclude={"name", "algorithm"})
     assert {key: getattr(settings, key) for key in EXPECTED[path.stem]} == EXPECTED[path.stem]
     switches = {name for name in AlgorithmConfig.model_fields if hasattr(getattr(settings, name), "enabled")}
     assert switches >= set().union(*SWITCHES.values())
     assert {name for name in switches if getattr(settings, name).enabled} == SWITCHES.get(path.stem, set())
-    assert config.dynamic_sampling.enabled == (path.stem in ("dapo", "forking_tokens", "archer"))
 
 
 def test_entropy_driven_advantages_come_with_the_scores():

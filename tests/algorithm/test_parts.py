@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,16 +14,17 @@ from torch import Tensor
 from megatron_hapo.algorithm import methods
 from megatron_hapo.algorithm.methods import enabled_parts, part_classes
 from megatron_hapo.algorithm.methods.grpo import ClippedSurrogate
+from megatron_hapo.algorithm.methods.hapo import Redistribution, TokenLevelGroupAverage
 from megatron_hapo.algorithm.methods.importance import importance_weights
 from megatron_hapo.algorithm.microbatches import pack
 from megatron_hapo.algorithm.minibatches import minibatches
 from megatron_hapo.algorithm.objective import policy_loss
-from megatron_hapo.algorithm.part import LossTokens, Part
+from megatron_hapo.algorithm.part import GroupedRewards, LossTokens, Part
 from megatron_hapo.algorithm.step_statistics import steering
 from megatron_hapo.algorithm.training_batch import with_token_data
 from megatron_hapo.config import AlgorithmConfig, BatchConfig
 from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch
-from tests.algorithm.test_methods import scored_batch, with_scores
+from tests.algorithm.test_methods import as_microbatch, scored_batch, with_scores
 
 STATS = EntropyStats(0.0, 1.0, -1.0, 1.0, 8)
 CHOICES = {
@@ -97,6 +99,36 @@ def test_hapos_parts_follow_their_switches():
     assert with_scores(batch, scores, AlgorithmConfig())[0].token_data.keys() == {"modulation"}
     plain = AlgorithmConfig.model_validate({"adaptive_clip": off, "redistribution": off})
     assert not with_scores(batch, scores, plain)[0].token_data
+
+
+def test_the_papers_neutral_zone_is_of_the_base_clip_range():
+    """With h = 1 and alpha 1, high is adapted from 0.2 to 0.4: a ratio of 1.15 moves out of the base zone alone."""
+    batch, _ = scored_batch(groups=1, size=1)
+    microbatch = replace(as_microbatch(batch), per_token={"modulation": torch.tensor([1.0, 0.0])})
+    zeros_N = torch.zeros(2)
+    tokens = LossTokens(log_probs=zeros_N, entropies=zeros_N, microbatch=microbatch, stats=None, cp_group=None)
+    advantages_N, low_N, high_N = torch.ones(2), torch.full((2,), 0.2), torch.tensor([0.4, 0.2])
+    results = [
+        Redistribution(AlgorithmConfig.model_validate({"redistribution": {"neutral_zone": zone}})).token_advantages(
+            tokens, advantages_N, torch.full((2,), 1.15), low_N, high_N
+        )
+        for zone in ("adapted", "base")
+    ]
+    assert results[0].tolist() == [1.0, 1.0]
+    assert results[1].tolist() == [2.0, 1.0]
+
+
+def test_without_a_fallback_a_lonely_response_keeps_its_token_level_advantage():
+    rewards = GroupedRewards(
+        rewards=torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), lengths=torch.tensor([1, 99, 50, 50]),
+        groups=torch.zeros(4, dtype=torch.int64), entropies=torch.zeros(200),
+    )  # fmt: skip
+    with_fallback, without = (
+        TokenLevelGroupAverage(AlgorithmConfig.model_validate(settings)).advantages(rewards)
+        for settings in ({}, {"advantage_fallback": None})
+    )
+    assert float(with_fallback[0]) == pytest.approx(1.5, rel=1e-5)
+    assert float(without[0]) == pytest.approx(math.sqrt(199), rel=1e-4)
 
 
 class Rival(Part):

@@ -113,10 +113,27 @@ def test_the_recipes_have_the_authors_values(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_paper_and_recipe_differ_in_what_the_paper_says(model: str) -> None:
     ours, paper = recipe(model), recipe(model, values="paper")
-    assert (paper.algorithm.clip_high, paper.algorithm.adaptive_temperature.tau) == (0.28, 0.1)
+    temperature, redistribution = paper.algorithm.adaptive_temperature, paper.algorithm.redistribution
+    assert (paper.algorithm.clip_low, paper.algorithm.clip_high) == (0.2, 0.28)
+    assert (temperature.tau, temperature.rule, redistribution.neutral_zone) == (0.1, "z_score", "base")
+    assert paper.algorithm.advantage_fallback is None
+    assert (paper.reward.correct, paper.reward.wrong) == (1.0, 0.0)
     assert paper.rollout.max_response_tokens == (4096 if model.startswith("llama") else 10240)
-    same = {"name", "algorithm", "rollout"}
+    same = {"name", "algorithm", "rollout", "reward", "dynamic_sampling"}
     assert paper.model_dump(exclude=same) == ours.model_dump(exclude=same)
+    assert paper.reward.overlong == ours.reward.overlong
+
+
+def test_the_preset_of_the_released_code_has_its_defects(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    bases = f"{ROOT}/configs/recipe/qwen2.5_math_7b_hapo.yaml, {ROOT}/configs/presets/released.yaml"
+    path.write_text(f"base: [{bases}]\nname: released\n")
+    released, ours = load_config(path), recipe("qwen2.5_math_7b")
+    entropy = released.algorithm.entropy
+    assert (entropy.sign, entropy.source, entropy.floor) == ("reference", "micro_batch", 1e-8)
+    assert released.dynamic_sampling.max_generation_batches == 16
+    assert released.model_dump(exclude={"name", "algorithm"}) == ours.model_dump(exclude={"name", "algorithm"})
+    assert released.algorithm.model_dump(exclude={"entropy"}) == ours.algorithm.model_dump(exclude={"entropy"})
 
 
 @pytest.mark.parametrize(("model", "values"), product(MODELS, ("recipe", "paper")))
@@ -127,12 +144,11 @@ def test_the_baselines_differ_in_the_method_only(model: str, values: str) -> Non
         assert algorithm.advantage == "group_mean"
         parts = (algorithm.adaptive_temperature, algorithm.adaptive_clip, algorithm.redistribution)
         assert not any(part.enabled for part in parts)
-        method = {"name", "algorithm", "dynamic_sampling", "reward"}
+        method = {"name", "algorithm"}
         assert baseline.model_dump(exclude=method) == hapo.model_dump(exclude=method)
-    assert (dapo.algorithm.clip_low, dapo.algorithm.clip_high, dapo.dynamic_sampling.enabled) == (0.2, 0.28, True)
-    assert (grpo.algorithm.clip_low, grpo.algorithm.clip_high, grpo.dynamic_sampling.enabled) == (0.2, 0.2, False)
-    assert dapo.reward == hapo.reward
-    assert grpo.reward.overlong.buffer_tokens == 0
+        assert (algorithm.clip_low, algorithm.clip_high) == (hapo.algorithm.clip_low, hapo.algorithm.clip_high)
+    assert hapo.dynamic_sampling.enabled
+    assert (dapo.algorithm.aggregation, grpo.algorithm.aggregation) == ("token_mean", "sequence_mean_token_mean")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,14 +19,17 @@ STATS = [
 ]
 
 
+@pytest.mark.parametrize("rule", ["scaled", "z_score"])
 @pytest.mark.parametrize("sign", ["signed", "reference"])
-def test_factors_equal_the_reference_bit_by_bit_with_statistics_of_each_row(sign):
+def test_factors_equal_the_reference_bit_by_bit_with_statistics_of_each_row(sign, rule):
     entropy_R = torch.rand(300, generator=torch.Generator().manual_seed(0)) * 8
     entropy_R[:4] = torch.tensor([0.0, 1e-9, 1e-6, 20.0])
-    rows = [AdaptiveTemperature(stats=STATS[i % 3], tau=0.05 + 0.1 * (i % 5), sign=sign) for i in range(300)]
+    rows = [AdaptiveTemperature(stats=STATS[i % 3], tau=0.05 + 0.1 * (i % 5), rule=rule, sign=sign) for i in range(300)]
     factor_R = temperature.temperature_factor(entropy_R, torch.tensor([temperature.row_parameters(r) for r in rows]))
     for i, row in enumerate(rows):
-        expected = adaptive_temperature(entropy_R[i : i + 1], 1.0, row.stats, tau=row.tau, sign=sign, floor=row.floor)
+        expected = adaptive_temperature(
+            entropy_R[i : i + 1], 1.0, row.stats, tau=row.tau, rule=rule, sign=sign, floor=row.floor
+        )
         torch.testing.assert_close(factor_R[i : i + 1], expected, rtol=1e-7, atol=0)
 
 

@@ -18,6 +18,7 @@ Source: arXiv:2509.16591.
 
 from __future__ import annotations
 
+import math
 from typing import assert_never
 
 import torch
@@ -39,9 +40,9 @@ class AdaptiveTemperatureSampling(Part):
         return algorithm.adaptive_temperature.enabled
 
     def sampling(self, stats: EntropyStats) -> AdaptiveTemperature:
-        entropy = self.algorithm.entropy
+        entropy, settings = self.algorithm.entropy, self.algorithm.adaptive_temperature
         return AdaptiveTemperature(
-            stats=stats, tau=self.algorithm.adaptive_temperature.tau, sign=entropy.sign, floor=entropy.floor
+            stats=stats, tau=settings.tau, rule=settings.rule, sign=entropy.sign, floor=entropy.floor
         )
 
 
@@ -53,7 +54,7 @@ class TokenLevelGroupAverage(Part):
     def advantages(self, rewards: GroupedRewards) -> Tensor:
         return token_level_group_average(
             rewards.rewards, rewards.lengths, rewards.groups,
-            norm_by_std=self.algorithm.norm_by_std, fallback=self.algorithm.advantage_fallback,
+            norm_by_std=self.algorithm.norm_by_std, fallback=self.algorithm.advantage_fallback or math.inf,
         )  # fmt: skip
 
 
@@ -102,8 +103,10 @@ class Redistribution(Part):
     def token_advantages(
         self, tokens: LossTokens, advantages_N: Tensor, ratio_N: Tensor, low_N: Tensor, high_N: Tensor
     ) -> Tensor:
-        h_N, beta = tokens.microbatch["modulation"], self.algorithm.redistribution.beta
-        return redistribute_advantage(advantages_N, h_N, ratio_N, low_N, high_N, beta=beta)
+        h_N, settings = tokens.microbatch["modulation"], self.algorithm.redistribution
+        if settings.neutral_zone == "base":
+            low_N, high_N = (torch.full_like(h_N, c) for c in (self.algorithm.clip_low, self.algorithm.clip_high))
+        return redistribute_advantage(advantages_N, h_N, ratio_N, low_N, high_N, beta=settings.beta)
 
 
 class AdaptiveClip(Part):
