@@ -43,7 +43,7 @@ def demonstration(problem: Problem, rng: random.Random, *, slip: float) -> str:
     exactly where a carry matters: a try succeeds with probability (1 - slip) ** number of carries.
     """
     terms = _terms(problem.question)
-    tries = []
+    tries, totals = [], list[int]()
     for _ in range(MAX_TRIES):
         totals = _totals(terms, lambda: rng.random() < slip)
         tries.append(f"{' '.join(map(str, totals))}|{_remainders(terms)}")
