@@ -132,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--watch", action="store_true", help="draw again whenever a run has made a step, until Ctrl-C")
     report.set_defaults(run=_report)
     _add_view(commands)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train several methods on one job, and compare them",
+        description="Run the methods, settings and seeds of an experiment, and write tables, a figure and RESULTS.md "
+        "into its folder. A second call goes on where the first one stopped.",
+    )
+    compare.add_argument("experiment", type=path_argument, metavar="EXPERIMENT", help="YAML file of an experiment")
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -294,6 +303,23 @@ def _eval(arguments: argparse.Namespace) -> None:
             print(f"{name + ':':<21} {value:.4g}")
     write_summary(output / "summary.json", as_json(results))
     print(f"responses and summary.json: {output}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.config.experiment import plan_runs, read_experiment
+
+    experiment = read_experiment(arguments.experiment)
+    runs = plan_runs(experiment, arguments.experiment)
+
+    from rich.console import Console
+
+    from megatron_hapo.launch.compare.results import write_results
+    from megatron_hapo.launch.compare.runs import run_all
+
+    try:
+        run_all(runs, parallel=experiment.parallel, console=Console(stderr=True))
+    finally:
+        print(write_results(experiment, runs))
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Experiments: methods times settings times seeds, run and compared."""
