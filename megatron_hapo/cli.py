@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -318,8 +319,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     try:
         run_all(runs, parallel=experiment.parallel, console=Console(stderr=True))
-    finally:
-        print(write_results(experiment, runs))
+    except HapoError:
+        with contextlib.suppress(HapoError):  # what is finished can be looked at already
+            print(write_results(experiment, runs))
+        raise
+    print(write_results(experiment, runs))
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from megatron_hapo.config.faults import schema_faults
 from megatron_hapo.config.loading import read_config
+from megatron_hapo.config.output_paths import folder_fault
 from megatron_hapo.config.section import FilePath, PositiveInt, Section, Seed
 from megatron_hapo.config.settings import Config
 from megatron_hapo.config.yaml_text import UnreadableYamlError, read_yaml
@@ -114,6 +116,8 @@ def plan_runs(experiment: Experiment, path: Path) -> list[PlannedRun]:
         ConfigError: a config has faults, or does not evaluate and record what a comparison needs.
     """
     folder = (experiment.output_dir / experiment.name).absolute()
+    if (fault := folder_fault(folder)) is not None:
+        raise ConfigError([f"{path}: output_dir: {folder} {fault}"])
     arms = [Arm(method, setting) for method in experiment.methods for setting in experiment.settings or {"": {}}]
     runs, faults = [], dict[str, None]()
     for arm in arms:
@@ -168,7 +172,10 @@ def _parts(layer: Layer) -> tuple[list[str], Mapping[str, Any]]:
     if isinstance(layer, list):
         return layer, {}
     base = layer.get("base", [])
-    return [base] if isinstance(base, str) else list(base), {k: v for k, v in layer.items() if k != "base"}
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise ConfigError([f"base: must be a file name or a list of file names, got {reprlib.repr(base)}"])
+    return bases, {key: value for key, value in layer.items() if key != "base"}
 
 
 def _file_name(label: str) -> str:

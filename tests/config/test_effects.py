@@ -206,7 +206,7 @@ def test_a_shipped_config_is_dumped_and_loaded_as_the_same_config(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("job", "method"),
-    product(("configs/demo_cpu.yaml", "configs/recipe/qwen3_8b_hapo.yaml", "examples/compare_methods/job.yaml"),
+    product(("configs/demo_cpu.yaml", "configs/recipe/qwen3_8b_hapo.yaml", "examples/checked_sums/job.yaml"),
             sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))),
 )  # fmt: skip
 def test_every_method_is_an_overlay_of_every_job(tmp_path: Path, job: str, method: str) -> None:

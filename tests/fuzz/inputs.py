@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hapo.config import Config
+from megatron_hapo.config.experiment import Experiment
 from megatron_hapo.config.section import fields_by_key, section_types
 
 CONFIG = """
@@ -63,6 +64,7 @@ def cases() -> Iterator[Case]:
         _named_data,
         _paths,
         _weights,
+        _experiments,
     ):
         yield from generate(random.Random(generate.__name__))
 
@@ -386,6 +388,35 @@ def _weights(draw: random.Random) -> Iterator[Case]:
             f"metadata {number}", ("convert", "megatron-to-hf", "model", "out"),
             lambda folder, text=text: _write(folder / "model/metadata.json", text.encode("latin-1")),
         )  # fmt: skip
+
+
+def _experiments(draw: random.Random) -> Iterator[Case]:
+    """Files of experiments."""
+    sound = {
+        "name": "e",
+        "output_dir": "runs",
+        "job": "run.yaml",
+        "seeds": "[1]",
+        "baseline": "a",
+        "methods": "{a: {}}",
+    }
+    for key in fields_by_key(Experiment):
+        for value in draw.sample(YAML_VALUES, 10):
+            text = "".join(f"{k}: {v}\n" for k, v in (sound | {key: value}).items())
+            yield _experiment_case(f"experiment {key}={_short(value)}", text)
+    for layer in ("{base: none.yaml}", "{base: [1]}", "{base: {}}", "[1]", "{seed: x}", "{base: experiment.yaml}", "model",
+                  "{base: secret.yaml}", "{name: ..}", "{output_dir: /proc/x}", "[loop.yaml]", "{base: /dev/zero}"):  # fmt: skip
+        text = "".join(f"{k}: {v}\n" for k, v in (sound | {"methods": f"{{a: {layer}}}"}).items())
+        yield _experiment_case(f"experiment method {layer}", text)
+    for name in ("none.yaml", "model", "/dev/zero", "loop.yaml", "\0", "secret.yaml", "train.jsonl", "run.yaml"):
+        yield Case(f"experiment file {_short(name)}", ("compare", name))
+
+
+def _experiment_case(name: str, text: str) -> Case:
+    def prepare(folder: Path) -> None:
+        _write(folder / "experiment.yaml", text.encode("utf-8", "surrogatepass"))
+
+    return Case(name, ("compare", "experiment.yaml"), prepare)
 
 
 def _write(path: Path, content: str | bytes) -> None:
