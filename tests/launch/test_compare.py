@@ -16,7 +16,7 @@ from rich.console import Console
 from megatron_hapo.cli import main
 from megatron_hapo.config.experiment import PlannedRun, plan_runs, read_experiment
 from megatron_hapo.errors import DataError, HapoError
-from megatron_hapo.launch.compare.curves import Curve, common_budget, compare, interval, read_curve
+from megatron_hapo.launch.compare.curves import Curve, common_budget, compare, interval, problem_weights, read_curve
 from megatron_hapo.launch.compare.results import write_results
 from megatron_hapo.launch.compare.runs import is_finished, run_all
 from tests.config.test_experiment import PLAIN, write
@@ -29,6 +29,7 @@ def curve(counts: list[list[int]], *, samples: int = 4, seconds: float = 1.0) ->
     return Curve(
         steps=np.arange(evaluations) * 10, responses=np.arange(evaluations) * 640.0,
         seconds=np.arange(evaluations) * 10 * seconds, uids=tuple("abc"[: len(counts[0])]),
+        sets=np.zeros(len(counts[0]), np.int64),
         correct=np.array(counts), samples=samples, rows=[],
     )  # fmt: skip
 
@@ -79,16 +80,29 @@ def test_intervals_agree_with_the_normal_approximation() -> None:
     """Independent noise of problems: the standard error is that of the mean over problems, with little from seeds."""
     generator = np.random.default_rng(0)
     of_problems = generator.normal(0.1, 0.5, 400)
-    low, high = interval(np.tile(of_problems, (5, 1)))
+    low, high = interval(np.tile(of_problems, (5, 1)), np.zeros(400))
     error = of_problems.std() / math.sqrt(400)
     assert (low, high) == pytest.approx(
         (of_problems.mean() - 1.96 * error, of_problems.mean() + 1.96 * error), abs=0.004
     )
     of_seeds = np.tile(generator.normal(0.1, 0.5, (100, 1)), (1, 3))
-    low, high = interval(of_seeds)
+    low, high = interval(of_seeds, np.zeros(3))
     error = of_seeds.std() / 10
     assert (low, high) == pytest.approx((of_seeds.mean() - 1.96 * error, of_seeds.mean() + 1.96 * error), abs=0.01)
-    assert interval(np.full((5, 64), 0.25)) == (0.25, 0.25)
+    assert interval(np.full((5, 64), 0.25), np.zeros(64)) == pytest.approx((0.25, 0.25))
+
+
+def test_every_evaluation_set_counts_the_same() -> None:
+    """A set of two problems against one of 200: the small one has half of the mean, and nearly all of its variance."""
+    sets_P = np.array([0, 0] + [1] * 200)
+    assert problem_weights(sets_P) == pytest.approx([0.25, 0.25] + [0.0025] * 200)
+    run = Curve(
+        steps=np.array([0]), responses=np.zeros(1), seconds=np.zeros(1), uids=(), sets=sets_P,
+        correct=np.array([[2, 0] + [1] * 200]), samples=2, rows=[],
+    )  # fmt: skip
+    assert run.mean(1).tolist() == pytest.approx([0.5])
+    low, high = interval(np.array([[1.0, -1.0] + [0.1] * 200]), sets_P)
+    assert (low, high) == pytest.approx((-0.45, 0.55))  # both draws from the small set may be the same problem
 
 
 def test_a_run_is_read_with_what_its_evaluations_had_cost(tmp_path: Path) -> None:

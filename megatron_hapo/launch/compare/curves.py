@@ -1,6 +1,7 @@
 """The runs of an experiment as curves, and paired differences between its methods with bootstrap intervals.
 
-Shape letters: `S` seeds, `P` problems of the evaluation, `E` evaluations of a run, `B` bootstrap resamples.
+The mean over problems is a mean over evaluation sets of their means, as in `eval/accuracy`. Shape letters: `S` seeds,
+`P` problems of all sets, `E` evaluations of a run, `B` bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Curve:
     """[E] float64, seconds of training steps without their evaluations."""
     uids: tuple[str, ...]
     """Of the P problems."""
+    sets: np.ndarray
+    """[P] int64, which evaluation set a problem belongs to, from 0."""
     correct: np.ndarray
     """[E, P] int64, how many of the responses to a problem were correct."""
     samples: int
@@ -52,6 +55,10 @@ class Curve:
                 return self.seconds
             case _:
                 assert_never(budget)
+
+    def mean(self, k: int) -> np.ndarray:
+        """[E] float64, pass@k: the mean over the sets of their means over problems."""
+        return self.pass_at(k) @ problem_weights(self.sets)
 
     def pass_at(self, k: int) -> np.ndarray:
         """[E, P] float64, pass@k of every problem; k = 1 is the share of correct responses."""
@@ -82,11 +89,12 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def read_curve(run_dir: Path, responses_per_step: int) -> Curve:
+def read_curve(run_dir: Path, responses_per_step: int, *, named_sets: bool = False) -> Curve:
     """The curve of a finished run.
 
     Args:
         responses_per_step: responses that a step trains on.
+        named_sets: whether the evaluation has several sets, which are told apart by what precedes the row in a uid.
     Raises:
         DataError: metrics or recorded evaluations are missing.
     """
@@ -118,6 +126,7 @@ def read_curve(run_dir: Path, responses_per_step: int) -> Curve:
         responses=np.array([until(step, generated) for step in steps]),
         seconds=np.array([until(step, seconds) for step in steps]),
         uids=uids,
+        sets=np.unique([uid.rpartition("/")[0] if named_sets else "" for uid in uids], return_inverse=True)[1],
         correct=np.array([[counts[step][uid][0] for uid in uids] for step in steps]),
         samples=next(iter(counts[steps[0]].values()))[1],
         rows=rows,
@@ -149,23 +158,34 @@ def compare(
     assert method.keys() == baseline.keys(), "runs are paired by their seeds"
     values_SP = np.array([curve.pass_when(k, budget, spent) for curve in method.values()])
     differences_SP = values_SP - np.array([baseline[seed].pass_when(k, budget, spent) for seed in method])
-    low, high = interval(differences_SP)
-    return Difference(float(values_SP.mean()), float(differences_SP.mean()), low, high)
+    sets_P = next(iter(method.values())).sets
+    low, high = interval(differences_SP, sets_P)
+    weights_P = problem_weights(sets_P)
+    return Difference(float((values_SP @ weights_P).mean()), float((differences_SP @ weights_P).mean()), low, high)
 
 
-def interval(differences_SP: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, under resampling of seeds and of problems, each with replacement.
+def problem_weights(sets_P: np.ndarray) -> np.ndarray:
+    """[P] float64, the share of each problem in a mean over sets of their means; the shares add up to 1."""
+    _, set_P, sizes = np.unique(sets_P, return_inverse=True, return_counts=True)
+    return 1 / (sizes[set_P] * len(sizes))
+
+
+def interval(differences_SP: np.ndarray, sets_P: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, under resampling of seeds and of each set's problems, with replacement.
 
     All seeds see the same problems, so both are resampled independently, and the interval says how the difference would
     vary over other seeds and other problems. It is rather too wide than too narrow. The resamples are always the same.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007.
     """
-    seeds, problems = differences_SP.shape
     generator = np.random.default_rng(_SEED)
-    shares_BS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    shares_BP = generator.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
-    means_B = ((shares_BS @ differences_SP) * shares_BP).sum(1)
+
+    def shares(size: int) -> np.ndarray:
+        return generator.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size
+
+    means_BP = shares(len(differences_SP)) @ differences_SP
+    of_sets = [np.flatnonzero(sets_P == number) for number in np.unique(sets_P)]
+    means_B = np.mean([(means_BP[:, found] * shares(len(found))).sum(1) for found in of_sets], axis=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means_B, (tail, 1 - tail))
     return float(low), float(high)

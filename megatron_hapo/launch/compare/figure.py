@@ -68,7 +68,7 @@ def _standard_error(values_SX: np.ndarray) -> np.ndarray:
 def _learning_curves(ax: Axes, curves: Curves, budget: Budget) -> None:
     for number, (label, by_seed) in enumerate(curves.items()):
         costs_SE = np.array([curve.costs(budget) for curve in by_seed.values()])
-        values_SE = np.array([curve.pass_at(1).mean(1) for curve in by_seed.values()])
+        values_SE = np.array([curve.mean(1) for curve in by_seed.values()])
         _band(ax, number, label, costs_SE.mean(0), values_SE)
 
 
@@ -92,9 +92,7 @@ def _entropy_against_accuracy(ax: Axes, curves: Curves) -> None:
     for number, by_seed in enumerate(curves.values()):
         runs = list(by_seed.values())
         steps, entropies_SX = _series(runs, "entropy/mean")
-        accuracies = [
-            {int(step): values.mean() for step, values in zip(run.steps, run.pass_at(1), strict=True)} for run in runs
-        ]
+        accuracies = [{int(step): value for step, value in zip(run.steps, run.mean(1), strict=True)} for run in runs]
         shared = [i for i, step in enumerate(steps) if all(int(step) in of_run for of_run in accuracies)]
         if shared:
             color, line = _style(number)
@@ -107,7 +105,7 @@ def _pass_at_k(ax: Axes, curves: Curves) -> None:
     for number, (label, by_seed) in enumerate(curves.items()):
         runs = list(by_seed.values())
         ks = [1, *pass_ks(runs[0].samples)]
-        values_SK = np.array([[run.pass_at(k)[-1].mean() for k in ks] for run in runs])
+        values_SK = np.array([[run.mean(k)[-1] for k in ks] for run in runs])
         _band(ax, number, label, np.arange(len(ks)), values_SK)
         ax.set_xticks(range(len(ks)), [str(k) for k in ks])
     ax.set(title="pass@k, last evaluation", xlabel="k")

@@ -85,16 +85,17 @@ def _finished(runs: Sequence[PlannedRun]) -> tuple[dict[str, dict[int, Curve]], 
         by_arm.setdefault(run.arm.label, []).append(run)
     missing = [label for label, of_arm in by_arm.items() if not all(map(is_finished, of_arm))]
     finished = {
-        label: {
-            run.seed: read_curve(
-                run.config.run_dir, run.config.batch.prompts_per_step * run.config.batch.samples_per_prompt
-            )
-            for run in sorted(of_arm, key=lambda run: run.seed)
-        }
+        label: {run.seed: _curve(run) for run in sorted(of_arm, key=lambda run: run.seed)}
         for label, of_arm in by_arm.items()
         if label not in missing
     }
     return finished, missing
+
+
+def _curve(run: PlannedRun) -> Curve:
+    config = run.config
+    responses = config.batch.prompts_per_step * config.batch.samples_per_prompt
+    return read_curve(config.run_dir, responses, named_sets=len(config.data.eval_sets) > 1)
 
 
 def _columns(curves: Sequence[Mapping[int, Curve]]) -> list[Column]:
