@@ -32,7 +32,11 @@ def draw(curves: Curves, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(17, 8.4), dpi=110, layout="constrained")
         axes = figure.subplots(2, 4)
-        titles = {"steps": "step", "responses": "responses sampled", "seconds": "seconds of training"}
+        titles: dict[Budget, str] = {
+            "steps": "step",
+            "responses": "responses sampled",
+            "seconds": "seconds of training",
+        }
         for ax, budget in zip(axes[0], titles, strict=False):
             _learning_curves(ax, curves, budget)
             ax.set(title="pass@1, evaluation", xlabel=titles[budget])

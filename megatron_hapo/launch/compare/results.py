@@ -105,7 +105,8 @@ def _columns(curves: Sequence[Mapping[int, Curve]]) -> list[Column]:
     columns = [Column(f"pass@1, step {middle}", 1, "steps", middle), Column(f"pass@1, step {last}", 1, "steps", last)]
     if samples > 1:
         columns.append(Column(f"pass@{samples}, step {last}", samples, "steps", last))
-    for budget, unit in (("responses", "responses"), ("seconds", "s")):
+    units: dict[Budget, str] = {"responses": "responses", "seconds": "s"}
+    for budget, unit in units.items():
         spent = common_budget(runs, budget)
         columns.append(Column(f"pass@1, {spent:,.0f} {unit}", 1, budget, spent))
     return columns
