@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
         "into its folder. A second call goes on where the first one stopped.",
     )
     compare.add_argument("experiment", type=path_argument, metavar="EXPERIMENT", help="YAML file of an experiment")
+    compare.add_argument(
+        "--commands",
+        action="store_true",
+        help="print the commands of the runs that are not finished, to start them elsewhere, and run nothing",
+    )
     compare.set_defaults(run=_compare)
     return parser
 
@@ -315,8 +320,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megatron_hapo.launch.compare.results import write_results
-    from megatron_hapo.launch.compare.runs import run_all
+    from megatron_hapo.launch.compare.runs import is_finished, run_all
 
+    if arguments.commands:
+        for run in runs:
+            if not is_finished(run):
+                print(shlex.join(["megatron-hapo", "train", str(run.file)]))
+        return
     try:
         run_all(runs, parallel=experiment.parallel, console=Console(stderr=True))
     except HapoError:

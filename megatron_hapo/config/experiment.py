@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,7 +164,7 @@ def _plan(experiment: Experiment, path: Path, arm: Arm, seed: int, folder: Path,
     return PlannedRun(arm, seed, file, text, config)
 
 
-def _parts(layer: Layer) -> tuple[list[str], Mapping[str, Any]]:
+def _parts(layer: Layer) -> tuple[list[str], dict[str, Any]]:
     """The overlays and the settings of a layer."""
     if isinstance(layer, str):
         return [layer], {}

@@ -59,6 +59,21 @@ def test_the_shipped_experiment_can_be_planned(tmp_path: Path, monkeypatch: pyte
     assert '"steps":20' in first
 
 
+PAPER = [path for path in sorted((ROOT / "examples/paper").glob("*.yaml")) if "\nmethods:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_experiments_differ_in_their_methods_only(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = plan_runs(read_experiment(path), path)
+    (ground,) = {run.config.model_dump_json(exclude={"name", "seed", "algorithm"}) for run in runs}
+    assert '"dynamic_sampling":{"enabled":true' in ground
+    assert {(run.config.algorithm.clip_low, run.config.algorithm.clip_high) for run in runs} == {(0.2, 0.28)}
+    assert {run.config.reward.wrong for run in runs} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

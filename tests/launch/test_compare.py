@@ -22,6 +22,7 @@ from megatron_hapo.launch.compare.runs import is_finished, run_all
 from tests.config.test_experiment import PLAIN, write
 
 STEPS = (0, 10, 20)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def curve(counts: list[list[int]], *, samples: int = 4, seconds: float = 1.0) -> Curve:
@@ -176,3 +177,20 @@ def test_an_experiment_runs_stops_and_goes_on(tmp_path: Path, tiny_qwen3: Path, 
     assert (runs[0].config.run_dir / "metrics.jsonl").stat().st_mtime_ns == before  # not run again
     assert capsys.readouterr().out.strip().endswith("RESULTS.md")
     assert "| wide clip |" in (tmp_path / "runs/small/RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_command_of_the_paper_runs_in_miniature_from_start_to_drawing(
+    tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (EXAMPLES / "paper/miniature.yaml").read_text().replace("miniature_job.yaml", "own.yaml")
+    text = text.replace("../../configs", f"{EXAMPLES.parent}/configs").replace("../checked", f"{EXAMPLES}/checked")
+    (tmp_path / "own.yaml").write_text(
+        f"base: {EXAMPLES}/paper/miniature_job.yaml\nsteps: 1\nmodel: {{path: {tiny_qwen3}}}\n"
+        "eval: {every: 1, samples: 2}\ndata: {eval: {size: 4}}\ndynamic_sampling: {enabled: false}\n"
+    )
+    (tmp_path / "miniature.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "miniature.yaml"]) == 0
+    assert (tmp_path / "runs/paper_miniature/comparison.png").exists()
+    assert "| A+B+C+D |" in (tmp_path / "runs/paper_miniature/RESULTS.md").read_text()
