@@ -364,8 +364,12 @@ EXPECTED = {
     "hapo_temperature_average": {"advantage": "token_level_group_average"},
     "hapo_temperature_average_redistribution": {"advantage": "token_level_group_average"},
 }
-OWN_CLIP_RANGE = {"gspo": (3e-4, 4e-4)}
-"""Methods whose ratio is so different that the job's clip range means nothing to them."""
+NO_CLIP_RANGE = (0.2, 0.2)
+"""The defaults, of a method that does not use them."""
+OWN_CLIP_RANGE = {
+    "gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28), "bapo": NO_CLIP_RANGE, "kl_cov": NO_CLIP_RANGE, "sapo": NO_CLIP_RANGE
+}  # fmt: skip
+"""Methods to which all or part of the job's clip range means nothing."""
 SWITCHES = {
     "hapo": {"adaptive_temperature", "adaptive_clip", "redistribution"},
     "hapo_only_temperature": {"adaptive_temperature"},
@@ -391,7 +395,7 @@ def test_every_methods_overlay_loads_on_a_job_and_leaves_it_what_is_the_jobs(tmp
     config, of_job = load_config(job), load_config(ground)
     settings = config.algorithm
     assert (settings.clip_low, settings.clip_high) == OWN_CLIP_RANGE.get(path.stem, (0.2, 0.28))
-    assert settings.dual_clip == 7
+    assert settings.dual_clip == (10 if OWN_CLIP_RANGE.get(path.stem) == NO_CLIP_RANGE else 7)
     for name in SWITCHES.get(path.stem, set()) & SWITCHES["hapo"]:  # a part that is off keeps no values
         assert getattr(settings, name) == getattr(of_job.algorithm, name)
     assert config.model_dump(exclude={"name", "algorithm"}) == of_job.model_dump(exclude={"name", "algorithm"})
