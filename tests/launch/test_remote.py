@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -80,3 +82,26 @@ def test_the_error_of_a_stream_is_raised_and_not_handed_on() -> None:
 def test_a_late_stream_is_named() -> None:
     with pytest.raises(TrainingError, match=r"streaming: no answer within \S+ s from rank 1"):
         list(numbers("", "wait", timeout_seconds=patient(3)))
+
+
+def test_a_process_that_ray_ends_for_want_of_memory_is_told_in_one_line() -> None:
+    """A Ray of its own, which takes the memory for full from the start."""
+    script = (
+        "import ray, time\n"
+        "from megatron_hapo.errors import TrainingError\n"
+        "from megatron_hapo.launch.ray.local_ray import local_ray\n"
+        "from megatron_hapo.launch.ray.remote import gather\n"
+        "class Sleeper:\n"
+        "    def sleep(self): time.sleep(3600)\n"
+        "with local_ray():\n"
+        "    actor = ray.remote(Sleeper).options(num_cpus=0).remote()\n"
+        "    try: gather({'rank 0': actor.sleep.remote()}, timeout_seconds=600, what='sleeping', error=TrainingError)\n"
+        "    except TrainingError as error: print(error)\n"
+    )
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | full, capture_output=True, text=True, timeout=patient(300)
+    )
+    assert done.stdout.startswith("sleeping: rank 0: the process died: "), done.stdout + done.stderr
+    assert "Ray ended it because the machine's memory was nearly full" in done.stdout
+    assert len(done.stdout.splitlines()) == 1

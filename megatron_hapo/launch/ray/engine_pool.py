@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Concatenate
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import RolloutError
@@ -297,6 +297,6 @@ def _advance(actor: Any, call: int, prompts: dict[int, Prompt], sampling: Sampli
 def _answers_in_time(answer: ray.ObjectRef, deadline: float) -> bool:
     try:
         ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
-    except (RayActorError, GetTimeoutError):
+    except (RayActorError, OutOfMemoryError, GetTimeoutError):
         return False
     return True

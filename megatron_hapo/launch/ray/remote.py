@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from megatron_hapo.errors import HapoError
+
+_OUT_OF_MEMORY = (
+    "Ray ended it because the machine's memory was nearly full: free memory, let the run have fewer or smaller "
+    "processes, or raise RAY_memory_usage_threshold (default 0.95)"
+)
 
 
 def shared(value: Any) -> Any:
@@ -102,6 +107,8 @@ def result(reference: ray.ObjectRef) -> Any:
     """
     try:
         return ray.get(reference)
+    except OutOfMemoryError:  # a page about every process of the machine
+        raise RayActorError(error_msg=_OUT_OF_MEMORY) from None
     except RayTaskError as failure:
         if isinstance(failure.cause, HapoError):
             raise failure.cause from None
