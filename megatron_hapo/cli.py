@@ -70,8 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("folder", type=path_argument, metavar="FOLDER", help="new folder")
     init.set_defaults(run=_init)
 
+    completion = commands.add_parser(
+        "completion",
+        help="print a script for shell completion",
+        description='Print a script for shell completion. In ~/.bashrc: eval "$(megatron-hapo completion bash)"',
+    )
+    completion.add_argument("shell", choices=["bash", "zsh"])
+    completion.set_defaults(run=_completion)
+
     train = commands.add_parser("train", help="train a model", description="Check a config, then train.")
     _add_config(train)
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check and print the whole job, with its processes and their memory, and start nothing",
+    )
     train.set_defaults(run=_train)
 
     check = commands.add_parser(
@@ -262,6 +275,9 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        _dry_run(arguments)
+        return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_hapo.launch.torchrun.torchrun_rank import train
 
@@ -269,17 +285,27 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     from megatron_hapo.checks.preflight import load_checked_config
 
-    config = load_checked_config(arguments.config, arguments.overrides)
+    config = load_checked_config(arguments.config, arguments.overrides, starts="all")
 
     from megatron_hapo.launch.run import run_training
 
     run_training(config)
 
 
+def _dry_run(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.checks.dry_run import dry_run
+    from megatron_hapo.checks.machine import this_machine
+    from megatron_hapo.checks.preflight import load_checked_config
+    from megatron_hapo.model.families import read_shape
+
+    config = load_checked_config(arguments.config, arguments.overrides, writes=False)
+    print(dry_run(config, read_shape(config.model.path), this_machine()), end="")
+
+
 def _check(arguments: argparse.Namespace) -> None:
     from megatron_hapo.checks.preflight import load_checked_config
 
-    config = load_checked_config(arguments.config, arguments.overrides, writes=False)
+    config = load_checked_config(arguments.config, arguments.overrides, writes=False, starts="all")
 
     from megatron_hapo.launch.run import run_check
 
@@ -384,6 +410,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
         f"({agreement.num_prompts} held-out prompts, {agreement.num_tokens} tokens)"
     )
     print(arguments.target)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.completion import completion_script
+
+    print(completion_script(_parser(), arguments.shell))
 
 
 def _report(arguments: argparse.Namespace) -> None:

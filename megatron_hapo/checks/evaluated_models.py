@@ -26,7 +26,7 @@ def evaluated_configs(path: Path, overrides: Sequence[str], models: Sequence[Pat
     configs, faults = [], []
     for its_settings in settings:
         try:
-            configs.append(load_checked_config(path, its_settings, writes=False))
+            configs.append(load_checked_config(path, its_settings, writes=False, starts="engines"))
         except ConfigError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     if faults:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.checkpoint.safetensors_header import shape_faults
+from megatron_hapo.checks.machine import machine_faults, this_machine
 from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
 from megatron_hapo.config.scorer_names import function_of, is_file, is_own
@@ -40,22 +42,31 @@ _OWN_FOLDERS = ("models", "runs")
 
 
 def load_checked_config(
-    path: Path | str, overrides: Sequence[str] = (), *, writes: bool = True, reads_hub: bool = True
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    writes: bool = True,
+    reads_hub: bool = True,
+    starts: Literal["all", "engines"] | None = None,
 ) -> Config:
     """The config of a run, checked against its files, with `parallel: auto` resolved.
 
     Args:
         writes: whether the run will write into its folder, which is then tried.
         reads_hub: whether this process will read data from the Hub, which is then downloaded.
+        starts: which processes will be started on this machine, unless RAY_ADDRESS names a cluster, and must fit it;
+            None: not known.
 
     Raises:
         ConfigError: all faults of the config and of the files at once.
         HapoError: `parallel: auto` found no GPU, or no layout that fits.
     """
     draft = read_config(path, [*overrides, *from_config.automatic_layout(path, overrides)])
-    if draft.config is not None:
-        output_faults = [*_output_faults(draft.config)] if writes else []
-        draft = draft.with_checks(check_run(draft.config, reads_hub=reads_hub)).with_checks(output_faults)
+    if (config := draft.config) is not None:
+        output_faults = [*_output_faults(config)] if writes else []
+        draft = draft.with_checks(check_run(config, reads_hub=reads_hub)).with_checks(output_faults)
+        if starts is not None and "RAY_ADDRESS" not in os.environ:
+            draft = draft.with_checks([*_machine_faults(config, trains=starts == "all")])
     return draft.accept()
 
 
@@ -73,6 +84,16 @@ def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
+
+
+def _machine_faults(config: Config, *, trains: bool) -> Iterator[Fault]:
+    """Why this machine cannot hold the run; nothing if its model cannot be read, or does not split over the layout."""
+    try:
+        shape = read_shape(config.model.path)
+    except (ConfigError, OSError):
+        return
+    if not [*_layout_faults(config, shape)]:
+        yield from machine_faults(config, shape, this_machine(), trains=trains)
 
 
 def _reward_faults(config: Config) -> Iterator[Fault]:

@@ -12,7 +12,7 @@ from megatron_hapo.config.data_sources import (
     TaskData,
 )
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.loading import Draft, dump_config, load_config, read_config
+from megatron_hapo.config.loading import Draft, config_as_yaml, dump_config, load_config, read_config
 from megatron_hapo.config.parallel_sizes import ParallelSizes
 from megatron_hapo.config.rollout_settings import (
     DynamicSamplingConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "TaskData",
     "TrainerConfig",
     "WeightSyncConfig",
+    "config_as_yaml",
     "dump_config",
     "files_of",
     "load_config",

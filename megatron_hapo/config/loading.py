@@ -72,14 +72,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config, path: Path | str) -> None:
-    """Write the settings as YAML; load_config reads the file back to an equal config.
+    """Write the settings as YAML; load_config reads the file back to an equal config."""
+    Path(path).write_text(config_as_yaml(config))
+
+
+def config_as_yaml(config: Config) -> str:
+    """All settings, defaults included, as load_config reads them.
 
     Settings without effect are left out: load_config would refuse them, and gives them their defaults anyway.
     """
     settings = config.model_dump(mode="json")
     for key in settings_without_effect(config):
         _remove(settings, key.split("."))
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Draft:

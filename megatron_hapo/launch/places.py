@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError
 
 
@@ -40,32 +39,6 @@ def beside_ranks(ranks: Sequence[GpuPlacement], *, engines: int, tp: int) -> lis
             )
         placements.append(GpuPlacement(own[0].node, tuple(gpu for rank in own for gpu in rank.gpus)))
     return placements
-
-
-def check_gpus(config: Config, *, here: int, everywhere: int) -> None:
-    """Raises ConfigError if Ray has too few GPUs for the run; its actors would wait for them forever.
-
-    Args:
-        here: GPUs of this node, on which the trainer's ranks will be.
-        everywhere: GPUs of all of Ray's nodes.
-    """
-    ranks, rollout = config.parallel.world_size, config.rollout
-    if ranks > here:
-        raise ConfigError(
-            [
-                f"parallel: {ranks} trainer ranks need as many GPUs, and this node has {here}; start the run with "
-                "torchrun on several nodes (docs/launching.md), or find another layout with `megatron-hapo plan`"
-            ]
-        )
-    engines = rollout.engines * rollout.tp if config.placement == "disaggregated" else 0
-    if ranks + engines > everywhere:
-        raise ConfigError(
-            [
-                f"rollout.engines: {rollout.engines} engines of tp={rollout.tp} need {engines} GPUs beside the "
-                f"{ranks} of the trainer, and Ray has {everywhere} in all; use fewer engines, placement=colocated, or "
-                "more nodes"
-            ]
-        )
 
 
 def spread(gpus: dict[str, int], *, engines: int, tp: int, on_gpus: bool) -> list[str] | None:

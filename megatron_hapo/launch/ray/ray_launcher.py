@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 
 import ray
 
+from megatron_hapo.checks.machine import check_gpus
 from megatron_hapo.config import Config
-from megatron_hapo.launch.places import GpuPlacement, beside_ranks, check_gpus
+from megatron_hapo.launch.places import GpuPlacement, beside_ranks
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
 
