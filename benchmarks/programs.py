@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hapo.config import RewardConfig
-from megatron_hapo.reward.pool import open_workers, score_texts
+from megatron_hapo.reward.pool import Scorers
 from megatron_hapo.types import Prompt
 
 NUMBERS = [(a, b) for a in range(1, 6) for b in (7, 99)]
@@ -42,13 +42,13 @@ def main() -> None:
             {"scorer": "code", "workers": options.workers, "code": {"test_seconds": 2.0}}
         )
         prompt = Prompt(uid="p", token_ids=np.zeros(1, dtype=np.int32), ground_truth=TESTS, data_source="code")
-        pool = open_workers(config)
-        first = [worker.pid for worker in pool._workers]
+        scorers = Scorers(config)
+        first = [worker.pid for worker in scorers.workers._workers]
         load, start = os.getloadavg()[0], time.perf_counter()
-        results = score_texts(pool, config, [prompt] * len(programs), programs)
+        results = scorers.score([prompt] * len(programs), programs)
         seconds = time.perf_counter() - start
-        survived = [worker.pid for worker in pool._workers] == first
-        pool.close()
+        survived = [worker.pid for worker in scorers.workers._workers] == first
+        scorers.close()
         passed = Counter(kind for kind, result in zip(kinds, results, strict=True) if result.outcome.correctness == 1)
         failures = sum(result.outcome.failure is not None for result in results)
         print(f"{len(programs)} programs of {len(NUMBERS)} tests, {options.workers} workers: {seconds:.1f} s")

@@ -10,8 +10,8 @@ import os
 import time
 
 from megatron_hapo.data.reasoning_tasks import encode_task, import_reasoning_gym
-from megatron_hapo.reward.pool import WorkerPool
 from megatron_hapo.reward.worker import Job
+from megatron_hapo.reward.worker_pool import WorkerPool
 
 EXPRESSIONS = (
     (r"\frac{2}{2 \cdot %d}", r"\frac{1}{%d}"),
@@ -31,12 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2048, help="responses of each kind; a warm-up comes first")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="kinds whose names contain this")
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
     isolation = None
     print("| scorer | responses / s | CPU ms / response | s for 8,192 | mean score | failures |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, jobs in kinds(options.count).items():
+    chosen = {name: jobs for name, jobs in kinds(options.count).items() if options.only in name}
+    for name, jobs in chosen.items():
         pool = WorkerPool(num_workers=options.workers, timeout_seconds=30.0, memory_bytes=2 << 30)
         pool.run(jobs[: 64 * options.workers])
         start = time.perf_counter()
@@ -63,6 +65,8 @@ def kinds(count: int) -> dict[str, list[Job]]:
         "exact": [_plain("Answer: %d", row, "arithmetic") for row in range(count)],
         "math, integers": [_plain("so \\boxed{%d}", row, "math_dapo") for row in range(count)],
         "math, expressions": [_expression(row) for row in range(count)],
+        "math, expressions, all different": [_expression(16 * row + row % 2) for row in range(count)],
+        "math, expressions of another form": [_other_form(row) for row in range(count)],
         "math, no answer": [_plain("It is %d", row, "math_dapo") for row in range(count)],
     }
     for name in TASKS:
@@ -98,6 +102,13 @@ def _plain(text: str, row: int, source: str) -> Job:
 def _expression(row: int) -> Job:
     said, truth = EXPRESSIONS[row // 16 % len(EXPRESSIONS)]
     return Job("Answer: " + said % (row // 16 + 2 + row % 2), truth % (row // 16 + 2), "math_dapo", "auto")
+
+
+def _other_form(row: int) -> Job:
+    """All different, and all wrong: sympy tries to simplify the difference."""
+    said, _ = EXPRESSIONS[row % len(EXPRESSIONS)]
+    _, truth = EXPRESSIONS[(row + 1) % len(EXPRESSIONS)]
+    return Job("Answer: " + said % (row + 2), truth % (row + 2), "math_dapo", "auto")
 
 
 def _task(name: str, answers: list[str], row: int) -> Job:

@@ -36,6 +36,8 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """All columns of the row that it comes from, as JSON values, for a reward of the user's own; they stay in the
     driver. Empty for generated problems."""
+    question: str = ""
+    """Its last message as text, for judges; it stays in the driver."""
     scorer: str | None = None
     """Overrides reward.scorer; only prompts of an evaluation set with a scorer of its own have one."""
 
@@ -169,6 +171,18 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What it took to have a response scored by a server."""
+
+    requests: int
+    """That were sent, repeated ones included."""
+    seconds: float
+    """From sending the first request to the end of the last one."""
+    failed: bool
+    """Whether there was no useful answer."""
+
+
+@dataclass(frozen=True)
 class Score:
     """What one response earned."""
 
@@ -185,6 +199,8 @@ class Score:
     own, or several scorers. None: it follows."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, for the metrics and the records of responses."""
+    asked: Asked | None = None
+    """None: no server was asked."""
 
     @property
     def correct(self) -> bool:

@@ -1,17 +1,25 @@
-"""Tries rewards of the user's own on sample rows, in a sandboxed worker, before anything else of a run starts."""
+"""Tries judges and rewards of the user's own on sample rows, before anything else of a run starts."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
 
 from megatron_hapo.config import Config
-from megatron_hapo.config.scorer_names import is_own
+from megatron_hapo.config.scorer_names import is_own, judge_of, judge_scorer
+from megatron_hapo.config.service_settings import ServiceConfig
 from megatron_hapo.errors import RewardError
-from megatron_hapo.reward.composition import job_of, scorers_of
+from megatron_hapo.reward.composition import graded, jobs_of, scorers_of
+from megatron_hapo.reward.judges import Judges, Question
 from megatron_hapo.reward.pool import open_workers
 from megatron_hapo.reward.programs import CodeTestsError, tests_of_row
+from megatron_hapo.reward.request_loop import RequestLoop
+from megatron_hapo.reward.sandbox_server import SandboxServer
 from megatron_hapo.reward.worker import Job, Outcome
 from megatron_hapo.types import Prompt
 
@@ -19,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = 8
 """Prompts of each scorer that are tried."""
+JUDGE_SECONDS = 20.0
+"""A judge that answers no request for this long is down already at the start."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class TriedScorer:
                 f"{self.scorer}: fails on {len(self.failures)} of {len(self.outcomes)} sample responses: "
                 f"{self.failures[0]}; such responses get reward.wrong"
             )
-        totals = {outcome.total for outcome in self.outcomes}
+        totals = {outcome.correctness if outcome.total is None else outcome.total for outcome in self.outcomes}
         if len(totals) == 1:
             return (
                 f"{self.scorer}: gives {totals.pop():g} to all of {len(self.outcomes)} sample responses, right and "
@@ -51,13 +61,15 @@ class TriedScorer:
 
 
 def check_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[str]:
-    """Warnings about the rewards of the user's own, which are tried on responses to these prompts and logged.
+    """Warnings about judges and rewards of the user's own, which are tried on responses to these prompts and logged.
 
     Raises:
-        RewardError: a function cannot be imported or called, or fails on every response.
+        RewardError: a function cannot be imported or called, a judge or the sandbox server does not answer, or one of
+            them fails on every response.
     """
     _check_tests(config, prompts)
-    tried = try_own_rewards(config, prompts)
+    _check_server(config)
+    tried = [*try_own_rewards(config, prompts), *try_judges(config, prompts)]
     for scorer in tried:
         if len(scorer.failures) == len(scorer.outcomes):
             raise RewardError(f"{scorer.scorer}: fails on every sample response: {scorer.failures[0]}")
@@ -86,7 +98,8 @@ def try_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[TriedScor
             rows[scorer] = rows.get(scorer, 0) + 1
             if rows[scorer] <= ROWS:
                 texts = sample_responses(prompt.ground_truth)
-                jobs.setdefault(scorer, []).extend(job_of(prompt, text, scorer, config.reward) for text in texts)
+                scored = [(prompt, text, scorer) for text in texts]
+                jobs.setdefault(scorer, []).extend(jobs_of(scored, config.reward))
     if not jobs:
         return []
     pool = open_workers(config.reward.model_copy(update={"workers": 1}), tuple(jobs))
@@ -94,6 +107,56 @@ def try_own_rewards(config: Config, prompts: Sequence[Prompt]) -> list[TriedScor
         return [TriedScorer(scorer, tuple(pool.run(its_jobs))) for scorer, its_jobs in jobs.items()]
     finally:
         pool.close()
+
+
+def try_judges(config: Config, prompts: Sequence[Prompt]) -> list[TriedScorer]:
+    """What each judge gives for a response that states the truth and for one that does not, to its first prompt.
+
+    Raises:
+        RewardError: a judge refuses the request, or has not answered within JUDGE_SECONDS.
+    """
+    questions: dict[str, list[Question]] = {}
+    for prompt in prompts:
+        for scorer in scorers_of(prompt, config.reward):
+            name = judge_of(scorer)
+            if name is not None and name not in questions:
+                right, *_, wrong = sample_responses(prompt.ground_truth)
+                questions[name] = [Question(name, prompt, text) for text in (right, wrong)]
+    if not questions:
+        return []
+    loop = RequestLoop()
+    try:
+        judges = Judges({name: _impatient(config.reward.judges[name]) for name in questions}, loop)
+        outcomes = iter(judges.start([question for asked in questions.values() for question in asked]).result())
+        return [TriedScorer(judge_scorer(name), tuple(islice(outcomes, 2))) for name in questions]
+    finally:
+        loop.close()
+
+
+def _check_server(config: Config) -> None:
+    """Raise RewardError if the sandbox server, if there is one, does not run a program."""
+    code = config.reward.code
+    if code.server is None:
+        return
+    reward = config.reward.model_copy(
+        update={"code": code.model_copy(update={"server": _impatient(code.server), "credit": "share"})}
+    )
+    program = "```python\nprint(int(input()) + 1)\n```"
+    tests = json.dumps({"inputs": ["1"], "outputs": ["2"]})
+    prompt = Prompt(uid="trial", token_ids=np.zeros(0, np.int32), ground_truth=tests, data_source="")
+    loop = RequestLoop()
+    try:
+        (outcome,) = SandboxServer(reward, loop).start(jobs_of([(prompt, program, "code")], reward)).result()
+    finally:
+        loop.close()
+    if outcome.failure is not None or graded(prompt, "code", outcome, reward).correctness < 1:
+        reason = outcome.reason or "it gave another result"
+        raise RewardError(f"reward.code.server: {code.server.url} does not run a program that adds 1: {reason}")
+
+
+def _impatient[S: ServiceConfig](settings: S) -> S:
+    """The settings with which a server is asked at the start."""
+    return settings.model_copy(update={"when_down": "end", "down_after_seconds": JUDGE_SECONDS})
 
 
 def sample_responses(ground_truth: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from megatron_hapo.config.data_sources import (
 )
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
-from megatron_hapo.config.scorer_names import Scorer
+from megatron_hapo.config.scorer_names import BUILT_IN_SCORERS, Scorer, judge_of, judge_scorer
 from megatron_hapo.config.section import (
     ONE,
     SEVERAL,
@@ -26,8 +26,10 @@ from megatron_hapo.config.section import (
     PositiveInt,
     Seconds,
     Section,
+    SectionName,
     one_or_several,
 )
+from megatron_hapo.config.service_settings import JudgeConfig, ServiceConfig
 
 Source = FileData | TaskData | ArithmeticData | CheckedSumsData
 """One source of prompts, in whatever place of the config."""
@@ -114,7 +116,11 @@ class CodeConfig(Section):
     credit: Literal["all_or_nothing", "share"] = "all_or_nothing"
     """`all_or_nothing`: a program is correct if it passes all tests. `share`: the share of tests that it passes."""
     test_seconds: Seconds = 6.0
-    """A test that runs longer has failed. All tests of a program together have reward.timeout_seconds."""
+    """A test that runs longer has failed. In reward workers, all tests of a program together have
+    reward.timeout_seconds."""
+    server: ServiceConfig | None = None
+    """A sandbox server that runs the tests in place of the reward workers: SandboxFusion, or another one with its POST
+    /run_code. `None`: the reward workers."""
 
 
 class RewardConfig(Section):
@@ -126,15 +132,15 @@ class RewardConfig(Section):
         Discriminator(one_or_several),
     ] = "auto"
     """`auto`: chosen by the data source. `math`: math-verify. `exact`: the text after the last 'answer' must match.
-    `reasoning_gym`: the task's own scorer. `code`: runs the program on the row's tests. FILE.py:NAME or MODULE:NAME: a
-    function of your own; the file's path is relative to the config file. A list: several, whose weighted sum is the
-    reward; accuracy is the first one's."""
+    `reasoning_gym`: the task's own scorer. `code`: runs the program on the row's tests. judge/NAME: the language
+    model of reward.judges.NAME. FILE.py:NAME or MODULE:NAME: a function of your own; the file's path is relative to the
+    config file. A list: several, whose weighted sum is the reward; accuracy is the first one's."""
     weights: tuple[Weight, ...] | None = None
     """Weight of each scorer in a list. `None`: 1 each."""
     scorers: dict[str, Scorer] = Field(default_factory=dict)
     """The scorer of each data source by its name, e.g. {openai/gsm8k: math}; other data sources have `scorer`."""
     correct: Reward = 1.0
-    """Reward of a correct response, where a built-in scorer judges alone."""
+    """Reward of a correct response, where a built-in scorer or a judge judges alone."""
     wrong: Reward = -1.0
     """Reward of a wrong response there, and of a response that could not be scored."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 2
@@ -147,6 +153,8 @@ class RewardConfig(Section):
     """Evaluate answers even where the system offers neither user namespaces nor Landlock nor seccomp to confine them. A
     response can then run code with the rights of the user who trains."""
     code: CodeConfig = CodeConfig()
+    judges: dict[SectionName, JudgeConfig] = Field(default_factory=dict)
+    """Language models behind an endpoint, by name; the scorer judge/NAME asks one."""
     overlong: OverlongConfig = OverlongConfig()
 
     @property
@@ -183,6 +191,7 @@ class RewardConfig(Section):
         yield from self._weight_faults()
         if self.code != CodeConfig() and "code" not in self.used_scorers(data):
             yield Fault("reward.code", "has no effect: no scorer is code", ("reward.scorer", "reward.scorers"))
+        yield from self._judge_faults(data)
         for key, source in data.sources:
             if "reasoning_gym" in self.default_scorers and source.type != "reasoning_gym":
                 yield Fault(
@@ -190,6 +199,24 @@ class RewardConfig(Section):
                     f"reasoning_gym cannot score {key}.type={source.type}; use auto, which chooses by the data source",
                     (f"{key}.type",),
                 )
+
+    def _judge_faults(self, data: DataConfig) -> Iterator[Fault]:
+        """Judges that no scorer names or that cannot be, and scorers that name no judge."""
+        used = self.used_scorers(data)
+        for scorer, key in used.items():
+            name = judge_of(scorer)
+            if name is not None and name not in self.judges:
+                known = ", ".join(map(judge_scorer, self.judges)) or "none"
+                yield Fault(key, f"{scorer} is no judge of reward.judges; there: {known}", ("reward.judges",))
+        for name, judge in self.judges.items():
+            key = f"reward.judges.{name}"
+            if name in BUILT_IN_SCORERS:
+                yield Fault(key, f"must have another name: {name} is a built-in scorer")
+            elif judge_scorer(name) not in used:
+                yield Fault(
+                    key, f"has no effect: no scorer is {judge_scorer(name)}", ("reward.scorer", "reward.scorers")
+                )
+            yield from judge.contradictions(key)
 
     def _weight_faults(self) -> Iterator[Fault]:
         """Scorers and weights that do not fit each other."""

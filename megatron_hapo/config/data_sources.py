@@ -30,13 +30,14 @@ def _with_placeholder(template: str) -> str:
     return template
 
 
-def _pattern_with_group(pattern: str) -> str:
+def pattern_with_group(pattern: str) -> str:
+    """The validator of a regular expression with one group."""
     try:
         groups = re.compile(pattern).groups
     except (re.error, OverflowError, RecursionError):
         raise PydanticCustomError("pattern", "must be a regular expression") from None
     if groups != 1:
-        raise PydanticCustomError("pattern", "must be a regular expression with one group, the answer")
+        raise PydanticCustomError("pattern", "must be a regular expression with one group, for what is looked for")
     return pattern
 
 
@@ -76,7 +77,7 @@ class FileData(PromptText):
     hf:ORG/NAME, hf:ORG/NAME/CONFIG@REVISION:SPLIT (revision main and split train unless given), or a folder of one as
     hf:./FOLDER:SPLIT. Rows that cannot be used are dropped, counted and reported with their reasons."""
     columns: ColumnsConfig = ColumnsConfig()
-    answer_pattern: Annotated[str, AfterValidator(_pattern_with_group)] | None = None
+    answer_pattern: Annotated[str, AfterValidator(pattern_with_group)] | None = None
     r"""Regular expression that is searched in the answer's text; its group is the ground truth, e.g. '#### (.+)' for
     GSM8K. Rows without a match are dropped. `None`: the whole text."""
     data_source: Annotated[str, Field(min_length=1)] | None = None

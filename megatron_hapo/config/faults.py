@@ -109,6 +109,8 @@ def _fault(error: ErrorDetails, schema: type[BaseModel]) -> Fault:
             return Fault(f"{key}.type", "is required")
         case "union_tag_invalid":
             return Fault(f"{key}.type", f"must be one of {context['expected_tags']}, got {_Given(context['tag'])!r}")
+        case "secret":  # what was given may be a key
+            return Fault(key, error["msg"])
         case known if known in _MESSAGES:
             return Fault(key, _MESSAGES[known].format(given=given, **context))
         case _:
@@ -155,7 +157,7 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[s
         if part == NAMED:
             is_name = True
             continue
-        if is_name:
+        if is_name or (named and not sections):  # some settings can be nothing but a mapping of named sections
             keys.append(str(part))
             sections, is_name = named, False
             continue

@@ -1,4 +1,4 @@
-"""The names of scorers in a config: a built-in one, or a function of the user's own as FILE.py:NAME or MODULE:NAME."""
+"""The names of scorers in a config: built-in ones, judges, and functions of the user's own."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from megatron_hapo.config.section import path_fault
+from megatron_hapo.config.section import path_fault, section_name_fault
 
 BUILT_IN_SCORERS = ("auto", "math", "exact", "reasoning_gym", "code")
 
+_JUDGE = "judge/"
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def is_own(scorer: str) -> bool:
     """Whether the scorer is a function of the user's own."""
     return ":" in scorer
+
+
+def judge_of(scorer: str) -> str | None:
+    """The name of the judge that a scorer is; None for any other scorer."""
+    return scorer.removeprefix(_JUDGE) if scorer.startswith(_JUDGE) else None
+
+
+def judge_scorer(name: str) -> str:
+    """The scorer that is this judge."""
+    return f"{_JUDGE}{name}"
+
+
+def part_name(scorer: str) -> str:
+    """What the value of one of several scorers is called among the parts of the reward."""
+    return function_of(scorer)[1] if is_own(scorer) else judge_of(scorer) or scorer
 
 
 def function_of(scorer: str) -> tuple[str, str]:
@@ -66,14 +82,19 @@ def with_located_scorers(settings: Mapping[str, Any], folder: Path) -> dict[str,
 def _known_scorer(scorer: str) -> str:
     if scorer in BUILT_IN_SCORERS:
         return scorer
+    judge = judge_of(scorer)
+    if judge is not None and section_name_fault(judge) is None:
+        return scorer
     target, function = function_of(scorer)
     if function.isidentifier() and path_fault(target) is None and (is_file(target) or _MODULE.fullmatch(target)):
         return scorer
     allowed = ", ".join(BUILT_IN_SCORERS)
     raise PydanticCustomError(
-        "scorer", "must be {allowed}, or a function as FILE.py:NAME or MODULE:NAME", {"allowed": allowed}
+        "scorer",
+        "must be {allowed}, a judge as judge/NAME, or a function as FILE.py:NAME or MODULE:NAME",
+        {"allowed": allowed},
     )
 
 
 Scorer = Annotated[str, AfterValidator(_known_scorer)]
-"""A built-in scorer, or the user's own."""
+"""A built-in scorer, a judge, or the user's own."""

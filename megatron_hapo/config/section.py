@@ -80,9 +80,15 @@ def one_or_several(value: Any) -> str:
     return SEVERAL if isinstance(value, list | tuple) else ONE
 
 
+def section_name_fault(name: str) -> str | None:
+    """Why a section cannot have this name; None if one can."""
+    fits = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name) is not None
+    return None if fits else "must be a name of letters, digits and underscores"
+
+
 def _section_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-        raise PydanticCustomError("name", "must be a name of letters, digits and underscores")
+    if (fault := section_name_fault(name)) is not None:
+        raise PydanticCustomError("name", fault)  # pyright: ignore[reportArgumentType]  # a literal, for translations
     return name
 
 

@@ -137,6 +137,7 @@ def _prompt(problem: Problem, token_ids: Sequence[int]) -> Prompt:
         ground_truth=problem.ground_truth,
         data_source=problem.data_source,
         columns=problem.columns,
+        question=problem.messages[-1]["content"],
     )
 
 

@@ -16,6 +16,7 @@ from megatron_hapo.checkpoint.manifest import check_manifest
 from megatron_hapo.checkpoint.model_folder import model_fingerprint
 from megatron_hapo.checks.own_rewards import ROWS, check_own_rewards
 from megatron_hapo.config import Config
+from megatron_hapo.config.service_settings import ServiceConfig
 from megatron_hapo.data.job_prompts import evaluation_prompts
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.launch.ray.local_ray import local_ray
@@ -34,8 +35,12 @@ _RESPONSES_PER_SLOT = 8
 leave engines idle, but a call's responses are lost if it is interrupted."""
 _SAMPLING = {"samples", "temperature", "top_p", "max_response_tokens"}
 """Settings of a set that its sampling has with the values in effect."""
-_NOT_OF_SCORES = {"workers", "memory_bytes", "overlong", "correct", "wrong"}
-"""Settings of rewards on which correctness does not depend."""
+_NOT_OF_SCORES: dict[str, Any] = {
+    **dict.fromkeys(("workers", "memory_bytes", "overlong", "correct", "wrong"), True),
+    "judges": {"__all__": set(ServiceConfig.model_fields)},
+    "code": {"server"},
+}
+"""Settings of rewards on which correctness does not depend: a server may have moved."""
 
 
 def run_evaluations(configs: Mapping[str, Config], output: Path) -> dict[str, dict[str, list[Evaluated]]]:

@@ -66,6 +66,7 @@ def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "reward/accuracy": float(np.mean([score.correct for score in scores])),
         "reward/failures": sum(score.failure is not None for score in scores),
         **part_metrics(scores),
+        **judge_metrics(scores),
         "rollout/informative_groups": float(np.mean([group.informative for group in groups])),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
@@ -81,6 +82,19 @@ def part_metrics(scores: Sequence[Score]) -> dict[str, float]:
     """The mean of each named part of the rewards, over the responses that have it."""
     names = sorted({name for score in scores for name in score.parts})
     return {f"reward/{name}": float(np.mean([s.parts[name] for s in scores if name in s.parts])) for name in names}
+
+
+def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """What it took to have responses scored by judges; empty if none was."""
+    asked = [score.asked for score in scores if score.asked is not None]
+    if not asked:
+        return {}
+    return {
+        "judge/judged": sum(not one.failed for one in asked),
+        "judge/failed": sum(one.failed for one in asked),
+        "judge/requests": sum(one.requests for one in asked),
+        "judge/seconds": float(np.mean([one.seconds for one in asked])),
+    }
 
 
 def staleness(groups: Sequence[ScoredGroup], step: int) -> float:

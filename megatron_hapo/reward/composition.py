@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hapo.config import RewardConfig
-from megatron_hapo.config.scorer_names import function_of, is_own
+from megatron_hapo.config.scorer_names import is_own, part_name
 from megatron_hapo.reward.programs import CodeTestsError, share_passed, tests_of_row
 from megatron_hapo.reward.worker import Job, Outcome
-from megatron_hapo.types import Prompt
+from megatron_hapo.types import Asked, Prompt
 
 
 class Earned(NamedTuple):
@@ -32,17 +32,30 @@ def scorers_of(prompt: Prompt, config: RewardConfig) -> dict[str, float | None]:
     return {single: None} if single is not None else config.default_scorers
 
 
-def job_of(prompt: Prompt, response: str, scorer: str, config: RewardConfig) -> Job:
-    """The job of one scorer on one response. That of `code` holds the tests without their results."""
+def jobs_of(scored: Sequence[tuple[Prompt, str, str]], config: RewardConfig) -> list[Job]:
+    """The job of a worker for each prompt, response and scorer. Jobs of one prompt and scorer share their row, which is
+    then sent once for all of them."""
+    rows: dict[tuple[int, str], Mapping[str, Any]] = {}
+    jobs = []
+    for prompt, response, scorer in scored:
+        key = (id(prompt), scorer)
+        if key not in rows:
+            rows[key] = _row(prompt, scorer, config)
+        truth = "" if scorer == "code" else prompt.ground_truth
+        jobs.append(Job(response, truth, prompt.data_source, scorer, rows[key]))
+    return jobs
+
+
+def _row(prompt: Prompt, scorer: str, config: RewardConfig) -> Mapping[str, Any]:
+    """What a scorer needs of a row: for `code` the tests without their results."""
     if scorer != "code":
-        row = prompt.columns if is_own(scorer) else {}
-        return Job(response, prompt.ground_truth, prompt.data_source, scorer, row)
+        return prompt.columns if is_own(scorer) else {}
     try:
         tests = tests_of_row(prompt.ground_truth, prompt.columns).for_worker()
     except CodeTestsError as error:
-        return Job(response, "", prompt.data_source, scorer, {"fault": str(error)})
+        return {"fault": str(error)}
     how = {"test_seconds": config.code.test_seconds, "stop_at_failure": config.code.credit == "all_or_nothing"}
-    return Job(response, "", prompt.data_source, scorer, tests | how)
+    return tests | how
 
 
 def graded(prompt: Prompt, scorer: str, outcome: Outcome, config: RewardConfig) -> Outcome:
@@ -60,7 +73,9 @@ def earned(weights: dict[str, float | None], outcomes: Sequence[Outcome], config
         weights: the scorers with their weights, in the order of `outcomes`.
     """
     failed = next((outcome for outcome in outcomes if outcome.failure is not None), None)
+    asked = _asked(outcomes)
     if failed is not None:
+        failed = replace(failed, asked=asked)
         return Earned(config.wrong, failed, differs=len(weights) > 1 or is_own(next(iter(weights))))
     first = outcomes[0]
     if len(weights) == 1 and None in weights.values():
@@ -71,8 +86,18 @@ def earned(weights: dict[str, float | None], outcomes: Sequence[Outcome], config
     for (scorer, weight), outcome in zip(weights.items(), outcomes, strict=True):
         assert weight is not None, "only a single scorer has no weight"
         value = outcome.correctness if outcome.total is None else outcome.total
-        name = function_of(scorer)[1] if is_own(scorer) else scorer
+        name = part_name(scorer)
         total += weight * value
         parts[name] = value
         parts |= {f"{name}_{part}": number for part, number in outcome.parts.items()}
-    return Earned(total, Outcome(first.correctness, total=total, parts=parts), differs=True)
+    return Earned(total, Outcome(first.correctness, total=total, parts=parts, asked=asked), differs=True)
+
+
+def _asked(outcomes: Sequence[Outcome]) -> Asked | None:
+    """What it took to ask the servers of all scorers."""
+    asked = [outcome.asked for outcome in outcomes if outcome.asked is not None]
+    if not asked:
+        return None
+    return Asked(
+        sum(one.requests for one in asked), sum(one.seconds for one in asked), any(one.failed for one in asked)
+    )

@@ -28,7 +28,7 @@ PASSED = "passed"
 """The digest of assertions that hold."""
 
 _BLOCK = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_PREAMBLE = (
+PREAMBLE = (
     "import bisect, collections, functools, heapq, itertools, math, random, re, string\n"
     "from collections import *\nfrom functools import *\nfrom itertools import *\nfrom typing import *\n"
 )
@@ -119,7 +119,7 @@ def run_test(program: str, kind: Kind, test: str, *, function: str, prompt: str,
         source = program if f"def {function}" in program else prompt + program
         _execute(f"{source}\n\n{test}\n\ncheck({function})\n", "checked")
         return nonce
-    namespace = _execute(_PREAMBLE + program, "solution")
+    namespace = _execute(PREAMBLE + program, "solution")
     owner = namespace.get("Solution")
     call = getattr(owner(), function) if owner is not None and hasattr(owner, function) else namespace[function]
     return json.dumps(call(*json.loads(test)), default=list).encode()

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_hapo.config import Config
 from megatron_hapo.errors import DataError
 from megatron_hapo.reward.composition import Earned
-from megatron_hapo.reward.pool import open_workers, score_texts
+from megatron_hapo.reward.pool import Scorers
 from megatron_hapo.types import Prompt
 
 
@@ -54,8 +54,8 @@ class ScoredFile:
 def score_file(config: Config, path: Path) -> ScoredFile:
     """The scores of the responses in a JSONL file; the overlong penalty, which needs tokens, is left out.
 
-    A row has `response` and `ground_truth` or `answer`, perhaps `data_source`, and any other column that a reward of
-    the user's own reads. The responses that `megatron-hapo eval` writes are such files.
+    A row has `response` and `ground_truth` or `answer`, perhaps `data_source`, `prompt` for judges, and any other
+    column that a reward of the user's own reads. The responses that `megatron-hapo eval` writes are such files.
 
     Raises:
         DataError: the file cannot be read, or a row lacks a column.
@@ -63,11 +63,11 @@ def score_file(config: Config, path: Path) -> ScoredFile:
     """
     rows = _read_rows(path)
     prompts = [_prompt(path, number, row) for number, row in enumerate(rows)]
-    pool = open_workers(config.reward, tuple(config.reward.used_scorers(config.data)))
+    scorers = Scorers(config.reward, tuple(config.reward.used_scorers(config.data)))
     try:
-        return ScoredFile(rows, score_texts(pool, config.reward, prompts, [row["response"] for row in rows]))
+        return ScoredFile(rows, scorers.score(prompts, [row["response"] for row in rows]))
     finally:
-        pool.close()
+        scorers.close()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -99,5 +99,9 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any]) -> Prompt:
     if not isinstance(source, str):
         raise DataError(f"{path}: row {number}: data_source must be a string")
     columns = {name: value for name, value in row.items() if name != "response"}
+    question = columns.get("prompt", "")
     no_tokens = np.zeros(0, dtype=np.int32)
-    return Prompt(uid=str(number), token_ids=no_tokens, ground_truth=str(truth), data_source=source, columns=columns)
+    return Prompt(
+        uid=str(number), token_ids=no_tokens, ground_truth=str(truth), data_source=source, columns=columns,
+        question=question if isinstance(question, str) else "",
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from itertools import pairwise
 from typing import Any, Literal, assert_never
 
 from megatron_hapo.data.reasoning_tasks import REASONING_GYM_PREFIX, import_reasoning_gym
@@ -44,9 +45,29 @@ _WARM_UP = (
     ),
     *("(1, 2)", "(1, 2]", r"[0, \infty)", r"(-\infty, 1) \cup (2, 3)", r"\{1, 2\}", "1, 2", r"x \le 3", "y=2x+1"),
     *(r"3 \cdot 5", r"3 \times 10^{4}", r"\binom{5}{2}", "5!", "|x|", "2+3i", r"50\%", r"90^\circ", r"\text{even}"),
+    *(
+        r"-\frac{7\sqrt{2}}{4}",
+        r"\frac{3}{\sqrt{7}}",
+        r"\frac{\sqrt{5}}{3}",
+        r"4\sqrt{5}-3",
+        r"\sqrt{5}-\sqrt{2}",
+        "-1.25",
+    ),
+    *(
+        "x^{3}-5x+6",
+        r"\frac{2x-1}{x+3}",
+        r"\frac{k(k-1)}{6}",
+        "3^{m}+2",
+        "3(a-2)",
+        "2ab-c",
+        "a^2 + b^2",
+        r"\sqrt{y^2-4}",
+    ),
+    *(r"\arcsin(1)", r"\cos^{-1}(0.5)", r"\cos 60^\circ", r"\ln(3)-2", r"\log_{5}(7)", "e^{3}+1", r"\frac{5\pi}{6}"),
+    *(r"3\pi r^2", r"4\frac{2}{3}", r"(2, -3, \frac{1}{3})", r"\{2, 4, x\}", r"(-\infty, -1) \cup [2, 5)"),
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
 )
-"""Typical answers. Parsing takes twice as long for the first answer of a kind."""
+"""Typical answers, neighbours of which differ. Parsing takes twice as long for the first answer of a kind."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
@@ -66,9 +87,24 @@ def score(response: str, ground_truth: str, data_source: str, *, scorer: Scorer 
     settled = settle(response, ground_truth, data_source, scorer=scorer)
     if settled is not None:
         return settled
+    answer = answer_of(response, data_source, scorer=scorer)
     if resolve_scorer(scorer, data_source) == "reasoning_gym":
-        return _score_task(response, ground_truth, data_source)
-    return float(_math_equal(*_math_sides(response, _plain_truth(ground_truth, data_source))))
+        dataset, entry = _task(data_source, ground_truth)
+        return float(dataset.score_answer(answer, entry))
+    return float(_math_equal(answer, _unwrap(_plain_truth(ground_truth, data_source))))
+
+
+def answer_of(response: str, data_source: str, *, scorer: Scorer = "auto") -> str:
+    """The answer in the response, on which alone its score depends. Safe without a sandbox, as `settle` is."""
+    match resolve_scorer(scorer, data_source):
+        case "reasoning_gym":
+            return _task_answer(response)
+        case "math":
+            return _unwrap(_math_conclusion(response[-TAIL_CHARACTERS:]) or "")
+        case "exact":
+            return stated_answer(response)
+        case unknown:
+            assert_never(unknown)
 
 
 def settle(response: str, ground_truth: str, data_source: str, *, scorer: Scorer = "auto") -> float | None:
@@ -113,9 +149,11 @@ def resolve_scorer(scorer: Scorer, data_source: str) -> NamedScorer:
 def preload(scorer: Scorer) -> None:
     """Import what a scorer needs, so that this does not count towards the time limit of its first response."""
     if scorer == "math":
-        # The first parses fill caches (the LaTeX grammar's, sympy's) that forked processes then share.
-        for answer in _WARM_UP:
+        # The first parses fill caches (the LaTeX grammar's, sympy's) that forked processes then share; answers that
+        # differ load the modules with which sympy simplifies.
+        for answer, other in pairwise(_WARM_UP):
             _math_equal(answer, answer)
+            _math_equal(answer, other)
     elif scorer == "reasoning_gym":
         import_reasoning_gym()
 
@@ -182,10 +220,6 @@ def _settle_math(response: str, ground_truth: str) -> float | None:
     return None
 
 
-def _math_sides(response: str, ground_truth: str) -> tuple[str, str]:
-    return _unwrap(_math_conclusion(response[-TAIL_CHARACTERS:]) or ""), _unwrap(ground_truth)
-
-
 def _plain_truth(ground_truth: str, data_source: str) -> str:
     return json.loads(ground_truth)["answer"] if data_source.startswith(REASONING_GYM_PREFIX) else ground_truth
 
@@ -195,12 +229,6 @@ def _settle_task(response: str, ground_truth: str, data_source: str) -> float | 
     _, entry = _task(data_source, ground_truth)
     name = data_source.removeprefix(REASONING_GYM_PREFIX)
     return unparsable_score(_task_answer(response), dataset=name, entry=entry)
-
-
-def _score_task(response: str, ground_truth: str, data_source: str) -> float:
-    """The score that the task's own scorer gives."""
-    dataset, entry = _task(data_source, ground_truth)
-    return float(dataset.score_answer(_task_answer(response), entry))
 
 
 def _task_answer(response: str) -> str:

@@ -1,4 +1,4 @@
-"""The process that scores responses for the pool in pool.py, parsing answers in sandboxed forks. Imports no torch."""
+"""The process that scores responses for worker_pool.py, parsing answers in sandboxed forks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,11 @@ from megatron_hapo.reward.sandbox import (
 )
 
 if TYPE_CHECKING:  # it imports numpy, which the outer process does not need
-    from megatron_hapo.types import ScoringFailure
+    from megatron_hapo.types import Asked, ScoringFailure
 
 MAX_REASON_CHARACTERS = 300
+MAX_REMEMBERED = 1024
+"""Outcomes that a worker keeps for further responses with the same answer."""
 
 _SCORED, _OWN, _FAILED = b"s", b"o", b"f"
 _SCORE = struct.Struct("!d")
@@ -69,6 +71,8 @@ class Outcome:
     """Its named parts."""
     digests: tuple[str | None, ...] = ()
     """Of what a program gave in each of its tests; the driver compares them."""
+    asked: Asked | None = None
+    """What it took, if a server scored it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,8 @@ class WorkerSettings:
     """Settings of a worker."""
 
     module: str
-    """Has `score`, `settle`, `evaluates`, `resolve_scorer` and `preload`, as megatron_hapo.reward.scorers does."""
+    """Has `score`, `settle`, `answer_of`, `evaluates`, `resolve_scorer` and `preload`, as megatron_hapo.reward.scorers
+    does."""
     timeout_seconds: float
     """Limit for each response."""
     memory_bytes: int
@@ -140,18 +145,34 @@ def parse_outcome(message: Any) -> Outcome:
     return Outcome(_checked_score(correctness), failure, reason, reward.total, reward.parts)
 
 
+def encode_jobs(jobs: Sequence[Job]) -> dict[str, Any]:
+    """The message that hands these jobs to a worker; a row that several of them share is in it once."""
+    rows = {id(job.row): job.row for job in jobs}
+    places = {key: place for place, key in enumerate(rows)}
+    return {
+        "rows": [dict(row) for row in rows.values()],
+        "jobs": [[job.response, job.ground_truth, job.data_source, job.scorer, places[id(job.row)]] for job in jobs],
+    }
+
+
+def _decode_jobs(message: Mapping[str, Any]) -> list[Job]:
+    return [Job(*fields, row=message["rows"][place]) for *fields, place in message["jobs"]]
+
+
 class _Server:
     def __init__(self, connection: socket.socket, scorers: Any, sandbox: Sandbox, settings: WorkerSettings):
         self._connection = connection
         self._scorers = scorers
         self._sandbox = sandbox
         self._settings = settings
+        self._scored: dict[tuple[str, str, str, str], Outcome] = {}
+        """Outcomes by answer, ground truth, data source and scorer, the oldest first."""
 
     def serve(self) -> None:
         loaded: set[str] = set()
         self._send({"ready": asdict(self._sandbox.isolation)})
         while (chunk := receive_frame(self._connection)) is not None:
-            jobs = [Job(*fields) for fields in chunk]
+            jobs = _decode_jobs(chunk)
             refusal = self._refusal(jobs)
             if refusal:
                 self._send({"refused": refusal})
@@ -210,6 +231,19 @@ class _Server:
             return Outcome(0.0, "crash", _printable(repr(error)))
         if settled is not None:
             return Outcome(settled)
+        # Responses with the same answer to the same row run the same computation, whatever they try in it.
+        same = (self._scorers.answer_of(job.response, job.data_source, scorer=job.scorer), *fields[1:], job.scorer)
+        if same not in self._scored:
+            outcome = self._parsed_outcome(job)
+            if outcome.failure is not None:
+                return outcome  # perhaps of the moment
+            if len(self._scored) >= MAX_REMEMBERED:
+                self._scored.pop(next(iter(self._scored)))
+            self._scored[same] = outcome
+        return self._scored[same]
+
+    def _parsed_outcome(self, job: Job) -> Outcome:
+        fields = (job.response, job.ground_truth, job.data_source)
 
         def judge() -> bytes:
             try:
@@ -273,7 +307,7 @@ def _is_here(scorer: str) -> bool:
 
 
 def _read(ending: Ending, timeout_seconds: float) -> Outcome:
-    """The outcome of a confined call. Its output may be hostile, and affects only its own response."""
+    """The outcome of a confined call. Its output may be hostile, and affects only responses with the same answer."""
     if ending.late:
         return Outcome(0.0, "timeout", f"no result within {timeout_seconds:g} s")
     if ending.exit_code == EXIT_OUT_OF_MEMORY:

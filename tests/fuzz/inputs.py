@@ -54,6 +54,8 @@ class Case:
 def cases() -> Iterator[Case]:
     """All inputs; the same ones each time."""
     for generate in (
+        _judges,
+        _printing,
         _settings,
         _yaml_files,
         _model_configs,
@@ -346,6 +348,41 @@ def _named_data(draw: random.Random) -> Iterator[Case]:
         yield Case(f"eval --output {_short(output)}", ("eval", "run.yaml", *sound, "--output", output))
     yield Case("eval twice", ("eval", "run.yaml", *sound, "--model", "model", "--model", "model"))
     yield Case("eval of sets", ("eval", "run.yaml", *sound, "--model", "model"))
+
+
+def _judges(draw: random.Random) -> Iterator[Case]:
+    """Judges, of which none can be reached."""
+    from megatron_hapo.config import RewardConfig
+    from megatron_hapo.config.section import named_types
+
+    (judge,) = named_types(RewardConfig.model_fields["judges"].annotation)
+    sound = ("reward.judges={q: {url: http://127.0.0.1:9, model: m}}", "reward.scorer=judge/q")
+    yield Case("judge that is down", (*TRAIN, *sound))
+    yield Case("judge without its key", (*TRAIN, *sound, "reward.judges.q.api_key_env=NO_SUCH_VARIABLE"))
+    for key in (*fields_by_key(judge), "none"):
+        for value in draw.sample(YAML_VALUES, 3):
+            yield Case(f"judge {key}={_short(value)}", (*TRAIN, *sound, f"reward.judges.q.{key}={value}"))
+    for url in ("x", "ftp://x", "http://", "http:///x", "http://x:0", "http://x:99999", "http://u:p@x", "http://x?k=1",
+                "http://x#y", "http://[", "https://" + "a" * 3000, "http://a b", "http://\ud800", "http://\0"):  # fmt: skip
+        yield Case(f"judge at {_short(url)}", (*TRAIN, *sound, f"reward.judges.q.url='{url}'"))
+    for scorer in ("judge/", "judge/r", "judge/q/q", "[judge/q,judge/q]", "judge/q:f", "judge/" + "q" * 100):
+        yield Case(f"scorer {_short(scorer)}", (*TRAIN, *sound, f"reward.scorer={scorer}"))
+    for name in ("a-b", "''", "math", "é", "null", "1"):
+        yield Case(
+            f"judge {_short(name)}", (*TRAIN, f"reward.judges={{{name}: {{url: http://127.0.0.1:9, model: m}}}}")
+        )
+
+
+def _printing(draw: random.Random) -> Iterator[Case]:
+    """Commands that only print."""
+    yield Case("dry run", (*TRAIN, "--dry-run"))
+    yield Case("completion of bash", ("completion", "bash"))
+    for argv in (("completion",), ("completion", "fish"), ("completion", "bash", "zsh"), ("completion", "bash", "a=1")):
+        yield Case(" ".join(argv), argv)
+    for value in draw.sample(YAML_VALUES, 8):
+        yield Case(f"dry run parallel.dp={_short(value)}", (*TRAIN, "--dry-run", f"parallel.dp={value}"))
+    for engines in (33, 10_000):
+        yield Case(f"{engines} engines", (*TRAIN, f"rollout.engines={engines}", "device=cpu"))
 
 
 def _paths(draw: random.Random) -> Iterator[Case]:

@@ -54,6 +54,7 @@ def sound_run(tmp_path_factory) -> Path:
 def stubs(monkeypatch) -> None:
     """Every command ends with StartedError where its work would begin."""
     from megatron_hapo.checkpoint import convert, quantize
+    from megatron_hapo.checks import own_rewards
     from megatron_hapo.data import chat_template
     from megatron_hapo.launch import evaluate_models, run
     from megatron_hapo.launch.compare import runs
@@ -65,6 +66,7 @@ def stubs(monkeypatch) -> None:
     monkeypatch.setattr(convert, "_convert", start)
     monkeypatch.setattr(quantize, "_quantize_folder", lambda job, source, folder: start(quantize._prompts(job, source)))
     monkeypatch.setattr(chat_template, "SECONDS", 3.0)
+    monkeypatch.setattr(own_rewards, "JUDGE_SECONDS", 0.05)
 
 
 def outcome(argv: tuple[str, ...]) -> str:

@@ -4,15 +4,16 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.reward.answer_grammar import EVALUATED_TASKS
-from megatron_hapo.reward.pool import WorkerPool
 from megatron_hapo.reward.scorers import preload, score
 from megatron_hapo.reward.worker import Job
+from megatron_hapo.reward.worker_pool import WorkerPool
 from tests.reward.hostile_responses import SECRET, hostile_jobs, payloads, right_answer
 
 CANARIES = [Path(folder) / "hostile-canary" for folder in ("/", "/tmp", "/dev/shm", Path.home(), Path.cwd())]
@@ -28,11 +29,12 @@ def canary(tmp_path, monkeypatch) -> Path:
 def evaluator(tmp_path, monkeypatch) -> str:
     """A scorer that evaluates any response, as reasoning-gym's do, without a grammar in front of it."""
     (tmp_path / "evaluator.py").write_text(
-        "import megatron_hapo.reward.scorers, reasoning_gym\n"
+        "import megatron_hapo.reward.scorers, os, reasoning_gym\n"
         "def resolve_scorer(scorer, data_source): return scorer\n"
         "def evaluates(scorer, data_source): return True\n"
         "def preload(scorer): pass\n"
         "def settle(response, ground_truth, data_source, *, scorer): return None\n"
+        "def answer_of(response, data_source, *, scorer): return os.urandom(8).hex()  # each is scored\n"
         "def score(response, ground_truth, data_source, *, scorer):\n"
         "    value = eval(response)\n"
         "    return float(value is True or megatron_hapo.reward.scorers.is_right_exact(str(value), ground_truth))\n"
@@ -71,8 +73,10 @@ def test_hostile_responses_run_nothing_and_change_no_later_score(canary):
     honest = [right_answer(name) for name in EVALUATED_TASKS]
     honest += [Job("Answer: \\frac12", "0.5", "math_dapo", "auto"), Job("Answer: 3", "3", "arithmetic", "auto")]
     wrong = [Job("<answer>wrong</answer>", job.ground_truth, job.data_source, "auto") for job in honest[:9]]
-    # A harmless response after every hostile one, on the same worker or on the other.
+    # A harmless response after every hostile one, on the same worker or on the other. Their truths differ by spaces, so
+    # that each is scored anew.
     between = [(honest + wrong)[number % 20] for number in range(len(hostile))]
+    between = [replace(job, ground_truth=job.ground_truth + " " * number) for number, job in enumerate(between)]
     pool = WorkerPool(num_workers=2, timeout_seconds=6.0, memory_bytes=2 << 30)
     pool.run(honest)
     pids = [worker.pid for worker in pool._workers]

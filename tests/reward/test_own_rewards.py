@@ -15,7 +15,7 @@ from megatron_hapo.config import Config, RewardConfig, dump_config, load_config
 from megatron_hapo.errors import ConfigError, RewardError
 from megatron_hapo.observe.step_metrics import part_metrics
 from megatron_hapo.reward.own_scorer import OwnScorerError, load_own_scorer, read_result
-from megatron_hapo.reward.pool import open_workers, score_texts
+from megatron_hapo.reward.pool import Scorers
 from megatron_hapo.types import Prompt, Score, ScoredGroup
 
 REWARDS = """
@@ -85,11 +85,11 @@ def prompt(truth: str = "12", source: str = "mine", **columns: object) -> Prompt
 
 
 def score(config: RewardConfig, prompts: list[Prompt], texts: list[str]):
-    pool = open_workers(config)
+    scorers = Scorers(config)
     try:
-        return score_texts(pool, config, prompts, texts)
+        return scorers.score(prompts, texts)
     finally:
-        pool.close()
+        scorers.close()
 
 
 def test_a_file_is_relative_to_the_config_that_names_it_and_stays_the_same_in_the_run_folder(folder, tmp_path):
@@ -107,7 +107,7 @@ def test_a_file_is_relative_to_the_config_that_names_it_and_stays_the_same_in_th
     [
         (
             "reward.scorer=maths",
-            "reward.scorer: must be auto, math, exact, reasoning_gym, code, or a function as FILE.py:NAME",
+            "reward.scorer: must be auto, math, exact, reasoning_gym, code, a judge as judge/NAME, or a function as",
         ),
         ("reward.scorer=a.py:1", "or a function as FILE.py:NAME or MODULE:NAME, got"),
         ("reward.scorer=[math,math]", "reward.scorer: must not name a scorer twice"),

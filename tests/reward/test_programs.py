@@ -14,10 +14,11 @@ from megatron_hapo.checks.own_rewards import check_own_rewards
 from megatron_hapo.config import Config, RewardConfig, TaskData, load_config
 from megatron_hapo.data.problems import Problem, problems
 from megatron_hapo.errors import RewardError
-from megatron_hapo.reward.composition import job_of
-from megatron_hapo.reward.pool import WorkerPool, open_workers, score_texts
+from megatron_hapo.reward.composition import jobs_of
+from megatron_hapo.reward.pool import Scorers
 from megatron_hapo.reward.programs import CodeTestsError, parse_tests, program_of
 from megatron_hapo.reward.scorers import score
+from megatron_hapo.reward.worker import encode_jobs
 from megatron_hapo.types import Prompt
 
 ROOT = Path(__file__).parents[2]
@@ -47,19 +48,19 @@ CONFIG = RewardConfig.model_validate(
 
 
 @pytest.fixture(scope="module")
-def pool():
-    pool = open_workers(CONFIG)
-    yield pool
-    pool.close()
+def scorers():
+    scorers = Scorers(CONFIG)
+    yield scorers
+    scorers.close()
 
 
-def shares(pool: WorkerPool, programs: list[str], tests: Prompt | None = None, config: RewardConfig = CONFIG):
-    results = score_texts(pool, config, [tests or prompt()] * len(programs), [block(program) for program in programs])
+def shares(scorers: Scorers, programs: list[str], tests: Prompt | None = None):
+    results = scorers.score([tests or prompt()] * len(programs), [block(program) for program in programs])
     assert {result.outcome.failure for result in results} == {None}
     return [result.outcome.correctness for result in results]
 
 
-def test_programs_that_read_stdin(pool):
+def test_programs_that_read_stdin(scorers):
     programs = {
         RIGHT: 1.0,
         "import sys\nprint(sum(map(int, sys.stdin.read().split())))": 1.0,
@@ -72,35 +73,40 @@ def test_programs_that_read_stdin(pool):
         "syntax error": 0.0,
         "": 0.0,
     }
-    assert shares(pool, list(programs)) == pytest.approx(list(programs.values()))
+    assert shares(scorers, list(programs)) == pytest.approx(list(programs.values()))
 
 
-def test_credit_for_all_tests_or_nothing(pool):
-    config = CONFIG.model_copy(update={"code": CONFIG.code.model_copy(update={"credit": "all_or_nothing"})})
-    assert shares(pool, [RIGHT, "print(3)", "1 / 0"], config=config) == [1.0, 0.0, 0.0]
+def test_credit_for_all_tests_or_nothing():
+    strict = Scorers(CONFIG.model_copy(update={"code": CONFIG.code.model_copy(update={"credit": "all_or_nothing"})}))
+    assert shares(strict, [RIGHT, "print(3)", "1 / 0"]) == [1.0, 0.0, 0.0]
+    strict.close()
 
 
-def test_functions_of_taco_and_live_code_bench(pool):
+def test_functions_of_taco_and_live_code_bench(scorers):
     taco = prompt(json.dumps({"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [[3], [7]]}))
-    assert shares(pool, ["def add(a, b):\n    return a + b", "def add(a, b): return 3.0", "x = 1"], taco) == [1, 0.5, 0]
+    assert shares(scorers, ["def add(a, b):\n    return a + b", "def add(a, b): return 3.0", "x = 1"], taco) == [
+        1,
+        0.5,
+        0,
+    ]
     cases = [{"input": "[1, 2]\n2", "output": "[2, 4]", "testtype": "functional"}]
     bench = prompt(json.dumps(cases), metadata=json.dumps({"func_name": "times"}))
     method = (
         "class Solution:\n    def times(self, n: List[int], k: int) -> List[int]:\n        return [k * i for i in n]"
     )
     wrong = "def times(n, k): return print('[2, 4]')"
-    assert shares(pool, [method, wrong], bench) == [1, 0]
+    assert shares(scorers, [method, wrong], bench) == [1, 0]
     stdin = prompt(json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}]))
-    assert shares(pool, [RIGHT], stdin) == [1]
+    assert shares(scorers, [RIGHT], stdin) == [1]
 
 
-def test_assertions_of_human_eval(pool):
+def test_assertions_of_human_eval(scorers):
     tests = prompt(HUMAN_EVAL["test"], prompt=HUMAN_EVAL["prompt"], entry_point="add")
     programs = ["    return a + b", "def add(a, b):\n    return a + b", "    return 3", "import os; os._exit(0)"]
-    assert shares(pool, programs, tests) == [1, 1, 0, 0]
+    assert shares(scorers, programs, tests) == [1, 1, 0, 0]
 
 
-def test_hostile_programs_gain_nothing_and_harm_nothing(pool, tmp_path):
+def test_hostile_programs_gain_nothing_and_harm_nothing(scorers, tmp_path):
     (tmp_path / "secret.txt").write_text("3")
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -121,9 +127,9 @@ def test_hostile_programs_gain_nothing_and_harm_nothing(pool, tmp_path):
         "recursion": "f = lambda: f()\nf()",
     }
     begin = time.monotonic()
-    assert shares(pool, list(hostile.values())) == [0.0] * len(hostile)
+    assert shares(scorers, list(hostile.values())) == [0.0] * len(hostile)
     assert time.monotonic() - begin < 60
-    assert shares(pool, [RIGHT] * 4) == [1.0] * 4
+    assert shares(scorers, [RIGHT] * 4) == [1.0] * 4
     assert not Path("big").exists()
     listener.settimeout(0.1)
     with pytest.raises(TimeoutError):
@@ -131,14 +137,22 @@ def test_hostile_programs_gain_nothing_and_harm_nothing(pool, tmp_path):
 
 
 def test_expected_results_never_reach_the_process_of_a_program():
-    job = job_of(prompt(), block(RIGHT), "code", CONFIG)
+    (job,) = jobs_of([(prompt(), block(RIGHT), "code")], CONFIG)
     assert job.ground_truth == ""
     assert set(job.row) == {"kind", "inputs", "function", "prompt", "test_seconds", "stop_at_failure"}
 
 
-def test_slow_programs_end_within_the_time_of_all_tests(pool):
+def test_a_group_sends_the_tests_of_its_prompt_once():
+    first, second = prompt(), prompt(long_column="x" * 1000)
+    jobs = jobs_of([(p, f"{p.uid} {sample}", "code") for p in (first, second) for sample in range(16)], CONFIG)
+    message = encode_jobs(jobs)
+    assert [fields[-1] for fields in message["jobs"]] == [0] * 16 + [1] * 16
+    assert [row["inputs"] for row in message["rows"]] == [list(jobs[0].row["inputs"])] * 2
+
+
+def test_slow_programs_end_within_the_time_of_all_tests(scorers):
     begin = time.monotonic()
-    assert shares(pool, ["while True: pass"]) == [0.0]
+    assert shares(scorers, ["while True: pass"]) == [0.0]
     assert time.monotonic() - begin < CONFIG.timeout_seconds + 5
 
 

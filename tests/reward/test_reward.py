@@ -12,9 +12,10 @@ import pytest
 from megatron_hapo.config import OverlongConfig, RewardConfig
 from megatron_hapo.config.scorer_names import BUILT_IN_SCORERS
 from megatron_hapo.errors import RewardError
-from megatron_hapo.reward.pool import ProcessRewardPool, WorkerPool
+from megatron_hapo.reward.pool import ProcessRewardPool
 from megatron_hapo.reward.scorers import NamedScorer, overlong_penalty, resolve_scorer, score, stated_answer
 from megatron_hapo.reward.worker import Job
+from megatron_hapo.reward.worker_pool import WorkerPool
 from megatron_hapo.types import Prompt, Rollout
 
 # --- scorers
@@ -104,6 +105,7 @@ def unruly(tmp_path, monkeypatch) -> str:
         "def resolve_scorer(scorer, data_source): return scorer\n"
         "def evaluates(scorer, data_source): return True\n"
         "def settle(response, ground_truth, data_source, *, scorer): return None\n"
+        "def answer_of(response, data_source, *, scorer): return response\n"
         "def preload(scorer):\n"
         "    if scorer == 'reasoning_gym': raise ImportError('not there')\n"
         "def score(response, ground_truth, data_source, *, scorer):\n"
@@ -126,6 +128,31 @@ def jobs(*responses: str) -> list[Job]:
 
 def worker_pool(module: str, *, num_workers: int = 2, timeout_seconds: float = 1.0) -> WorkerPool:
     return WorkerPool(num_workers=num_workers, timeout_seconds=timeout_seconds, memory_bytes=1 << 30, module=module)
+
+
+def test_responses_with_the_same_answer_to_the_same_row_are_parsed_once(tmp_path, monkeypatch):
+    """Each score is a time, so that equal ones were made together; a failure is not kept."""
+    (tmp_path / "timed.py").write_text(
+        "import time\n"
+        "def resolve_scorer(scorer, data_source): return scorer\n"
+        "def evaluates(scorer, data_source): return True\n"
+        "def preload(scorer): pass\n"
+        "def settle(response, ground_truth, data_source, *, scorer): return None\n"
+        "def answer_of(response, data_source, *, scorer): return response.split()[-1]\n"
+        "def score(response, ground_truth, data_source, *, scorer):\n"
+        "    if response == 'first fault': raise ValueError\n"
+        "    return time.monotonic_ns() % 10**12 / 10**12\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [("a x", "1"), ("b y", "1"), ("c x", "1"), ("d x", "2"), ("first fault", "1"), ("second fault", "1")]
+    pool = worker_pool("timed", num_workers=1)
+    outcomes = pool.run([Job(text, truth, "any", "math") for text, truth in rows])
+    again = pool.run([Job("e x", "1", "any", "math"), Job("e x", "1", "other", "math")])
+    pool.close()
+    times = [outcome.correctness for outcome in outcomes]
+    assert times[0] == times[2] == again[0].correctness
+    assert len({times[0], times[1], times[3], times[5], again[1].correctness}) == 5
+    assert [outcome.failure for outcome in outcomes] == [None, None, None, None, "crash", None]
 
 
 def test_a_loop_an_exit_a_memory_bomb_and_a_bug_each_fail_one_response(unruly):

@@ -17,9 +17,9 @@ import pytest
 from megatron_hapo.errors import RewardError
 from megatron_hapo.reward import pool as pool_module
 from megatron_hapo.reward import syscall_filter
-from megatron_hapo.reward.pool import WorkerPool
 from megatron_hapo.reward.sandbox import Isolation, python_paths
 from megatron_hapo.reward.worker import Job, parse_outcome
+from megatron_hapo.reward.worker_pool import WorkerPool
 from tests.reward.test_hostile import descendants
 
 ATTEMPTS = Path(__file__).with_name("attempts.py")
@@ -304,6 +304,7 @@ def runs_responses(tmp_path, monkeypatch) -> str:
         "def evaluates(scorer, data_source): return scorer == 'math'\n"
         "def preload(scorer): pass\n"
         "def settle(response, ground_truth, data_source, *, scorer): return None\n"
+        "def answer_of(response, data_source, *, scorer): return response\n"
         "def score(response, ground_truth, data_source, *, scorer):\n"
         "    names = {}\n"
         "    exec(response, names)\n"

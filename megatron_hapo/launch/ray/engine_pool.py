@@ -145,8 +145,8 @@ class RayRolloutPool:
             for engine, groups in dispatch.assign(idle).items():
                 if dispatch.busy(engine):
                     actor = holders[engine] = idle[engine]
-                    # The row's columns, which engines do not need, can be large.
-                    given = {group: replace(prompts[group], columns={}) for group in groups}
+                    # What engines do not need of a row can be large.
+                    given = {group: replace(prompts[group], columns={}, question="") for group in groups}
                     working[_advance(actor, call, given, sampling)] = engine, actor
             engine, finished = self._first_finished(working, deadline)
             if isinstance(finished, RayActorError):
