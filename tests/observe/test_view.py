@@ -96,6 +96,8 @@ def test_clipping_is_counted_by_quantile_of_entropy(tmp_path):
     assert [part["high"] for part in parts] == [0] * 9 + [1]
     assert [part["low"] for part in parts] == [0.5] + [0] * 9
     assert parts[9]["entropy"] == pytest.approx(1.85)
+    assert [part["up"] for part in parts] == pytest.approx([0.05] + [0.1] * 9)
+    assert [part["down"] for part in parts] == pytest.approx([0.05] + [0] * 9)
 
 
 def test_faults_of_records_are_named(tmp_path):

@@ -81,17 +81,23 @@ def clipped(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_quantile(file: RecordFile, values: Measures) -> list[dict[str, float | None]]:
-    """Ten equal parts of the tokens, in the order of their entropy: means, and the shares that were clipped."""
+    """Ten equal parts of the tokens, in the order of their entropy: means, the shares that were clipped, and the shares
+    of the sum of |advantage| over all tokens that lie on its positive and negative advantages."""
     entropy = values["entropy"]
     known = np.flatnonzero(np.isfinite(entropy))
     order = known[np.argsort(entropy[known], kind="stable")]
     low, high = clipped(file)
     updated = np.isfinite(file.tokens("importance_ratios"))
+    advantages = np.nan_to_num(values["advantage"].astype(np.float64))
+    mass = np.abs(advantages).sum()
     parts = []
     for part in np.array_split(order, min(QUANTILES, len(order)) or 1):
         seen = part[updated[part]]
         means = {name: _mean(values[name][part]) for name in ("entropy", "temperature", "h", "advantage", "mismatch")}
-        parts.append({**means, "low": _mean(low[seen]), "high": _mean(high[seen])})
+        clipping = {"low": _mean(low[seen]), "high": _mean(high[seen])}
+        up, down = (np.clip(sign * advantages[part], 0, None).sum() for sign in (1, -1))
+        masses = {"up": float(up / mass) if mass else None, "down": float(down / mass) if mass else None}
+        parts.append({**means, **clipping, **masses})
     return parts if len(order) else []
 
 

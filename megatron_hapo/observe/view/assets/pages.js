@@ -231,6 +231,16 @@ function distributions(data) {
       ),
     ),
     panel(
+      "Sum of |advantage|, %",
+      barChart(
+        [
+          { name: "positive advantages", values: percent("up"), colour: SERIES[0] },
+          { name: "negative advantages", values: percent("down"), colour: SERIES[1] },
+        ],
+        { ...options, title: "Sum of absolute advantages by entropy" },
+      ),
+    ),
+    panel(
       "Temperature, mean",
       lineChart([{ name: "T_t", points: line("temperature"), colour: SERIES[0] }], { ...options, markers: true, title: "Mean temperature by entropy" }),
     ),
