@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +24,7 @@ from megatron_hapo.launch.compare.curves import Curve, common_budget, compare, i
 from megatron_hapo.launch.compare.results import write_results
 from megatron_hapo.launch.compare.runs import is_finished, run_all
 from tests.config.test_experiment import PLAIN, write
+from tests.time_limits import patient
 
 STEPS = (0, 10, 20)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -159,6 +164,22 @@ def test_a_failing_run_is_told_with_its_last_line_and_its_log(tmp_path: Path) ->
     runs = [run for run in plan_runs(read_experiment(path), path) if run.arm.method == "wide clip"][:1]
     with pytest.raises(HapoError, match=r"wide_clip_seed3: ended with exit code 2 after .* s: .*MISSING.*seed3\.log\)"):
         run_all(runs, parallel=1, console=Console(quiet=True))
+
+
+def test_a_stopped_experiment_stops_its_runs(tmp_path: Path) -> None:
+    """The command's own process gets SIGTERM, as from a scheduler; its job must not outlive it."""
+    path = write(tmp_path, PLAIN)
+    command = [sys.executable, "-m", "megatron_hapo", "compare", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + patient(120)
+        while not (jobs := psutil.Process(running.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.terminate()
+        assert "interrupted" in running.communicate()[1]
+        assert running.returncode == 130
+    _, alive = psutil.wait_procs(jobs, timeout=patient(60))
+    assert not alive
 
 
 @pytest.mark.slow

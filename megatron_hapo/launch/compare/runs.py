@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +40,16 @@ def run_all(runs: Sequence[PlannedRun], *, parallel: int, console: Console) -> N
     _check_unchanged(runs)
     waiting = [run for run in runs if not is_finished(run)]
     failures = []
+    jobs: set[subprocess.Popen] = set()
     with (
+        _interrupted_by_sigterm(),
         Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         ) as progress,
         ThreadPoolExecutor(parallel) as pool,
     ):
         task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
-        futures = {pool.submit(_train, run): run for run in waiting}
+        futures = {pool.submit(_train, run, jobs): run for run in waiting}
         try:
             for future in as_completed(futures):
                 if (failure := future.result()) is not None:
@@ -53,7 +57,9 @@ def run_all(runs: Sequence[PlannedRun], *, parallel: int, console: Console) -> N
                 progress.advance(task)
                 console.print(_line(futures[future], failure), highlight=False, markup=False)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C: running jobs got it too, and write their checkpoints
+            pool.shutdown(wait=False, cancel_futures=True)
+            for job in list(jobs):
+                job.terminate()  # it finishes its step and writes a checkpoint, from which the next call goes on
             raise
     if failures:
         raise HapoError("\n".join(f"{f.run.config.name}: {f.reason}" for f in failures))
@@ -88,7 +94,22 @@ def _identity(run: PlannedRun) -> str:
     return run.config.model_dump_json(indent=1)
 
 
-def _train(run: PlannedRun) -> _Failure | None:
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM interrupts as Ctrl-C does; otherwise it would leave the running jobs behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _train(run: PlannedRun, jobs: set[subprocess.Popen]) -> _Failure | None:
+    """Trains in a process, which is in `jobs` while it lives."""
     run_dir, log = run.config.run_dir, run.config.run_dir.with_suffix(".log")
     begin = time.monotonic()
     try:
@@ -96,7 +117,10 @@ def _train(run: PlannedRun) -> _Failure | None:
         (run_dir / STARTED_WITH).write_text(_identity(run))
         with log.open("w") as output:
             command = [sys.executable, "-m", "megatron_hapo", "train", str(run.file)]
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as job:
+                jobs.add(job)
+                code = job.wait()
+                jobs.discard(job)
     except OSError as error:
         return _Failure(run, f"cannot be run: {error.strerror}")
     if code or not is_finished(run):
