@@ -140,8 +140,8 @@ def pack(
 
     starts = np.cumsum(lengths) - lengths
     token_ids = np.zeros(total, dtype=part.token_ids.dtype)
-    own_tokens = _spans(starts, part.sequence_lengths)
-    predicting = _spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
+    own_tokens = spans(starts, part.sequence_lengths)
+    predicting = spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
 
     token_ids[own_tokens] = part.token_ids
     here = zigzag(sequence_lengths, cp_size=cp_size, cp_rank=cp_rank)
@@ -149,26 +149,23 @@ def pack(
     place[here] = np.arange(len(here))
     kept = np.flatnonzero(place[predicting] >= 0)
 
-    def to_device(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
-
     row_of_token = np.repeat(np.arange(len(rows)), part.response_lengths)
     return MicroBatch(
         rows=list(rows),
         sequence_lengths=sequence_lengths,
         num_response_tokens=part.num_response_tokens,
-        input_ids=to_device(token_ids[here])[None],
-        position_ids=to_device(_spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here])[None],
-        predicting_positions=to_device(place[predicting[kept]]),
-        response_index=to_device(kept),
-        response_rows=to_device(row_of_token[kept]),
-        targets=to_device(token_ids[predicting[kept] + 1]),
+        input_ids=to_device(token_ids[here], device)[None],
+        position_ids=to_device(spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here], device)[None],
+        predicting_positions=to_device(place[predicting[kept]], device),
+        response_index=to_device(kept, device),
+        response_rows=to_device(row_of_token[kept], device),
+        targets=to_device(token_ids[predicting[kept] + 1], device),
         per_token={
-            name: to_device(array[kept], torch.bool if array.dtype == np.bool_ else torch.float32)
+            name: to_device(array[kept], device, torch.bool if array.dtype == np.bool_ else torch.float32)
             for name, array in part.per_token().items()
         },
         kept=None if part.kept is None else part.kept[kept],
-        routes=None if part.routes is None else to_device(_routes(part.routes, own_tokens, total)[here], torch.int16),
+        routes=None if part.routes is None else to_device(_routes(part.routes, own_tokens, total)[here], device, torch.int16),
     )
 
 
@@ -177,6 +174,12 @@ def _routes(routes: np.ndarray, own_tokens: np.ndarray, total: int) -> np.ndarra
     packed = np.full((total, *routes.shape[1:]), -1, dtype=np.int16)
     packed[own_tokens] = np.where(routes == unknown_route(routes.dtype), np.int16(-1), routes.astype(np.int16))
     return packed
+
+
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The array as a tensor on the device. A GPU gets it through pinned memory, so that the host need not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def padded_lengths(lengths_B: np.ndarray, *, multiple: int, cp_size: int) -> list[int]:
@@ -201,10 +204,10 @@ def zigzag(sequence_lengths: Sequence[int], *, cp_size: int, cp_rank: int) -> np
     chunk = lengths // (2 * cp_size)
     starts = np.cumsum(lengths) - lengths
     first, last = starts + cp_rank * chunk, starts + (2 * cp_size - 1 - cp_rank) * chunk
-    return _spans(np.stack([first, last], 1).ravel(), np.repeat(chunk, 2))
+    return spans(np.stack([first, last], 1).ravel(), np.repeat(chunk, 2))
 
 
-def _spans(starts: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+def spans(starts: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """The integers of [start, start + length) of each span, one span after another."""
     lengths = np.asarray(lengths, dtype=np.int64)
     before = np.cumsum(lengths) - lengths

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_hapo.config import ParallelSizes
 from megatron_hapo.errors import HapoError
 from megatron_hapo.model.families import RopeScaling, Shape, padded_vocab_size
-from megatron_hapo.model.layers import PackedFormat, PackedRotaryEmbedding, block_spec
+from megatron_hapo.model.layers import block_spec
+from megatron_hapo.model.packed_attention import PackedFormat, PackedRotaryEmbedding, local_format
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,10 @@ def _build_chunk(shape: Shape, layout: ParallelLayout, config: TransformerConfig
 
 def packed_format(model: Sequence[GPTModel]) -> PackedFormat:
     """How this model's attention sees packed sequences."""
-    return "sbhd" if isinstance(model[0].rotary_pos_emb, PackedRotaryEmbedding) else "thd"
+    if not isinstance(model[0].rotary_pos_emb, PackedRotaryEmbedding):
+        return "thd"
+    first = next(model[0].parameters())
+    return local_format(first.device, first.dtype, model[0].config.kv_channels)
 
 
 def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

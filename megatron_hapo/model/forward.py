@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hapo.model.build import packed_format
 from megatron_hapo.model.families import Shape
-from megatron_hapo.model.layers import packed_params
+from megatron_hapo.model.packed_attention import packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 
@@ -38,7 +38,7 @@ def sequence_logits(
             tokens[None].to(layout.device),
             positions[None].to(layout.device),
             None,
-            packed_seq_params=packed_params(padded, layout.device, qkv_format=packed_format(model)),
+            packed_seq_params=packed_params(padded, layout.device, packed_format=packed_format(model)),
         )
         return output, lambda logits, non_loss_data=False: logits
 

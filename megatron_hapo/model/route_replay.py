@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import checkpoint
 from torch import Tensor
 
 from megatron_hapo.model.families import Shape
-from megatron_hapo.model.layers import PackedBatchParams
+from megatron_hapo.model.packed_attention import PackedBatchParams
 from megatron_hapo.model.parallel_layout import ParallelLayout
 
 

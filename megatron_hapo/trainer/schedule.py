@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
 from megatron_hapo.logprobs.output_head import OutputHead, ScoredTokens
-from megatron_hapo.model.layers import PackedFormat, packed_params
+from megatron_hapo.model.packed_attention import PackedFormat, packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout
 from megatron_hapo.types import TrainBatch
 
@@ -77,7 +77,7 @@ def run_microbatches(
             packed_seq_params=packed_params(
                 microbatch.sequence_lengths,
                 layout.device,
-                qkv_format=packed_format,
+                packed_format=packed_format,
                 cp_size=layout.sizes.cp,
                 cp_rank=layout.cp_rank,
                 routes=microbatch.routes,
@@ -91,7 +91,7 @@ def run_microbatches(
             if non_loss_data:
                 return result
             loss, collected = result
-            return loss, torch.tensor(0, dtype=torch.int, device=layout.device), collected
+            return loss, torch.zeros((), dtype=torch.int, device=layout.device), collected
 
         return output, on_output
 

@@ -131,7 +131,7 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompu
 
     from megatron_hapo.model import parallel_layout
     from megatron_hapo.model.build import build_model
-    from megatron_hapo.model.layers import packed_params
+    from megatron_hapo.model.packed_attention import packed_params
     from tests.storage import PeakStorage
 
     grid = parallel_layout.initialize(ParallelSizes(), device=torch.device("cpu"), seed=0, timeout_seconds=60)
@@ -144,7 +144,7 @@ def activation_peaks(rank: int, model_path: Path, cases: list[tuple[str, Recompu
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.randint(0, shape.vocab_size, (1, SEQUENCE * SEQUENCES))
         positions = torch.arange(SEQUENCE).repeat(SEQUENCES)[None]
-        boundaries = packed_params([SEQUENCE] * SEQUENCES, torch.device("cpu"), qkv_format="sbhd")
+        boundaries = packed_params([SEQUENCE] * SEQUENCES, torch.device("cpu"), packed_format="rectangles")
         with PeakStorage() as peak:
             peak.include(*model.parameters(), *(parameter.grad for parameter in model.parameters()))
             held = peak.live_bytes
