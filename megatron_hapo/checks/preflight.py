@@ -81,6 +81,9 @@ def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
         if reads_hub or not (isinstance(source, FileData) and any(map(is_hub_name, source.paths))):
             faults += _data_faults(key, source)
     faults += _reward_faults(config)
+    if config.device == "auto" and config.rollout.dtype == "float32" and from_config.local_gpus():
+        message = "must be bfloat16 on this machine's GPUs, got float32; device=cpu uses none of them"
+        faults.append(Fault("rollout.dtype", message, ("device",)))
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
@@ -211,6 +214,7 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         gpu_bytes=gpu_bytes,
         memory_fraction=rollout.memory_fraction,
         num_parameters=model_parameters(shape),
+        max_running_requests=rollout.max_running_requests,
         bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
     )
     match config.placement:

@@ -17,8 +17,8 @@ from megatron_hapo.sizing.parameters import Layout, experts, stage_layers, stage
 GIB = 1 << 30
 
 Spec = Literal["te", "local", "local_cpu"]
-"""`te`: Transformer Engine layers. `local`: torch layers on a GPU. `local_cpu`: torch layers on a CPU, where RMSNorm is
-not a fused operator."""
+"""`te`: Transformer Engine layers. `local`: torch layers on a GPU, whose attention in 16 bits takes sequences of any
+length without padding. `local_cpu`: torch layers on a CPU, where RMSNorm is not a fused operator."""
 
 FIXED_RESERVE_BYTES = 3 * GIB
 """CUDA context, NCCL buffers, cuBLAS workspace."""
@@ -27,10 +27,14 @@ FRAGMENTATION = 0.05
 EXPERT_IMBALANCE = 1.25
 """Ratio of the busiest expert rank's tokens to the mean."""
 PADDING_OF_GROUPS = 1.33
-"""Growth of the tokens when the local attention pads groups of sequences of similar length: about this on average, 2 at
-worst."""
+"""Growth of the tokens when the local attention pads groups of sequences of similar length, as it does in float32:
+about this on average, 2 at worst."""
 ENGINE_RESTING_BYTES = 3 * GIB
-"""What an engine cannot release: CUDA context, NCCL buffers, CUDA graphs, workspaces."""
+"""What an engine cannot release, besides CUDA graphs: CUDA context, NCCL buffers, workspaces. An estimate."""
+MAX_GRAPH_REQUESTS = 256
+"""Largest decoding batch for which SGLang (0.5.23) captures a CUDA graph at tp below 4 on a GPU of 60 to 160 GB."""
+GRAPH_BYTES_PER_LAYER = 256 << 10
+"""Memory of a CUDA graph's kernels for one layer. An estimate."""
 HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds at the same time."""
 FUSED_CHUNK_BYTES = 256 << 20
@@ -228,14 +232,11 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
     q, k = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
     fused = spec == "te"
     hidden = (2 * _norm(h, w, spec) + 2 * w * h) / layout.sequence_shards
+    attended = _attention_bytes(shape, layout, spec=spec)
     attention = w * (q + 2 * k)
     if shape.qk_norm:
         attention += 8 * (q + k) if spec == "local_cpu" else w * (0 if fused else q + k)
-    padding = PADDING_OF_GROUPS if spec == "local" else 1.0
-    attention += w * padding * (2 * q + 2 * k)
-    if not fused:
-        # The output before padding is removed, and the cosines and sines, which are recomputed for every sequence.
-        attention += w * (q + 4 * shape.head_dim)
+    attention += attended + (0 if fused else w * 4 * shape.head_dim)  # cosines and sines
     moe = experts(shape, layer)
     # The local spec saves silu(gate), up + 0 and their product; the fused operator saves only the product.
     units = 3 if fused else 5
@@ -253,11 +254,35 @@ def recomputed_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spec) ->
         block = w * units * shape.ffn_size / tp
     else:
         block = _expert_bytes(shape, layout, moe, units)
-    q = shape.num_heads * shape.head_dim / tp
-    # Attention makes padded copies of queries, keys and values; its output is kept as the input of o_proj.
-    k = shape.num_kv_heads * shape.head_dim / tp
+    if fused:
+        return block
+    # Kept are attention's inputs and, as the input of o_proj, its output; not the copies of them that it makes.
+    q, k = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
+    copies = not _takes_any_lengths(layout, spec) or layout.sizes.cp > 1
+    kept = w * q if copies else w * (2 * q + 2 * k)
+    return block + _attention_bytes(shape, layout, spec=spec) - kept
+
+
+def _takes_any_lengths(layout: Layout, spec: Spec) -> bool:
+    return spec == "local" and layout.bytes_per_parameter == 2
+
+
+def _attention_bytes(shape: Shape, layout: Layout, *, spec: Spec) -> float:
+    """Bytes that the inner part of attention saves, per token of the rank: queries, keys, values and output.
+
+    Transformer Engine exchanges keys and values between context-parallel ranks without keeping them. The local layers
+    keep those that a rank's queries see: of each sequence's 2 cp chunks, r + 1 for the front piece of rank r, and
+    2 cp - r for the back piece. In padded rectangles they keep whole sequences.
+    """
+    w, tp, cp = layout.bytes_per_parameter, layout.sizes.tp, layout.sizes.cp
+    q, k = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
+    if spec == "te":
+        return w * (2 * q + 2 * k)
+    if _takes_any_lengths(layout, spec):
+        keys = 1 if cp == 1 else (2 * cp + 1) / 2
+        return w * (2 * q + 2 * k * keys + (q if cp > 1 else 0))  # the output also in the order of the slice
     padding = PADDING_OF_GROUPS if spec == "local" else 1.0
-    return block + (0 if fused else w * padding * (2 * q + 2 * k))
+    return w * (padding * (2 * q + 2 * k * cp) + q)  # the output also without padding
 
 
 def _expert_bytes(shape: Shape, layout: Layout, moe: MoeShape, units: int) -> float:
@@ -295,6 +320,8 @@ class EngineMemory:
     runtime: int
     """Activations of the largest batch, CUDA graphs and the reserve: the GPU's memory outside the engine's share, less
     what a resting trainer rank holds."""
+    graphs: int = 0
+    """CUDA graphs of decoding, part of `runtime`; an engine cannot release them."""
 
     @property
     def total(self) -> int:
@@ -303,12 +330,12 @@ class EngineMemory:
 
     def resting(self, *, keeps_weights: bool = False) -> int:
         """Bytes held while a trainer rank uses this GPU."""
-        return ENGINE_RESTING_BYTES + (self.weights if keeps_weights else 0)
+        return ENGINE_RESTING_BYTES + self.graphs + (self.weights if keeps_weights else 0)
 
 
 def engine_memory(
     shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2,
-    beside: int = 0,
+    beside: int = 0, max_running_requests: int = MAX_GRAPH_REQUESTS,
 ) -> EngineMemory:  # fmt: skip
     """Bytes on an engine rank.
 
@@ -326,7 +353,19 @@ def engine_memory(
         kv_cache=max(0, room),
         kv_tokens=room // per_token,
         runtime=gpu_bytes - max(share, weights) - beside,
+        graphs=decode_graph_bytes(shape, tp=tp, max_running_requests=max_running_requests),
     )
+
+
+def decode_graph_bytes(shape: Shape, *, tp: int, max_running_requests: int) -> int:
+    """Bytes of an engine's CUDA graphs: for batches of 1, 2, 4, 8, 12, 16 and then every eighth size up to the largest.
+
+    They share one pool of activations, whose largest are the logits of a batch, in 16 and in 32 bits. Graphs of
+    prefills are disabled.
+    """
+    largest = min(max_running_requests, MAX_GRAPH_REQUESTS)
+    number = sum(size <= largest for size in (1, 2, 4, 8, 12)) + max(0, largest // 8 - 1)
+    return number * shape.num_layers * GRAPH_BYTES_PER_LAYER + largest * shape.vocab_size * 6 // tp
 
 
 def turns_on_shared_gpu(

@@ -327,6 +327,7 @@ class _Engines:
         memory = engine_memory(
             shape, tp=tp, gpu_bytes=gpu_bytes, memory_fraction=fraction,
             num_parameters=model_parameters(shape), beside=rest,
+            max_running_requests=limits.max_running_requests,
         )  # fmt: skip
         if memory.kv_tokens < workload.longest:
             beside = f" beside the {rest / GIB:.1f} GiB of a resting trainer rank" if rest else ""

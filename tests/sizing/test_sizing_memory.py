@@ -11,8 +11,12 @@ import pytest
 from megatron_hapo.config import ParallelSizes, parse_bytes
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.sizing.memory import (
+    ENGINE_RESTING_BYTES,
     GIB,
+    GRAPH_BYTES_PER_LAYER,
+    _attention_bytes,
     activation_bytes,
+    decode_graph_bytes,
     engine_memory,
     head_bytes,
     microbatches_in_flight,
@@ -271,3 +275,26 @@ def test_memory_sizes_are_parsed(text: str, size: int) -> None:
 def test_invalid_memory_sizes_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="80GiB or 141GB"):
         parse_bytes(text)
+
+
+def test_local_attention_keeps_the_keys_that_a_ranks_queries_see() -> None:
+    """At cp 2 rank 0's pieces see 1 and 4 of 4 chunks, rank 1's 2 and 3: 5 chunks for 2 chunks of queries."""
+    w, q, k = 2, 32 * 128, 8 * 128
+
+    def bytes_of(cp: int) -> float:
+        return _attention_bytes(QWEN3_8B, layout_with(cp=cp), spec="local")
+
+    assert bytes_of(1) == w * (2 * q + 2 * k)
+    assert bytes_of(2) == w * (3 * q + 2 * k * 5 / 2)
+    assert _attention_bytes(QWEN3_8B, layout_with(cp=2), spec="te") == w * (2 * q + 2 * k)
+
+
+def test_decoding_graphs_count_in_what_a_resting_engine_holds() -> None:
+    """36 sizes up to 256 requests, of 36 layers; and one pool with 256 rows of logits."""
+    expected = 36 * 36 * GRAPH_BYTES_PER_LAYER + 256 * 151_936 * 6
+    assert decode_graph_bytes(QWEN3_8B, tp=1, max_running_requests=1000) == expected
+    assert decode_graph_bytes(QWEN3_8B, tp=1, max_running_requests=16) == (
+        6 * 36 * GRAPH_BYTES_PER_LAYER + 16 * 151_936 * 6
+    )
+    engine = engine_memory(QWEN3_8B, tp=1, gpu_bytes=80 * GIB, memory_fraction=0.5, num_parameters=8 * 10**9)
+    assert engine.resting() == ENGINE_RESTING_BYTES + expected
