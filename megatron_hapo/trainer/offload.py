@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hapo.checkpoint.resumable import chained_optimizers
+from megatron_hapo.trainer.host_arena import HostArena
 
 
 class ReleasableMemory:
@@ -28,7 +29,7 @@ class ReleasableMemory:
 
     def __init__(self, chunks: Sequence[Any], optimizer: Any, device: torch.device):
         self._chunks, self._optimizer, self._device = chunks, optimizer, device
-        self._on_host: dict[int, Tensor] = {}
+        self._arena = HostArena()
         self._offloaded: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._released: set[str] = set()
 
@@ -71,17 +72,14 @@ class ReleasableMemory:
                 yield storage
 
     def _move_to_host(self) -> None:
-        storages = {storage._cdata: storage for storage in self.optimizer_storages() if storage.nbytes()}
-        previous, self._on_host = self._on_host, {}  # pinned memory is reused
-        for key, storage in storages.items():
-            host = previous.get(key)
-            if host is None or host.numel() != storage.nbytes():
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
-            self._on_host[key] = host.copy_(_bytes_of(storage), non_blocking=True)
+        storages = list({s._cdata: s for s in self.optimizer_storages() if s.nbytes()}.values())
+        parts = self._arena.parts([storage.nbytes() for storage in storages])
+        for storage, host in zip(storages, parts, strict=True):
+            host.copy_(_bytes_of(storage), non_blocking=True)
         torch.cuda.synchronize()
-        for key, storage in storages.items():
+        for storage, host in zip(storages, parts, strict=True):
             storage.resize_(0)
-            self._offloaded.append((storage, self._on_host[key]))
+            self._offloaded.append((storage, host))
 
     def _move_back(self) -> None:
         for storage, host in self._offloaded:
