@@ -54,6 +54,10 @@ def check_engine_config(config: EngineConfig) -> None:
             f"kv_cache_tokens={config.kv_cache_tokens} must be at least context_tokens={config.context_tokens}, so "
             "that the cache can hold one sequence"
         )
+    if config.device == "cuda" and config.dtype == "float32":
+        faults.append(
+            "dtype=float32 is for CPUs: SGLang's attention on a GPU needs 16 bits; set rollout.dtype: bfloat16"
+        )
     model_config = config.model_path / "config.json"
     if not model_config.is_file():
         faults.append(f"no config.json in {config.model_path}")
@@ -93,6 +97,10 @@ def server_arguments(config: EngineConfig, *, returns_routes: bool) -> dict[str,
         "enable_return_routed_experts": returns_routes,
         "enable_memory_saver": config.releases_memory and config.device == "cuda",
     }
+    if config.device == "cuda":
+        # Graphs stay allocated while a trainer uses the GPU. Those of prefills are on by default (SGLang 0.5.23). Those
+        # of decoding serve few requests each, and none more than max_running_requests.
+        arguments["disable_prefill_cuda_graph"] = True
     if not config.read_weights:
         arguments["load_format"] = "dummy"
     if config.device == "cpu":

@@ -28,7 +28,8 @@ class RolloutConfig(Section):
     ep: Ranks = 1
     """Expert parallel size of one engine: 1 shards every expert over its tp ranks, tp gives each rank whole experts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs."""
+    """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs, which
+    take nothing else."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are dropped, counted and reported."""
     max_response_tokens: PositiveInt = 10240
@@ -72,6 +73,13 @@ class RolloutConfig(Section):
         elif self.ep > 1 and device == "cpu":
             yield Fault(
                 "rollout.ep", f"must be 1 with device=cpu, got {self.ep}: SGLang has no such CPU kernel", ("device",)
+            )
+        if self.dtype == "float32" and device == "cuda":
+            yield Fault(
+                "rollout.dtype",
+                "must be bfloat16 with device=cuda, got float32: SGLang's attention on a GPU (Flash Attention 3) takes "
+                "16-bit types only",
+                ("device",),
             )
         longest = self.max_prompt_tokens + self.max_response_tokens
         if self.kv_cache_tokens is None and device == "cpu":

@@ -154,6 +154,11 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "trainer.overlap_communication: has no effect: parallel.dp and parallel.cp are 1",
         ),
         (
+            ["device=cuda", "rollout.dtype=float32"],
+            "rollout.dtype: must be bfloat16 with device=cuda, got float32: SGLang's attention on a GPU "
+            "(Flash Attention 3) takes 16-bit types only",
+        ),
+        (
             ["trainer.quantization=fp8", "trainer.dtype=float32"],
             "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
         ),

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling
@@ -16,7 +15,7 @@ from tests.sglang_ext.engine_process import generate
 from tests.tiny_model import write_tiny_qwen3
 
 
-def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
+def run_engine(model: Path) -> dict[str, list[Rollout]]:
     from sglang_ext.engine import Engine
     from sglang_ext.engine_config import EngineConfig
 
@@ -24,7 +23,7 @@ def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
         EngineConfig(
             model_path=model,
             device="cuda",
-            dtype=dtype,
+            dtype="bfloat16",
             tp=1,
             max_running_requests=64,
             memory_fraction=0.3,
@@ -56,11 +55,10 @@ def run_engine(model: Path, dtype: str) -> dict[str, list[Rollout]]:
         engine.shutdown()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_passes_its_self_test_and_repeats_its_seeds(tmp_path: Path, dtype: str) -> None:
+def test_an_engine_passes_its_self_test_and_repeats_its_seeds(tmp_path: Path) -> None:
     model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        rollouts = executor.submit(run_engine, model, dtype).result(timeout=600)
+        rollouts = executor.submit(run_engine, model).result(timeout=600)
     same = [
         np.array_equal(a.response_ids, b.response_ids)
         for a, b in zip(rollouts["first"], rollouts["again"], strict=True)

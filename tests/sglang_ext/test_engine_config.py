@@ -1,0 +1,39 @@
+"""What an engine's config becomes in SGLang's arguments, and what is refused before SGLang starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_hapo.errors import RolloutError
+from sglang_ext.engine_config import EngineConfig, check_engine_config, server_arguments
+
+
+@pytest.fixture
+def on_gpu(tiny_qwen3: Path) -> EngineConfig:
+    return EngineConfig(
+        model_path=tiny_qwen3,
+        device="cuda",
+        dtype="bfloat16",
+        tp=1,
+        max_running_requests=64,
+        memory_fraction=0.5,
+        kv_cache_tokens=None,
+        context_tokens=512,
+        seed=0,
+    )
+
+
+def test_float32_is_refused_on_a_gpu(on_gpu: EngineConfig) -> None:
+    check_engine_config(on_gpu)
+    with pytest.raises(RolloutError, match=r"^dtype=float32 is for CPUs: .*; set rollout.dtype: bfloat16$"):
+        check_engine_config(replace(on_gpu, dtype="float32"))
+    check_engine_config(replace(on_gpu, dtype="float32", device="cpu", kv_cache_tokens=4096))
+
+
+def test_prefills_have_no_graphs_on_a_gpu(on_gpu: EngineConfig) -> None:
+    """They would stay allocated while a trainer uses the GPU."""
+    assert server_arguments(on_gpu)["disable_prefill_cuda_graph"] is True
+    assert "disable_prefill_cuda_graph" not in server_arguments(replace(on_gpu, device="cpu"))
