@@ -127,8 +127,9 @@ def packed_format(model: Sequence[GPTModel]) -> PackedFormat:
     """How this model's attention sees packed sequences."""
     if not isinstance(model[0].rotary_pos_emb, PackedRotaryEmbedding):
         return "thd"
-    first = next(model[0].parameters())
-    return local_format(first.device, first.dtype, model[0].config.kv_channels)
+    first, head_dim = next(model[0].parameters()), model[0].config.kv_channels
+    assert head_dim is not None, "`transformer_config` sets it"
+    return local_format(first.device, first.dtype, head_dim)
 
 
 def named_parameters(model: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

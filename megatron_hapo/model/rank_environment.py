@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_hapo.model.nccl_environment import nccl_environment
+
 
 def environment(device: str, *, loopback: bool) -> dict[str, str]:
     """Environment variables that a rank's process needs before it starts; `loopback`: all ranks are on this host."""
@@ -21,8 +23,8 @@ def environment(device: str, *, loopback: bool) -> dict[str, str]:
         # Large tensors on huge pages: touching memory for the first time is much of the cost of a conversion.
         variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
     if loopback:
-        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    return variables
+        variables["GLOO_SOCKET_IFNAME"] = "lo"
+    return variables | nccl_environment(loopback=loopback)
 
 
 def quieten() -> None:

@@ -6,11 +6,13 @@ channel, so that packing a bucket overlaps with sending the one before. No round
 ranks can deadlock.
 
 Every wait ends at the deadline. A rank that fails records that in the store of the rendezvous and leaves the group,
-which closes its connections, so the other ranks fail at once.
+which closes its connections, so the other ranks fail at once. NCCL's own limit on an operation is longer than the
+deadline, because its watchdog ends the whole process.
 """
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 import traceback
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.model.nccl_environment import check_agreement, settings_in_effect
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelEnd, ChannelId, received_bytes
 from megatron_hapo.resharding.plan import Channel, Piece
 from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
@@ -31,6 +34,8 @@ from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
 _c10d: Any = dist  # stores and process groups are missing from torch 2.14's annotations
 _BUFFERS = 2
 _POLL_SECONDS = 0.0005
+NCCL_MARGIN_SECONDS = 120.0
+"""By how much NCCL's limit on an operation exceeds a transfer's deadline."""
 
 
 class Membership:
@@ -78,7 +83,9 @@ class Membership:
             raise
 
     def _leave(self, error: BaseException | None) -> None:
-        """Closes the group's connections, which happens when its last reference is dropped."""
+        """Closes the group's connections: NCCL's by an abort, gloo's when the last reference is dropped."""
+        if self._group is not None and hasattr(self._group, "abort"):  # operations under way would never end
+            self._group.abort()
         self._group = None
         while error is not None:  # its frames hold pending messages, which refer to the group
             traceback.clear_frames(error.__traceback__)
@@ -316,7 +323,7 @@ def _register(transfer: Transfer, rank: int, deadline: float) -> Any:
     try:
         server = _c10d.TCPStore(rendezvous.host, rendezvous.port, timeout=left)
         store = _c10d.PrefixStore(f"{transfer.plan}/{rendezvous.generation}", server)
-        store.set(f"rank/{rank}", b"")
+        store.set(f"rank/{rank}", json.dumps(settings_in_effect()))
     except (RuntimeError, _c10d.DistError) as error:
         raise WeightSyncError(
             f"connecting: rank {rank} cannot reach the store at {rendezvous.host}: {error}"
@@ -329,6 +336,8 @@ def _register(transfer: Transfer, rank: int, deadline: float) -> Any:
         raise WeightSyncError(
             f"connecting: timed out after {transfer.deadline_seconds:g} s: {', '.join(missing)}"
         ) from error
+    if rendezvous.backend == "nccl":
+        check_agreement({_name(other, transfer): json.loads(store.get(key)) for other, key in enumerate(keys)})
     return store
 
 
@@ -336,15 +345,19 @@ def _create_group(store: Any, transfer: Transfer, rank: int, deadline: float) ->
     """The process group of all ranks registered in the store."""
     rendezvous = transfer.rendezvous
     assert rendezvous is not None
-    left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
     size = rendezvous.trainer_ranks + rendezvous.engine_ranks
     if rendezvous.backend == "nccl":
-        return _c10d.ProcessGroupNCCL(store, rank, size, left)
+        return _c10d.ProcessGroupNCCL(store, rank, size, _nccl_limit(transfer))
     options = _c10d.ProcessGroupGloo._Options()
-    options._timeout = left
+    options._timeout = timedelta(seconds=max(0.1, deadline - time.monotonic()))  # of the connections made here
     # Connect eagerly: a group that is dropped while it connects on demand can hang.
     options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=_own_address(rendezvous.host), lazy_init=False)]
     return _c10d.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl_limit(transfer: Transfer) -> timedelta:
+    """The time that NCCL allows each operation of a group that is kept for many transfers."""
+    return timedelta(seconds=transfer.deadline_seconds + NCCL_MARGIN_SECONDS)
 
 
 def _name(rank: int, transfer: Transfer) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore
 
 from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding import process_group
 from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.resharding.process_group import open_store
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE
@@ -83,3 +86,22 @@ def test_a_rank_slower_than_the_deadline_is_named(tmp_path: Path, port: int) -> 
     sides.run(make_transfer(tmp_path, deadline_seconds=1.5, rendezvous=sides.rendezvous(port)))
     named = "receiving weights: timed out after 1.5 s: trainer rank 1 to engine 0, rank 0: model."
     assert any(error.startswith(named) for error in sides.errors)
+
+
+def test_ranks_whose_nccl_settings_differ_are_named_before_the_group_is_made(tmp_path: Path, port: int) -> None:
+    sides = small()
+    transfer = make_transfer(tmp_path, rendezvous=replace(sides.rendezvous(port), backend="nccl"))
+    assert transfer.rendezvous is not None
+    server = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=10))
+    store = PrefixStore(f"{transfer.plan}/{transfer.rendezvous.generation}", server)
+    store.set("rank/1", '{"NCCL_CUMEM_ENABLE": "1"}')
+    sides.run(transfer, without=(1,))
+    assert len(sides.errors) == 2
+    named = "connecting: trainer rank 0 has NCCL_CUMEM_ENABLE=, but trainer rank 1 has NCCL_CUMEM_ENABLE=1; "
+    assert all(error.startswith(named) for error in sides.errors), sides.errors
+
+
+def test_nccl_gives_up_after_the_deadline_of_any_transfer(tmp_path: Path, port: int) -> None:
+    """Its watchdog would end the process; a group lives for many transfers, so what remained of one is no limit."""
+    transfer = make_transfer(tmp_path, deadline_seconds=300, rendezvous=small().rendezvous(port))
+    assert process_group._nccl_limit(transfer) == timedelta(seconds=300 + process_group.NCCL_MARGIN_SECONDS)

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_hapo.config import Config
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.launch.places import GpuPlacement
+from megatron_hapo.model.nccl_environment import nccl_environment, without_expandable_segments
 from megatron_hapo.private_folder import current_folder, run_time_folder
 from megatron_hapo.protocols import RolloutEngine, declared_verbs
 
@@ -82,10 +83,11 @@ def engine_actor() -> Any:
     return remote(concurrency_groups={GENERATION: _GENERATIONS})(EngineActor)
 
 
-def actor_options(tp: int, device: str, placement: GpuPlacement | None) -> dict[str, Any]:
+def actor_options(tp: int, device: str, placement: GpuPlacement | None, *, loopback: bool) -> dict[str, Any]:
     """Ray's options for the actor of one engine.
 
     Args:
+        loopback: whether all processes of the run are on this host.
         placement: None leaves the choice to Ray.
     """
     environment = {"GLOO_SOCKET_IFNAME": "lo"}  # the ranks of an engine share a node
@@ -93,6 +95,8 @@ def actor_options(tp: int, device: str, placement: GpuPlacement | None) -> dict[
         from sglang_ext import cpu
 
         environment |= cpu.environment(tp)
+    else:
+        environment |= nccl_environment(loopback=loopback) | without_expandable_segments()
     num_gpus = tp if device == "cuda" else 0
     if placement is not None and placement.gpus:
         # For Ray these GPUs belong to the trainer ranks: it must neither count them twice nor hide them.

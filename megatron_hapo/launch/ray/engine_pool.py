@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,9 @@ class RayRolloutPool:
         self._timeout_seconds, self._read_weights = rollout.timeout_seconds, read_weights
         self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
         options = [
-            actor_options(rollout.tp, device, None if placements is None else placements[index])
+            actor_options(
+                rollout.tp, device, None if placements is None else placements[index], loopback=_is_single_host()
+            )
             for index in range(rollout.engines)
         ]
         actor = engine_actor()
@@ -300,3 +303,8 @@ def _answers_in_time(answer: ray.ObjectRef, deadline: float) -> bool:
     except (RayActorError, OutOfMemoryError, GetTimeoutError):
         return False
     return True
+
+
+def _is_single_host() -> bool:
+    """Whether the run has one host, and no cluster that could grow."""
+    return "RAY_ADDRESS" not in os.environ and sum(node["Alive"] for node in ray.nodes()) == 1
