@@ -39,11 +39,22 @@ def temperature_factor(entropy_R: Tensor, parameters_R6: Tensor) -> Tensor:
 def entropy_at_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
     """Entropy of softmax(logits / temperature) of each row: nats, clamped at 0. [R] float32
 
-    Works in place on a few rows at a time: two work arrays of a chunk's size, however many rows there are.
+    On a GPU one kernel reads the logits once. Elsewhere torch works in place on a few rows at a time: two work arrays
+    of a chunk's size, however many rows there are.
     """
+    if logits_RV.device.type == "cuda":
+        from megatron_hapo.logprobs import row_statistics_triton
+
+        return entropy_of(row_statistics_triton.local_statistics(logits_RV, None, temperature_R))
     rows = max(1, _CHUNK_ELEMENTS // logits_RV.shape[-1])
     parts = zip(logits_RV.split(rows), temperature_R.split(rows), strict=True)
     return torch.cat([_entropy(logits, temperature) for logits, temperature in parts])
+
+
+def entropy_of(statistics_4R: Tensor) -> Tensor:
+    """Entropy of rows from their `row_statistics.local_statistics`, which must cover the vocabulary. [R]"""
+    _, sum_exp_R, sum_x_exp_R, _ = statistics_4R
+    return (sum_exp_R.log() - sum_x_exp_R / sum_exp_R).clamp_min(0)
 
 
 def _entropy(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:

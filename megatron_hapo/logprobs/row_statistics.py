@@ -133,7 +133,7 @@ def local_statistics(logits_NV: Tensor, local_targets_N: Tensor, temperature_N: 
         local_targets_N: [N] int64, counted from this rank's column 0; outside [0, V) if another rank has the target.
         temperature_N: [N]; None means 1.
     """
-    if logits_NV.device.type == "cuda" and logits_NV.dtype != torch.float64 and logits_NV.numel():
+    if _has_kernel(logits_NV):
         from megatron_hapo.logprobs import row_statistics_triton
 
         return row_statistics_triton.local_statistics(logits_NV, local_targets_N, temperature_N)
@@ -269,16 +269,27 @@ def overwrite_with_gradient(
 ) -> None:
     """Overwrites the logits [N, V], columns that are not padding, with the gradient of the loss.
 
+    On a GPU one kernel reads and writes each of them once; elsewhere torch works tile by tile.
+
     Args:
         kept: of these rows, its columns counted from this rank's column 0; None: all tokens are kept.
     """
     values_K = None if kept is None or gradient.kept_scale is None else _kept_gradient(logits_NV, gradient, kept)
     if values_K is not None and gradient.slope is None:
         logits_NV.zero_()
+    elif _has_kernel(logits_NV):
+        from megatron_hapo.logprobs import row_statistics_triton
+
+        row_statistics_triton.overwrite_with_gradient(logits_NV, local_targets_N, gradient)
     else:
-        _overwrite_in_tiles(logits_NV, gradient)
+        overwrite_with_gradient_in_tiles(logits_NV, local_targets_N, gradient)
     if kept is not None and values_K is not None:
         kept.add_to(logits_NV, values_K)
+        _set_targets(logits_NV, local_targets_N, gradient)
+
+
+def _set_targets(logits_NV: Tensor, local_targets_N: Tensor, gradient: RowGradient) -> None:
+    """Overwrites the targets' elements with their own gradient."""
     if logits_NV.shape[1]:
         # Indices: a mask would synchronise a GPU, and scatter_ would copy all bfloat16 logits.
         here_N, targets = _positions(local_targets_N, logits_NV.shape[1])
@@ -303,7 +314,8 @@ def _kept_x(logits_K: Tensor, maximum_N: Tensor, temperature_N: Tensor | None, k
     return x_K.clamp_min_(FAR_BELOW)
 
 
-def _overwrite_in_tiles(logits_NV: Tensor, gradient: RowGradient) -> None:
+def overwrite_with_gradient_in_tiles(logits_NV: Tensor, local_targets_N: Tensor, gradient: RowGradient) -> None:
+    """`overwrite_with_gradient` without kept tokens in plain torch operators, on any device."""
     x_tile, exp_tile = _buffers(logits_NV)
     for rows, columns in _tiles(logits_NV):
         logits = logits_NV[rows, columns]
@@ -314,6 +326,7 @@ def _overwrite_in_tiles(logits_NV: Tensor, gradient: RowGradient) -> None:
         else:
             p.mul_(x.mul_(gradient.slope[rows, None]).add_(gradient.offset[rows, None]))
         logits.copy_(p)
+    _set_targets(logits_NV, local_targets_N, gradient)
 
 
 # ----- arguments and results
@@ -400,6 +413,10 @@ def _fault(logits_V: Tensor, shard: VocabShard) -> str:
 
 
 # ----- tiles
+
+
+def _has_kernel(logits_NV: Tensor) -> bool:
+    return logits_NV.device.type == "cuda" and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -9,11 +9,17 @@ from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from megatron_hapo.logprobs.fused_head import fused_log_probs_and_entropy
 from tests.logprobs.test_fused_head import MAX_GRADIENT_ERROR, in_buffer, make_case
 from tests.logprobs.test_logprobs import relative_error
-from tests.logprobs.test_row_statistics import compare_with_twin
+from tests.logprobs.test_row_statistics import (
+    compare_entropy_with_twin,
+    compare_gradient_with_twin,
+    compare_with_twin,
+)
 
 
-def test_the_kernel_equals_its_torch_reference() -> None:
+def test_the_kernels_equal_their_torch_references() -> None:
     compare_with_twin("cuda")
+    compare_gradient_with_twin("cuda")
+    compare_entropy_with_twin("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

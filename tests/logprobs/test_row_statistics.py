@@ -1,4 +1,4 @@
-"""The Triton kernel of the row statistics against its torch counterpart, without a GPU: interpreted, and compiled."""
+"""The Triton kernels of the row statistics against their twins in torch: interpreted, and compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -39,13 +39,62 @@ def compare_with_twin(device: str) -> None:
                 torch.testing.assert_close(got[3], want[3], rtol=0, atol=0, equal_nan=True)
 
 
+def compare_gradient_with_twin(device: str) -> None:
+    """Targets here and on other ranks, forbidden tokens, with and without a temperature and an entropy gradient."""
+    from megatron_hapo.logprobs.row_statistics_triton import BLOCK, overwrite_with_gradient
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for columns in (1, 7, BLOCK, 2 * BLOCK + 100):
+            padded_NV = torch.randn(5, columns + 3, generator=generator).mul_(4).to(device, dtype)
+            padded_NV[2, ::2] = -torch.inf
+            padded_NV[:, columns - 1] = 1.0  # no row is forbidden altogether
+            targets_N = torch.tensor([0, columns - 1, columns - 1, columns, -1]).to(device)
+            for with_temperature in (False, True):
+                temperature_N = torch.rand(5, generator=generator).add_(0.5).to(device) if with_temperature else None
+                shard = row_statistics.VocabShard.of(columns, tp_group=None, vocab_size=None)
+                statistics = row_statistics.combine(
+                    row_statistics.local_statistics_in_tiles(padded_NV[:, :columns], targets_N, temperature_N),
+                    targets_N, temperature_N, shard,
+                )  # fmt: skip
+                log_prob_gradient_N, entropy_gradient_N = torch.randn(2, 5, generator=generator).to(device)
+                for of_entropies in (None, entropy_gradient_N):
+                    gradient = row_statistics.row_gradient(statistics, temperature_N, log_prob_gradient_N, of_entropies)
+                    got, want = padded_NV.clone(), padded_NV.clone()
+                    overwrite_with_gradient(got[:, :columns], targets_N, gradient)
+                    row_statistics.overwrite_with_gradient_in_tiles(want[:, :columns], targets_N, gradient)
+                    ulp = torch.finfo(dtype).eps
+                    torch.testing.assert_close(got[:, :columns], want[:, :columns], rtol=max(ulp, 2e-6), atol=1e-7)
+                    assert torch.equal(got[:, columns:], padded_NV[:, columns:]), "padding is left alone"
+
+
+def compare_entropy_with_twin(device: str) -> None:
+    """The sampling hook's entropy, with forbidden tokens, near certainty, and at every row's own temperature."""
+    from megatron_hapo.entropy import entropy_from_logits
+    from megatron_hapo.logprobs.row_statistics_triton import BLOCK, local_statistics
+    from sglang_ext.temperature import entropy_of
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits_RV = torch.randn(6, 2 * BLOCK + 100, generator=generator).mul_(3).to(dtype)
+        logits_RV[1, 5] = 60
+        logits_RV[2, ::2] = -torch.inf
+        temperature_R = torch.rand(6, generator=generator).add_(0.5)
+        expected = entropy_from_logits(logits_RV.double().div(temperature_R[:, None]).float())
+        got = entropy_of(local_statistics(logits_RV.to(device), None, temperature_R.to(device)))
+        torch.testing.assert_close(got.cpu(), expected, rtol=5e-6, atol=5e-6)
+        assert float(got.min()) >= 0
+
+
 def compare_interpreted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the infinities
         compare_with_twin("cpu")
+        compare_gradient_with_twin("cpu")
+        compare_entropy_with_twin("cpu")
 
 
-def test_the_kernel_equals_its_torch_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_equal_their_torch_counterparts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, since Triton reads the variable on import."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
@@ -53,13 +102,18 @@ def test_the_kernel_equals_its_torch_counterpart(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_kernel_compiles_for_a_gpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_compile_for_a_gpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code for an H100: the interpreter accepts types that the compiler rejects."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_hapo.logprobs.row_statistics_triton import BLOCK, NUM_WARPS, row_statistics_kernel
+    from megatron_hapo.logprobs.row_statistics_triton import (
+        BLOCK,
+        NUM_WARPS,
+        row_gradient_kernel,
+        row_statistics_kernel,
+    )
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     source = ASTSource(
@@ -72,10 +126,23 @@ def test_the_kernel_compiles_for_a_gpu(dtype: str, tmp_path: Path, monkeypatch: 
             "row_stride": "i32",
             "num_rows": "i32",
             "num_columns": "i32",
+            "HAS_TARGETS": "constexpr",
             "HAS_TEMPERATURE": "constexpr",
             "BLOCK": "constexpr",
         },
-        constexprs={"HAS_TEMPERATURE": True, "BLOCK": BLOCK},
+        constexprs={"HAS_TARGETS": True, "HAS_TEMPERATURE": True, "BLOCK": BLOCK},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
-    assert compiled.asm["cubin"]
+    gradient = ASTSource(
+        fn=row_gradient_kernel,
+        signature={
+            "logits": f"*{dtype}",
+            "local_targets": "*i64",
+            **dict.fromkeys(("maxima", "temperatures", "offsets", "slopes", "target_gradients"), "*fp32"),
+            **dict.fromkeys(("row_stride", "num_columns", "blocks_per_row"), "i32"),
+            **dict.fromkeys(("HAS_TEMPERATURE", "HAS_SLOPE", "BLOCK"), "constexpr"),
+        },
+        constexprs={"HAS_TEMPERATURE": True, "HAS_SLOPE": True, "BLOCK": BLOCK},
+    )
+    for kernel in (source, gradient):
+        compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
+        assert compiled.asm["cubin"]
