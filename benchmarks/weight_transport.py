@@ -66,6 +66,7 @@ def main() -> None:
     rendezvous = Rendezvous(
         host="127.0.0.1", port=port, generation=0, trainer_ranks=arguments.trainer_tp, engine_ranks=arguments.engine_tp,
         ranks_per_engine=arguments.engine_tp, backend="gloo",
+        hosts=tuple(range(arguments.trainer_tp + arguments.engine_tp)),
     )  # fmt: skip
     rows = [plain_copy(num_bytes, arguments.repeats)]
     with tempfile.TemporaryDirectory(prefix="megatron-hapo-", dir="/dev/shm") as folder:

@@ -120,8 +120,8 @@ class TrainerShard(Protocol):
 class TrainerWorker(TrainerShard, Protocol):
     """The verbs of the process that holds a shard."""
 
-    def sees(self, path: Path) -> bool:
-        """Whether this file exists for the process: whether it shares a host with the driver."""
+    def host(self) -> str:
+        """The host of the process (`resharding.hosts.this_host`)."""
         ...
 
     def damaged_files(self, share: tuple[Path, int, int]) -> list[str]:
@@ -229,8 +229,8 @@ class RolloutEngine(Protocol):
         ...
 
     @_of_weight_sync
-    def sees(self, path: Path) -> bool:
-        """Whether this file exists for the engine: whether it shares a host with the driver."""
+    def host(self) -> str:
+        """The host of all ranks of the engine (`resharding.hosts.this_host`)."""
         ...
 
     @_of_weight_sync

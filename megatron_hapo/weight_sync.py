@@ -20,7 +20,9 @@ from megatron_hapo.errors import HapoError, RankDiedError, WeightSyncError
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.private_folder import SHARED_MEMORY, shared_memory_prefix
 from megatron_hapo.protocols import RolloutEngine, RolloutPool, Trainer, TrainerWorker, WeightSync
+from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.resharding.expected import merge_checksums
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, ReshardingPlan, SendingTask, make_plan
 from megatron_hapo.resharding.process_group import open_store
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 SLOT_BYTES = 4 << 20
 """Maximum size of one of a channel's two slots: small enough that a bucket is read while it is in the CPU's cache."""
+GPU_SLOT_BYTES = 32 << 20
+"""The same between GPUs, where a bucket should be large beside the cost of its copies and of its announcement."""
 _GRACE_SECONDS = 30
 """Added to the ranks' own deadline, whose errors are more specific."""
 
@@ -145,7 +149,8 @@ class DirectSync:
         shards = shards_of_ranks(trainer.broadcast(TrainerWorker.own_parameters))
         num_ranks = sum(len(shard.ranks) for shard in shards)
         channels = num_ranks * config.rollout.engines * config.rollout.tp
-        self._slot_bytes = min(SLOT_BYTES, max(1, config.weight_sync.bucket_bytes // channels))
+        most = GPU_SLOT_BYTES if self._on_gpus() else SLOT_BYTES
+        self._slot_bytes = min(most, max(1, config.weight_sync.bucket_bytes // channels))
         self.plan = make_plan(
             shards,
             engine,
@@ -161,29 +166,34 @@ class DirectSync:
         self._receiver_plans = _receiver_plans(moving, engine, engines=config.rollout.engines)
         pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
         self._rendezvous: Rendezvous | None = None
-        if not self._on_one_host():
-            self._store, self._rendezvous = self._open_rendezvous(address, num_ranks)
-        way = "shared memory" if self._rendezvous is None else f"messages ({self._rendezvous.backend})"
-        logger.info("direct weight sync by %s: %d copies an engine", way, len(self.plan.copies))
+        self._trainer_hosts = trainer.broadcast(TrainerWorker.host)
+        if {*self._trainer_hosts, *pool.broadcast(RolloutEngine.host)} != {this_host()}:
+            self._store, self._rendezvous = self._open_rendezvous(address, self._hosts_of_group())
+        logger.info("direct weight sync by %s: %d copies an engine", self._describe(moving), len(self.plan.copies))
 
-    def _on_one_host(self) -> bool:
-        """Whether all trainer ranks and engines share this host, and so its memory."""
-        token = self._folder / "token"
-        token.touch()
-        return all(self._trainer.broadcast(TrainerWorker.sees, token)) and all(
-            self._pool.broadcast(RolloutEngine.sees, token)
-        )
+    def _hosts_of_group(self) -> tuple[int, ...]:
+        """The number of the host of each trainer rank and then of each engine rank; an engine's ranks share a host."""
+        engines = [host for host in self._pool.broadcast(RolloutEngine.host) for _ in range(self._rollout.tp)]
+        hosts = [*self._trainer_hosts, *engines]
+        return tuple(hosts.index(host) for host in hosts)
 
-    def _open_rendezvous(self, address: str, trainer_ranks: int) -> tuple[Any, Rendezvous]:
+    def _open_rendezvous(self, address: str, hosts: tuple[int, ...]) -> tuple[Any, Rendezvous]:
         store, port = open_store(address)
-        # NCCL refuses two ranks of one group on one GPU.
-        nccl = self._config.device != "cpu" and torch.cuda.is_available() and self._config.placement == "disaggregated"
         rollout = self._rollout
         return store, Rendezvous(
-            host=address, port=port, generation=0, trainer_ranks=trainer_ranks,
+            host=address, port=port, generation=0, trainer_ranks=len(self._trainer_hosts),
             engine_ranks=rollout.engines * rollout.tp, ranks_per_engine=rollout.tp,
-            backend="nccl" if nccl else "gloo",
+            backend="nccl" if self._on_gpus() else "gloo", hosts=hosts,
         )  # fmt: skip
+
+    def _on_gpus(self) -> bool:
+        return self._config.device != "cpu" and torch.cuda.is_available()
+
+    def _describe(self, channels: Sequence[Channel]) -> str:
+        if self._rendezvous is None:
+            return "shared memory"
+        near = sum(self._rendezvous.on_one_host(*ChannelId.of(channel)) for channel in channels)
+        return f"messages ({self._rendezvous.backend}) and, for {near} of {len(channels)} channels, shared memory"
 
     def sync(self, *, policy_version: int) -> None:
         is_due = self._num_syncs % self._settings.verify_every == 0
@@ -205,6 +215,8 @@ class DirectSync:
         replaced = self._pool.replace_dead_engines(patience_seconds=max(_GRACE_SECONDS, self._settings.timeout_seconds))
         if self._pool.new_engines:
             self._leave_group()
+            if self._rendezvous is not None:  # a new engine may be on another host
+                self._rendezvous = replace(self._rendezvous, hosts=self._hosts_of_group())
             self._pool.scatter(RolloutEngine.prepare_receiving, self._receiver_plans)
         return replaced
 

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.spans import SpanRecorder, Timeline, recorded
 from megatron_hapo.private_folder import PrivateFolder
 from megatron_hapo.protocols import Finished
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.types import InFlight, Prompt, Sampling, WeightBucket
 from sglang_ext import receive, self_test, verify
@@ -85,9 +85,9 @@ class Engine:
         self._loop.close()
         self._scratch.close()
 
-    def sees(self, path: Path) -> bool:
-        """Whether this file exists here."""
-        return path.exists()
+    def host(self) -> str:
+        """The host of the engine's processes."""
+        return this_host()
 
     def start_profile(self) -> None:
         """Begin to record the calls of the verbs that are marked as recorded."""

@@ -60,7 +60,9 @@ def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
 
 def _transfer(fields: dict[str, Any]) -> Transfer:
     rendezvous = fields.pop("rendezvous")
-    return Transfer(**fields, rendezvous=None if rendezvous is None else Rendezvous(**rendezvous))
+    if rendezvous is None:
+        return Transfer(**fields)
+    return Transfer(**fields, rendezvous=Rendezvous(**{**rendezvous, "hosts": tuple(rendezvous["hosts"])}))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""GPU memory that two processes on the same GPU share through CUDA IPC. Tested by `tests/gpu/test_transfer.py` only."""
+"""Memory that processes with GPUs share: a GPU's through CUDA IPC, or the host's, known to CUDA.
+
+Tested by `tests/gpu/test_transfer.py` only.
+"""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +17,39 @@ def gpu_of(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
+def visible_gpu(gpu: str) -> torch.device | None:
+    """The GPU with this UUID as this process numbers it; None if it cannot see it."""
+    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return next((device for device in devices if gpu_of(device) == gpu), None)
+
+
+def shareable(num_bytes: int, device: torch.device) -> Tensor:
+    """[num_bytes] uint8 of GPU memory that another process can open, even where this one uses expandable segments.
+
+    Opening such a segment takes pidfd_getfd, which unprivileged containers deny. torch 2.14 decides about a segment
+    when it is allocated.
+    """
+    settings: Any = torch._C
+    expandable = "expandable_segments:True" in (settings._accelerator_getAllocatorSettings() or "")
+    if expandable:
+        settings._accelerator_setAllocatorSettings("expandable_segments:False")
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    finally:
+        if expandable:
+            settings._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def register(slots: Tensor) -> None:
+    """Make host memory known to CUDA, until the process ends: copies then run at the bus's full speed."""
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}")
+
+
 def export_handle(slots: Tensor) -> str:
-    """A handle with which another process on the same GPU can open this memory, which must outlive its use there."""
+    """A handle with which another process that sees this GPU can open this memory, which must outlive its use there."""
     parts = slots.untyped_storage()._share_cuda_()
     return json.dumps([{"hex": part.hex()} if isinstance(part, bytes) else part for part in parts])
 

@@ -103,9 +103,10 @@ def send(
     membership: Membership,
     *,
     rank: int,
+    within_host: Callable[[], int],
     on_bucket: BucketHook | None = None,
 ) -> int:
-    """Send everything of these channels; returns the bytes sent, including padding.
+    """Send everything of these channels; returns the bytes sent, including padding and those within the host.
 
     Every trainer rank calls this, even one without channels, because it belongs to the group.
 
@@ -114,13 +115,15 @@ def send(
         matrices: the rank's local parameters, each [rows, columns], of any float dtype.
         membership: this rank's membership of the group.
         rank: this trainer rank.
+        within_host: sends to the engine ranks of this host, once the group exists, so that its failure ends the group.
+            All ranks do this before they exchange messages, so none waits for another in a circle.
         on_bucket: for tests, see `BucketHook`.
     Raises:
         WeightSyncError: a receiver is late, or left the group.
     """
     with membership.leave_on_failure(f"trainer rank {rank}"):
         # A function of its own, so that its frame has finished, and can be cleared, when the group is left.
-        return _send(channels, matrices, transfer, membership, rank, on_bucket)
+        return _send(channels, matrices, transfer, membership, rank, within_host, on_bucket)
 
 
 def receive(
@@ -131,9 +134,10 @@ def receive(
     *,
     engine: int,
     engine_rank: int,
+    within_host: Callable[[], int],
     on_bucket: BucketHook | None = None,
 ) -> int:
-    """Fill an engine rank's parameters with what all trainer ranks send; returns the bytes received.
+    """Fill an engine rank's parameters with what trainer ranks send; returns the bytes received, those of its host too.
 
     Args:
         sources: for each trainer rank, the pieces of this rank's parameters that it sends, in the plan's order.
@@ -141,12 +145,13 @@ def receive(
         membership: this rank's membership of the group.
         engine: index of the engine.
         engine_rank: rank within the engine.
+        within_host: receives from the trainer ranks of this host, once the group exists.
         on_bucket: for tests, see `BucketHook`.
     Raises:
         WeightSyncError: a sender is late, or left the group.
     """
     with membership.leave_on_failure(f"engine {engine}, rank {engine_rank}"):
-        return _receive(sources, matrices, transfer, membership, engine, engine_rank, on_bucket)
+        return _receive(sources, matrices, transfer, membership, engine, engine_rank, within_host, on_bucket)
 
 
 def open_store(address: str) -> tuple[Any, int]:
@@ -163,17 +168,19 @@ def _send(
     transfer: Transfer,
     membership: Membership,
     rank: int,
+    within_host: Callable[[], int],
     on_bucket: BucketHook | None,
 ) -> int:
     deadline = time.monotonic() + transfer.deadline_seconds
     group = membership.group(transfer, rank, deadline)
+    sent = within_host()
     senders = [MessageSender(channel, matrices, transfer, on_bucket) for channel in channels]
     for number in range(max((len(sender.buckets) for sender in senders), default=0) + _BUFFERS):
         for sender in senders:
             sender.finish(number - _BUFFERS, deadline)
             if number < len(sender.buckets):
                 sender.start(number, group)
-    return sum(bucket.num_bytes for sender in senders for bucket in sender.buckets)
+    return sent + sum(bucket.num_bytes for sender in senders for bucket in sender.buckets)
 
 
 def _receive(
@@ -183,11 +190,13 @@ def _receive(
     membership: Membership,
     engine: int,
     engine_rank: int,
+    within_host: Callable[[], int],
     on_bucket: BucketHook | None,
 ) -> int:
     assert transfer.rendezvous is not None
     deadline = time.monotonic() + transfer.deadline_seconds
     group = membership.group(transfer, transfer.rendezvous.engine_rank(engine, engine_rank), deadline)
+    received = within_host()
     receivers = [
         MessageReceiver(ChannelId(rank, engine, engine_rank), pieces, matrices, transfer, on_bucket)
         for rank, pieces in sources.items()
@@ -201,7 +210,7 @@ def _receive(
                 receiver.finish(number, deadline)
             if number + _BUFFERS < len(receiver.buckets):
                 receiver.start(number + _BUFFERS, group)
-    return received_bytes(sources, transfer)
+    return received + received_bytes(sources, transfer)
 
 
 class _MessageEnd(ChannelEnd):

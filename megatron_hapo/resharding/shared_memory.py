@@ -1,13 +1,15 @@
 """The transport within one host: `send` runs in each trainer rank, `receive` in each engine rank.
 
 Each channel of the plan uses a Unix socket in a private folder and a block of memory with two slots, which the sender
-owns and passes through the socket. Both disappear with their processes. If both ends are on the same GPU the block is
-memory of that GPU, whose handle the receiver opens once; otherwise it is shared memory of the host. The sender packs
-pieces, in the engine's dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
+owns and passes through the socket. Both disappear with their processes. If the receiver sees the sender's GPU, most
+often because it is its own, the block is memory of that GPU, whose handle the receiver opens once; otherwise it is
+shared memory of the host, which a process with a GPU makes known to CUDA. The sender packs pieces, in the engine's
+dtype, into one slot while the receiver copies the other into its parameters. States of a slot:
 
     free -> packed (the sender announces the bucket's number) -> copied (the receiver returns the number: free again)
 
-The socket also orders memory between the processes and reports at once that the other end has died. Every wait has a
+The socket also orders memory between the processes and reports at once that the other end has died. Where it has a name
+without a file, which any user could take, both ends refuse a peer of another user. Every wait has a
 deadline. A rank that fails marks the transfer (`Transfer.abort`), so that ranks whose own peers are well stop too.
 Only the senders' memory (`SlotMemory`) outlives a transfer, so after a failure the next one starts from scratch.
 """
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelEnd, ChannelId, received_bytes
-from megatron_hapo.resharding.gpu_slots import export_handle, gpu_of, open_handle
+from megatron_hapo.resharding.gpu_slots import export_handle, gpu_of, open_handle, register, shareable, visible_gpu
 from megatron_hapo.resharding.plan import Channel, Piece
 from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
 
@@ -53,8 +55,11 @@ class SlotMemory:
         self._host: dict[tuple[int, int], tuple[BinaryIO, Tensor]] = {}
         self._gpu: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
-    def on_host(self, channel: ChannelId, num_bytes: int) -> tuple[int, Tensor]:
+    def on_host(self, channel: ChannelId, num_bytes: int, device: torch.device) -> tuple[int, Tensor]:
         """The channel's slots in shared memory of the host: file descriptor, and [num_bytes] uint8.
+
+        Args:
+            device: of the parameters that will be copied there.
 
         Raises:
             OSError: the system has no shared memory left.
@@ -65,6 +70,8 @@ class SlotMemory:
             file = os.fdopen(os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC), "r+b")
             os.ftruncate(file.fileno(), num_bytes)
             block = (file, _map(file.fileno(), num_bytes))
+            if device.type == "cuda":
+                register(block[1])
         self._host[key] = block
         return block[0].fileno(), block[1]
 
@@ -73,7 +80,7 @@ class SlotMemory:
         key = (channel.engine, channel.engine_rank)
         block = self._gpu.pop(key, None)
         if block is None or len(block[1]) != num_bytes:
-            block = (uuid.uuid4().hex, torch.empty(num_bytes, dtype=torch.uint8, device=device))
+            block = (uuid.uuid4().hex, shareable(num_bytes, device))
         self._gpu[key] = block
         return block
 
@@ -135,7 +142,7 @@ def receive(
     Args:
         sources: for each trainer rank, the pieces of this rank's parameters that it sends, in the plan's order.
         matrices: the engine rank's parameters, each [rows, columns], in the transfer's dtype.
-        opened: blocks of GPU memory that this rank has opened, by name; kept between transfers.
+        opened: blocks of memory that this rank has opened, by name; kept between transfers.
         engine: index of the engine.
         engine_rank: rank within the engine.
         on_bucket: for tests, see `BucketHook`.
@@ -151,7 +158,8 @@ def receive(
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         address = transfer.address(engine, engine_rank)
         listener.bind(address)
-        stack.callback(os.unlink, address)
+        if not address.startswith("\0"):
+            stack.callback(os.unlink, address)
         listener.listen(len(sources) + 1)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
@@ -198,6 +206,7 @@ class SharedMemorySender(ChannelEnd):
                 self.transfer.raise_if_aborted("connecting", str(self))
                 time.sleep(0.002)
         try:
+            _check_user(self.socket)
             self._offer_slots(deadline, memory)
         except (OSError, ValueError) as error:
             raise WeightSyncError(f"connecting: {self}: {error or 'no answer'}") from error
@@ -206,13 +215,13 @@ class SharedMemorySender(ChannelEnd):
         """The sender's part of the handshake; `SharedMemoryReceiver.open_slots` is the other.
 
         The first message says who sends, and which GPU holds the slots, if one does. The receiver's answer to an offer
-        of GPU memory is `handle` (it is on the same GPU and needs a handle), `opened` (it has one from an earlier
-        transfer), or `host` (it is on another GPU, so host memory serves).
+        of GPU memory is `handle` (it sees that GPU and needs a handle), `opened` (it has one from an earlier transfer),
+        or `host` (it does not see that GPU, so host memory serves).
         """
         num_bytes = _SLOTS * self.buffer_bytes
         hello = {"rank": self.channel.source_rank, "plan": self.transfer.plan, "slot_bytes": self.buffer_bytes}
         if self.device.type == "cpu":
-            file, self._slots = memory.on_host(self.channel, num_bytes)
+            file, self._slots = memory.on_host(self.channel, num_bytes, self.device)
             socket.send_fds(self.socket, [json.dumps(hello).encode()], [file])
             return
         name, slots = memory.on_gpu(self.channel, num_bytes, self.device)
@@ -221,7 +230,7 @@ class SharedMemorySender(ChannelEnd):
         answer = json.loads(self.socket.recv(_MAX_MESSAGE_BYTES))
         self.socket.settimeout(None)
         if answer == "host":
-            file, self._slots = memory.on_host(self.channel, num_bytes)
+            file, self._slots = memory.on_host(self.channel, num_bytes, self.device)
             socket.send_fds(self.socket, [b"host"], [file])
             return
         self._slots = slots
@@ -278,19 +287,31 @@ class SharedMemoryReceiver(ChannelEnd):
         Args:
             hello: the message.
             files: descriptors that came with it; one that comes later is added, and the caller closes all of them.
-            opened: blocks of GPU memory by name, to which this one is added.
+            opened: blocks of memory by name, to which this one is added.
         """
         self.connection, self._slot_bytes = connection, hello["slot_bytes"]
         if hello.get("gpu") is not None:
             name = hello["block"]
-            same_gpu = hello["gpu"] == gpu_of(self.device)
-            answer = "host" if not same_gpu else ("opened" if name in opened else "handle")
+            gpu = visible_gpu(hello["gpu"]) if self.device.type == "cuda" else None
+            answer = "host" if gpu is None else ("opened" if name in opened else "handle")
             connection.send(json.dumps(answer).encode())
             if answer == "host":
                 files += socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)[1]
             elif answer == "handle":
-                opened[name] = open_handle(connection.recv(_MAX_MESSAGE_BYTES).decode(), self.device)
-        self._slots = opened[hello["block"]] if not files else _map(files[0], _SLOTS * self._slot_bytes)
+                assert gpu is not None
+                opened[name] = open_handle(connection.recv(_MAX_MESSAGE_BYTES).decode(), gpu)
+        self._slots = self._host_slots(files[0], opened) if files else opened[hello["block"]]
+
+    def _host_slots(self, file: int, opened: dict[str, Tensor]) -> Tensor:
+        """The mapped memory of this file; with a GPU it is kept, because CUDA takes long to get to know it."""
+        num_bytes = _SLOTS * self._slot_bytes
+        if self.device.type == "cpu":
+            return _map(file, num_bytes)
+        name = f"file {os.fstat(file).st_ino}"
+        if name not in opened:
+            opened[name] = _map(file, num_bytes)
+            register(opened[name])
+        return opened[name]
 
     def unpack_next(self) -> bool:
         """Copy the bucket that the sender has announced, and confirm it; returns whether it was the last bucket."""
@@ -321,6 +342,7 @@ def _accept(
     files: list[int] = []
     connection.settimeout(max(0.001, deadline - time.monotonic()))
     try:
+        _check_user(connection)
         text, files, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1)
         hello = json.loads(text)
         receiver = pending.get(hello["rank"])
@@ -336,6 +358,14 @@ def _accept(
         for file in files:
             os.close(file)
     return receiver
+
+
+def _check_user(connection: socket.socket) -> None:
+    """Raises ConnectionRefusedError unless the process at the other end is of this process's user."""
+    size = struct.calcsize("3i")
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    if user != os.getuid():
+        raise ConnectionRefusedError(f"the other end belongs to user {user}")
 
 
 def _map(file: int, num_bytes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""One transfer of the weights, as all its ranks know it. It is carried out by `shared_memory` or by `process_group`."""
+"""One transfer of the weights, as all its ranks know it. `transports` carries it out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_hapo.errors import WeightSyncError
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where all trainer and engine ranks form one process group, for transfers between hosts."""
+    """Where all trainer and engine ranks form one process group, if they are on several hosts.
+
+    Pairs of ranks on one host use its shared memory, or that of their GPU; only the others exchange messages.
+    """
 
     host: str
     """Address of a torch TCPStore."""
@@ -29,10 +32,16 @@ class Rendezvous:
     """Number of ranks of one engine."""
     backend: str
     """gloo or nccl."""
+    hosts: tuple[int, ...]
+    """Number of the host of each rank of the group."""
 
     def engine_rank(self, engine: int, rank: int) -> int:
         """The rank in the process group of rank `rank` of engine `engine`; engine ranks follow the trainer's ranks."""
         return self.trainer_ranks + engine * self.ranks_per_engine + rank
+
+    def on_one_host(self, source_rank: int, engine: int, engine_rank: int) -> bool:
+        """Whether a trainer rank and an engine rank share a host."""
+        return self.hosts[source_rank] == self.hosts[self.engine_rank(engine, engine_rank)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +64,13 @@ class Transfer:
     """Set if the ranks are on several hosts; None if all are on one, where the weights go through shared memory."""
 
     def address(self, engine: int, engine_rank: int) -> str:
-        """Path of the Unix socket at which this engine rank accepts connections."""
-        return str(Path(self.folder) / f"{self.number}.{engine}.{engine_rank}")
+        """The Unix socket at which this engine rank accepts connections.
+
+        A path in the folder. With ranks on several hosts a name without a file, since the folder is on one of them: the
+        two ends then compare the user of the other one (`shared_memory`).
+        """
+        name = f"{self.number}.{engine}.{engine_rank}"
+        return str(Path(self.folder) / name) if self.rendezvous is None else f"\0{self.folder}/{name}"
 
     def abort(self) -> None:
         """Mark the transfer as failed for all its ranks on this host."""

@@ -1,13 +1,14 @@
-"""The two transports that carry out a plan, behind one interface; the transfer determines which of them is used."""
+"""The two transports that carry out a plan, behind one interface, and which of them carries which channel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from megatron_hapo.resharding import process_group, shared_memory
-from megatron_hapo.resharding.channel_ends import BucketHook
+from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
 from megatron_hapo.resharding.plan import Channel, Piece
 from megatron_hapo.resharding.transfer import Transfer
 
@@ -33,11 +34,14 @@ class Sender:
         Raises:
             WeightSyncError: a receiver is late, or failed.
         """
+        near, far = _by_host(channels, transfer)
+        within_host = partial(shared_memory.send, near, matrices, transfer, self._memory, on_bucket=self._on_bucket)
         if transfer.rendezvous is None:
-            return shared_memory.send(channels, matrices, transfer, self._memory, on_bucket=self._on_bucket)
+            return within_host()
         return process_group.send(
-            channels, matrices, transfer, self._membership, rank=self._rank, on_bucket=self._on_bucket
-        )
+            far, matrices, transfer, self._membership,
+            rank=self._rank, within_host=within_host, on_bucket=self._on_bucket,
+        )  # fmt: skip
 
 
 class Receiver:
@@ -71,12 +75,32 @@ class Receiver:
         Raises:
             WeightSyncError: a sender is late, failed, or has another plan.
         """
-        if transfer.rendezvous is None:
-            return shared_memory.receive(
-                sources, matrices, transfer, self._opened,
-                engine=engine, engine_rank=engine_rank, on_bucket=self._on_bucket,
-            )  # fmt: skip
-        return process_group.receive(
-            sources, matrices, transfer, self._membership,
+        near = {
+            rank: pieces
+            for rank, pieces in sources.items()
+            if is_within_host(ChannelId(rank, engine, engine_rank), transfer)
+        }
+        within_host = partial(
+            shared_memory.receive, near, matrices, transfer, self._opened,
             engine=engine, engine_rank=engine_rank, on_bucket=self._on_bucket,
         )  # fmt: skip
+        if transfer.rendezvous is None:
+            return within_host()
+        far = {rank: pieces for rank, pieces in sources.items() if rank not in near}
+        return process_group.receive(
+            far, matrices, transfer, self._membership,
+            engine=engine, engine_rank=engine_rank, within_host=within_host, on_bucket=self._on_bucket,
+        )  # fmt: skip
+
+
+def is_within_host(channel: ChannelId, transfer: Transfer) -> bool:
+    """Whether a channel's ends share a host, and use its memory or that of their GPU; the others exchange messages."""
+    return transfer.rendezvous is None or transfer.rendezvous.on_one_host(*channel)
+
+
+def _by_host(channels: Sequence[Channel], transfer: Transfer) -> tuple[list[Channel], list[Channel]]:
+    """The channels within a host, and those between hosts."""
+    parts: tuple[list[Channel], list[Channel]] = ([], [])
+    for channel in channels:
+        parts[not is_within_host(ChannelId.of(channel), transfer)].append(channel)
+    return parts

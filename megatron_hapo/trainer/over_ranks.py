@@ -16,6 +16,7 @@ from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions
 from megatron_hapo.config import Config
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.protocols import TrainerShard, TrainerWorker, declared_verbs
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores, merge_tokens
 
 _SHARD_VERBS = declared_verbs(TrainerShard)
@@ -52,9 +53,9 @@ class RankObject:
             result = method(*arguments, **options)
         yield result
 
-    def sees(self, path: Path) -> bool:
-        """Whether this file exists here."""
-        return path.exists()
+    def host(self) -> str:
+        """This process's host."""
+        return this_host()
 
     def damaged_files(self, share: tuple[Path, int, int]) -> list[str]:
         """What a folder's manifest says is wrong with a share of its files."""

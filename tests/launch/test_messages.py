@@ -42,7 +42,14 @@ VALUES = [
         slot_bytes=8,
         deadline_seconds=0.1,
         rendezvous=Rendezvous(
-            host="h", port=1, generation=0, trainer_ranks=4, engine_ranks=2, ranks_per_engine=1, backend="gloo"
+            host="h",
+            port=1,
+            generation=0,
+            trainer_ranks=4,
+            engine_ranks=2,
+            ranks_per_engine=1,
+            backend="gloo",
+            hosts=(0, 0, 1, 1, 0, 2),
         ),
     ),
     {"lm_head.weight": [2**64 - 1]},

@@ -14,6 +14,7 @@ from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.ray.engine_actor import EngineActor
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.protocols import RolloutEngine, TrainerShard, TrainerWorker, declared_verbs, engine_failure
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.trainer.over_ranks import RankObject
 
 _CONFIG = Path(__file__).parents[2] / "configs/demo_cpu.yaml"
@@ -90,7 +91,7 @@ def test_a_trainer_rank_is_called_by_the_name_of_a_declared_verb() -> None:
     rank = RankObject(stub, 0)
     assert list(rank.results("own_parameters", (), {})) == [("weight",)]
     assert list(rank.results("weight_buckets", (), {"verify": True})) == ["first", "second"]
-    assert list(rank.results("sees", (_CONFIG,), {})) == [True]
+    assert list(rank.results("host", (), {})) == [this_host()]
     with pytest.raises(
         ValueError, match=r"a trainer rank has no verb 'shutdown'; its verbs are damaged_files, export_hf, finish_prof"
     ):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.channel_ends import ChannelId
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.weight_sync import DirectSync
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
@@ -33,11 +34,11 @@ class OneEngine:
     def __init__(self, engine: RemoteEngine):
         self.engine, self.version = engine, 0
 
-    def sees(self, path: Path) -> bool:
-        return path.exists()
+    def host(self) -> str:
+        return this_host()
 
     def broadcast(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
-        target = self if verb.__name__ == "sees" else self.engine
+        target = self if verb.__name__ == "host" else self.engine
         return [getattr(target, verb.__name__)(*arguments)]
 
     def scatter(
@@ -172,7 +173,7 @@ def test_weights_go_by_messages_if_the_engine_is_on_another_host(
 ) -> None:
     """The gloo group contains the threads that play the trainer, and the process of the real engine."""
     new, pool = case["news"][1], case["pool"]
-    monkeypatch.setattr(pool, "sees", lambda path: False)
+    monkeypatch.setattr(pool, "host", lambda: "elsewhere")
     trainer, settings = ThreadedTrainer(new, engine_tp=1, **LARGE), make_settings()
     sync = make_sync(trainer, pool, tmp_path / "s", new, settings=settings)
     sync.sync(policy_version=91)

@@ -17,6 +17,7 @@ from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding import process_group
 from megatron_hapo.resharding.channel_ends import ChannelId
 from megatron_hapo.resharding.process_group import open_store
+from megatron_hapo.resharding.transports import is_within_host
 from tests.resharding.test_plan import MOE_SHAPE, SHAPE
 from tests.resharding.test_transfer import CASES, Sides, make_transfer
 
@@ -105,3 +106,47 @@ def test_nccl_gives_up_after_the_deadline_of_any_transfer(tmp_path: Path, port: 
     """Its watchdog would end the process; a group lives for many transfers, so what remained of one is no limit."""
     transfer = make_transfer(tmp_path, deadline_seconds=300, rendezvous=small().rendezvous(port))
     assert process_group._nccl_limit(transfer) == timedelta(seconds=300 + process_group.NCCL_MARGIN_SECONDS)
+
+
+@pytest.mark.parametrize("engine_hosts", [(0, 0, 1, 1), (1, 1, 0, 0), (0, 0, 2, 2)])
+def test_each_pair_of_ranks_has_the_transport_of_its_hosts(
+    tmp_path: Path, port: int, engine_hosts: tuple[int, ...]
+) -> None:
+    """Two hosts, each with half of the trainer's ranks and one engine; and an engine on a third."""
+    sides = Sides(SHAPE, tp=2, pp=2, dp=1, engine_tp=2, engines=2, dtype=torch.float32)
+    hosts = (0, 0, 1, 1, *engine_hosts)
+    transfer = make_transfer(tmp_path, rendezvous=sides.rendezvous(port, hosts))
+    near, far = set(), set()
+    for channel in sides.plan.channels():
+        key = ChannelId.of(channel)
+        same = hosts[key.source_rank] == engine_hosts[2 * key.engine + key.engine_rank]
+        (near if same else far).add(key)
+        assert is_within_host(key, transfer) is same
+    assert near
+    assert far
+    for _ in range(2):
+        sides.run(transfer)
+        assert not sides.errors
+        for (_, rank), held in sides.targets.items():
+            for name, want in sides.expected[rank].items():
+                assert torch.equal(held[name], want), name
+                held[name].fill_(7.0)
+        transfer = replace(transfer, number=transfer.number + 1000)
+    assert not list(tmp_path.iterdir()), "sockets between several hosts have no files"
+    used = {ChannelId(rank, *key) for rank, sender in sides.senders.items() for key in sender._memory._host}
+    assert used == near
+
+
+def test_a_rank_that_fails_within_its_host_ends_the_transfer_between_hosts(tmp_path: Path, port: int) -> None:
+    sides = Sides(SHAPE, tp=2, pp=1, dp=1, engine_tp=1, engines=2, dtype=torch.float32)
+
+    def fail(channel: ChannelId, number: int, data: Tensor) -> None:
+        if channel == (0, 0, 0) and number == 2:
+            raise WeightSyncError("died")
+
+    sides.on_send = fail
+    start = time.monotonic()
+    sides.run(make_transfer(tmp_path, deadline_seconds=60, rendezvous=sides.rendezvous(port, (0, 1, 0, 1))))
+    assert time.monotonic() - start < 30
+    assert "died" in sides.errors
+    assert len(sides.errors) == 4

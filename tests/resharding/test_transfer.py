@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -24,7 +26,7 @@ from megatron_hapo.resharding.checksum import tensor_checksum
 from megatron_hapo.resharding.expected import merge_checksums, partial_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.plan import Channel, Parameter, Piece, ReshardingPlan, make_plan
-from megatron_hapo.resharding.shared_memory import SlotMemory, receive, send
+from megatron_hapo.resharding.shared_memory import SlotMemory, _check_user, receive, send
 from megatron_hapo.resharding.transfer import Rendezvous, Transfer, as_matrix
 from megatron_hapo.resharding.transports import Receiver, Sender
 from megatron_hapo.resharding.weight_buckets import engine_cut
@@ -93,11 +95,12 @@ class Sides:
     def _tensors(tensors, parameters: tuple[Parameter, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         return {n: torch.tensor(v).to(dtype).bfloat16().nan_to_num(7.0) for n, v in cut(tensors, parameters).items()}
 
-    def rendezvous(self, port: int) -> Rendezvous:
-        """The rendezvous of these ranks, over gloo on this machine."""
+    def rendezvous(self, port: int, hosts: tuple[int, ...] | None = None) -> Rendezvous:
+        """The rendezvous of these ranks, over gloo on this machine; None: as if each had a host of its own."""
         return Rendezvous(
             host="127.0.0.1", port=port, generation=0, trainer_ranks=len(self.sources), engine_ranks=len(self.targets),
             ranks_per_engine=self.engine_tp, backend="gloo",
+            hosts=hosts or tuple(range(len(self.sources) + len(self.targets))),
         )  # fmt: skip
 
     def run(self, transfer: Transfer, *, without: tuple[int, ...] = ()) -> None:
@@ -245,3 +248,22 @@ def test_ranks_with_different_plans_fail(tmp_path) -> None:
 def test_a_parameter_that_is_not_contiguous_is_an_error() -> None:
     with pytest.raises(WeightSyncError, match="not contiguous"):
         as_matrix(torch.zeros(4, 4).t())
+
+
+def test_a_process_of_another_user_is_refused_where_a_socket_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        _check_user(ours)
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(ConnectionRefusedError, match="the other end belongs to user"):
+            _check_user(ours)
+
+
+def test_sockets_have_files_on_one_host_only(tmp_path: Path) -> None:
+    transfer = make_transfer(tmp_path)
+    assert transfer.address(1, 0) == f"{tmp_path}/{transfer.number}.1.0"
+    group = Rendezvous(
+        host="h", port=1, generation=0, trainer_ranks=1, engine_ranks=1, ranks_per_engine=1, backend="gloo",
+        hosts=(0, 1),
+    )  # fmt: skip
+    assert replace(transfer, rendezvous=group).address(1, 0) == f"\0{tmp_path}/{transfer.number}.1.0"

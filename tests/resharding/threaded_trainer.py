@@ -15,6 +15,7 @@ from megatron_hapo.config import ParallelSizes
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
 from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.layouts import matrix_sizes
 from megatron_hapo.resharding.plan import Parameter, SendingTask
 from megatron_hapo.resharding.transfer import Transfer
@@ -57,8 +58,8 @@ class ThreadedTrainer:
     def own_parameters(self) -> list[tuple[Parameter, ...]]:
         return [self._parameters[rank] for rank in sorted(self._parameters)]
 
-    def sees(self, path: Path) -> list[bool]:
-        return [path.exists()]
+    def host(self) -> list[str]:
+        return [this_host() for _ in self._parameters]
 
     def prepare_sending(self, tasks: Sequence[SendingTask]) -> list[None]:
         self.tasks = list(tasks)
