@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.time_limits import patient
 
@@ -25,10 +26,12 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
         executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))
         ended = False
         try:
-            futures = [
-                executor.submit(_rank_main, rank, world_size, rendezvous, timeout_seconds, fn, args)
-                for rank in range(world_size)
-            ]
+            # Ranks on the CPU, also on a machine with GPUs: `megatron_on_cpu` refuses processes that see one.
+            with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+                futures = [
+                    executor.submit(_rank_main, rank, world_size, rendezvous, timeout_seconds, fn, args)
+                    for rank in range(world_size)
+                ]
             done, pending = wait(futures, timeout_seconds, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()

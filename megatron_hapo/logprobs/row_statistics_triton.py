@@ -8,12 +8,15 @@ sums and be reported.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_hapo.logprobs.row_statistics import RowGradient
+if TYPE_CHECKING:
+    from megatron_hapo.logprobs.row_statistics import RowGradient
 
 BLOCK = 4096
 """Columns of one step: 16 per thread."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, assert_never
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,6 +58,7 @@ def transformer_config(
         sequence_parallel=sequence_parallel and sizes.tp > 1,
         # Packed micro-batches differ in length. Megatron accepts that only with this dispatcher, even in dense models.
         variable_seq_lengths=True,
+        batch_p2p_sync=False,  # waits for all kernels after each message, for the sake of old versions of torch
         moe_token_dispatcher_type="alltoall",
         # The loss is already divided by the mini-batch's global token count, so Megatron must not average again.
         calculate_per_token_loss=True,
@@ -208,5 +210,10 @@ def _use_transformer_engine(spec: str, device: torch.device) -> bool:
     if spec == "te" and not present:
         raise HapoError("model.spec: te needs a GPU and the package transformer-engine (extra [te]); use local or auto")
     te = present and spec != "local"
+    if spec == "auto" and not te and device.type == "cuda" and dist.get_rank() == 0:
+        logger.warning(
+            "model.spec: auto: TRANSFORMER ENGINE IS NOT INSTALLED: the layers are torch's own, slower and with more "
+            "memory; install it as docs/launching.md says, or set model.spec: local to accept this"
+        )
     logger.info("layer spec: %s", "Transformer Engine" if te else "local (torch SDPA)")
     return te

@@ -24,6 +24,8 @@ class ParallelLayout:
     tp_rank: int
     tp_group: dist.ProcessGroup
     pp_rank: int
+    pp_group: dist.ProcessGroup
+    """The stages of this rank's pipeline."""
     cp_rank: int
     cp_group: dist.ProcessGroup
     dp_rank: int
@@ -77,6 +79,7 @@ def initialize(sizes: ParallelSizes, *, device: torch.device, seed: int, timeout
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=_one(parallel_state.get_context_parallel_group()),
         dp_rank=parallel_state.get_data_parallel_rank(),

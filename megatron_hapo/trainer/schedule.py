@@ -13,6 +13,7 @@ from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbat
 from megatron_hapo.logprobs.output_head import OutputHead, ScoredTokens
 from megatron_hapo.model.packed_attention import PackedFormat, packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout
+from megatron_hapo.trainer.stage_messages import schedule_options
 from megatron_hapo.types import TrainBatch
 
 
@@ -105,4 +106,5 @@ def run_microbatches(
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **schedule_options(chunks, microbatches, layout),
         )

@@ -24,10 +24,12 @@ from megatron_hapo.resharding.plan import make_plan
 from megatron_hapo.resharding.transfer import as_matrix
 from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores
 from tests.distributed import run_ranks
+from tests.host_syncs import HostSyncs
 from tests.resharding.planned_grid import trainer_shards
 from tests.resharding.test_plan import carry_out, cut
 from tests.tiny_families import write_family
 from tests.tiny_model import write_tiny_qwen3
+from tests.trainer.small_batches import TEMPERATURE, make_batch, make_config
 
 MODELS = ("untied", "tied", "moe")
 SINGLE: dict[str, Any] = {"tp": 1}
@@ -88,56 +90,14 @@ RESUMED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"tp": 2, "etp": 2, "sequence_parallel": True}, {"tp": 2, "sequence_parallel": True}),
     ],
 }
-TEMPERATURE = 1.25
 ADAM_EPS = 1e-2
 """Large, so that Adam does not amplify the rounding of tiny gradients to a visible share of the learning rate."""
-
-
-def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config:
-    layout = dict(layout)
-    trainer = {
-        "dtype": "float32",
-        "max_tokens_per_microbatch": layout.pop("max_tokens", 64),
-        "recompute": layout.pop("recompute", "none"),
-        "overlap_communication": layout.pop("overlap", False),
-        "distributed_optimizer": layout.pop("distributed_optimizer", True),
-        "output_head": layout.pop("output_head", "logits"),
-    }
-    return Config.model_validate(
-        {
-            "name": "test",
-            "steps": 1,
-            "device": "cpu",
-            "model": {"path": model},
-            "parallel": layout,
-            "trainer": trainer,
-            "optimizer": {"lr": 1e-3, "warmup_steps": 0, "weight_decay": 0.0, **optimizer},
-            "rollout": {"temperature": TEMPERATURE, "dtype": "float32"},
-            "weight_sync": {"bucket_bytes": 20_000},
-            "data": {"train": {"type": "arithmetic", "size": 1}},
-        }
-    )
 
 
 def make_grid(config: Config) -> Any:
     from megatron_hapo.model import parallel_layout
 
     return parallel_layout.initialize(config.parallel, device=torch.device("cpu"), seed=0, timeout_seconds=60)
-
-
-def make_batch() -> TrainBatch:
-    """Uneven sequences, one with a single response token; advantages of both signs."""
-    generator = np.random.default_rng(0)
-    lengths = np.array([20, 13, 33, 9, 25, 40, 2, 17, 5, 12, 31, 8, 22, 3, 14, 11])
-    responses = np.array([10, 5, 20, 8, 1, 30, 1, 9, 2, 11, 16, 4, 21, 1, 7, 6])
-    return TrainBatch(
-        token_ids=generator.integers(0, 259, lengths.sum()).astype(np.int32),
-        sequence_lengths=lengths,
-        response_lengths=responses,
-        temperatures=generator.uniform(0.9, 1.6, responses.sum()).astype(np.float32),
-        rollout_log_probs=np.zeros(responses.sum(), np.float32),
-        advantages=np.array([1.0, -1, 0.5, -0.5, 2, -2, 1, -1, 1, 0.3, -0.7, 1, -1, 0.5, -0.2, 1.5], np.float32),
-    )
 
 
 def make_kept(batch: TrainBatch) -> KeptTokens:
@@ -276,7 +236,8 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
             checkpoint.mkdir()
         dist.barrier()
         trainer.save_checkpoint(checkpoint)
-    third = trainer.update(scored, step=3)
+    with HostSyncs() as syncs:
+        third = trainer.update(scored, step=3)
     later_weights = weights_of(trainer)
     trainer.config = config.model_copy(update={"algorithm": OTHER_METHODS})
     other, other_gradients = update_with_gradients(trainer, replace(scored, kept=cut_batch.kept), step=4)
@@ -288,6 +249,9 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
         "weights": weights,
         "third": third,
         "later_weights": later_weights,
+        "layout": layout,
+        "host_syncs": syncs.counts,
+        "microbatches": len(trainer._microbatches(scored)),
         "other": other,
         "other_gradients": other_gradients,
         "buckets": buckets,
@@ -438,6 +402,18 @@ def test_every_layout_gives_the_same_update_with_another_method(trained: dict[st
         assert first_report(views, "other") == pytest.approx(single["other"], rel=1e-4, abs=1e-6), layout
         # After three updates the gradient also reflects the rounding of the weights.
         assert_close(whole(views, "other_gradients"), single["other_gradients"], layout, share=1e-4)
+
+
+def test_an_update_waits_for_the_device_at_most_twice_a_micro_batch(trained: dict[str, Any]) -> None:
+    """Once, in fact, for the check of the results, and 7 times for the gradient's norm and the metrics.
+
+    Not with experts: the host must know the tokens of each, in every layer.
+    """
+    most = 1 if trained["name"] != "moe" else 30
+    for ranks in trained["results"].values():
+        for view in (view for views in ranks for view in views):
+            waits = sum(view["host_syncs"].values())
+            assert waits <= most * view["microbatches"] + 7, (view["layout"], view["host_syncs"].most_common())
 
 
 def test_metrics_are_on_reporting_ranks_only(all_trained: dict[str, Any]) -> None:
