@@ -24,6 +24,15 @@ def resolve_device(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def host_threads(world_size: int) -> int:
+    """Threads for the optimizer of a rank of this host whose state is in host memory: the host's cores, shared out.
+
+    Ray and torchrun set OMP_NUM_THREADS to 1, which would leave Adam to one core. Ray's trainer ranks share one host.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
 def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_method: str | Store) -> TrainerRank:
     """Join the trainer's world and build this rank's shard. All ranks call it together.
 
@@ -47,6 +56,8 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
             # Ray makes only its own GPU visible to an actor; under torchrun a rank sees all GPUs of its node.
             torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
+            if config.optimizer.cpu_offload:
+                torch.set_num_threads(host_threads(world_size))
 
         from megatron_hapo.model import parallel_layout
         from megatron_hapo.trainer.trainer_rank import TrainerRank
