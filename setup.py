@@ -22,7 +22,7 @@ setup(
     install_requires=read_requirements("pins.txt"),
     extras_require={
         "dev": read_requirements("dev.txt"),
-        "te": ["transformer-engine[pytorch]"],
+        "te": ["transformer-engine[pytorch]==2.20.2"],  # resolves with the pinned torch; build without isolation
         "wandb": ["wandb"],
     },
     entry_points={

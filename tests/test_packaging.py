@@ -33,7 +33,9 @@ def exact_version(requirement: Requirement) -> str:
     return specifier.version
 
 
-PINS, DEV, GPU_ONLY, LOCK = (read_requirements(f"{name}.txt") for name in ("pins", "dev", "gpu-only", "lock-cpu"))
+PINS, DEV, GPU_ONLY, LOCK, GPU_LOCK = (
+    read_requirements(f"{name}.txt") for name in ("pins", "dev", "gpu-only", "lock-cpu", "gpu/lock")
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,27 @@ def test_the_lock_satisfies_what_the_pinned_packages_ask_for():
             assert needed.specifier.contains(exact_version(LOCK[needed_name]), prereleases=True), (name, str(needed))
 
 
+def test_the_gpu_lock_is_the_cpu_lock_and_what_that_omits():
+    for name in LOCK.keys() - {"cuda-bindings"}:  # cuda-python, which the CPU set-up omits, has one of its own
+        assert exact_version(GPU_LOCK[name]) == exact_version(LOCK[name]), f"{name}: run `make lock`"
+    missing = GPU_ONLY.keys() - GPU_LOCK.keys()
+    assert not missing, f"{sorted(missing)}: run `make lock`"
+
+
+def test_the_dockerfile_uses_the_toolkit_that_sglang_needs_and_the_pinned_transformer_engine():
+    from megatron_hapo.checks.cuda_toolkit import NVCC_MAJOR
+
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.search(rf"^FROM nvidia/cuda:{NVCC_MAJOR}\.\d+\.\d+-cudnn-devel-", text, re.MULTILINE)
+    extras = [Requirement(line) for line in requires("megatron-hapo") or [] if "extra ==" in line]
+    (engine,) = [r for r in extras if r.name == "transformer-engine"]
+    command = r"""sed -n 's/.*"te": \["\([^"]*\)"\].*/\1/p' setup.py"""
+    assert command in text
+    pin = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert Requirement(pin).name == engine.name
+    assert exact_version(Requirement(pin))
+
+
 def test_packages_contain_the_pages_of_the_viewer(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=patient(60))
@@ -103,7 +126,7 @@ def test_packages_contain_the_pages_of_the_viewer(tmp_path):
 
 
 def test_requirements_name_no_index_and_no_path():
-    for path in (ROOT / "requirements").iterdir():
+    for path in (ROOT / "requirements").rglob("*.txt"):
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
         assert not [line for line in lines if line.startswith("-") or "://" in line or " @ " in line], path.name
 

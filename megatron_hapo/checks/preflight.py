@@ -13,6 +13,7 @@ from typing import Literal, assert_never
 from megatron_hapo.checkpoint.manifest import quick_faults
 from megatron_hapo.checkpoint.model_folder import is_megatron_folder
 from megatron_hapo.checkpoint.safetensors_header import shape_faults
+from megatron_hapo.checks.cuda_toolkit import compiler_faults
 from megatron_hapo.checks.machine import machine_faults, this_machine
 from megatron_hapo.config import Config, Fault, FileData, ParallelSizes, Source, TaskData, read_config
 from megatron_hapo.config.output_paths import content_faults, folder_fault
@@ -81,9 +82,8 @@ def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
         if reads_hub or not (isinstance(source, FileData) and any(map(is_hub_name, source.paths))):
             faults += _data_faults(key, source)
     faults += _reward_faults(config)
-    if config.device == "auto" and config.rollout.dtype == "float32" and from_config.local_gpus():
-        message = "must be bfloat16 on this machine's GPUs, got float32; device=cpu uses none of them"
-        faults.append(Fault("rollout.dtype", message, ("device",)))
+    if config.device != "cpu" and from_config.local_gpus():
+        faults += _gpu_faults(config)
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
         faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
     return faults
@@ -97,6 +97,14 @@ def _machine_faults(config: Config, *, trains: bool) -> Iterator[Fault]:
         return
     if not [*_layout_faults(config, shape)]:
         yield from machine_faults(config, shape, this_machine(), trains=trains)
+
+
+def _gpu_faults(config: Config) -> Iterator[Fault]:
+    """What keeps an engine from starting on this machine's GPUs."""
+    if config.device == "auto" and config.rollout.dtype == "float32":
+        message = "must be bfloat16 on this machine's GPUs, got float32; device=cpu uses none of them"
+        yield Fault("rollout.dtype", message, ("device",))
+    yield from (Fault("device", message) for message in compiler_faults())
 
 
 def _reward_faults(config: Config) -> Iterator[Fault]:

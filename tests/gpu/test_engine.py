@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_hapo.entropy import EntropyStats
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling
 from tests.sglang_ext.engine_process import generate
 from tests.tiny_model import write_tiny_qwen3
 
+pytestmark = pytest.mark.needs("sglang", "sgl_kernel")
 
-def run_engine(model: Path) -> dict[str, list[Rollout]]:
+
+def run_engine(model: Path, tp: int = 1) -> dict[str, list[Rollout]]:
     from sglang_ext.engine import Engine
     from sglang_ext.engine_config import EngineConfig
 
@@ -24,7 +27,7 @@ def run_engine(model: Path) -> dict[str, list[Rollout]]:
             model_path=model,
             device="cuda",
             dtype="bfloat16",
-            tp=1,
+            tp=tp,
             max_running_requests=64,
             memory_fraction=0.3,
             kv_cache_tokens=None,

@@ -16,6 +16,7 @@ from tests.quantized_model import write_prompts
 from tests.sglang_ext.engine_process import generate
 from tests.tiny_families import write_family
 
+pytestmark = pytest.mark.needs("sglang", "sgl_kernel", "modelopt")
 PROMPTS = [
     Prompt(uid=str(n), token_ids=ids.astype(np.int32), ground_truth="", data_source="")
     for n, ids in enumerate(np.random.default_rng(0).integers(0, 250, (16, 12)))

@@ -19,6 +19,7 @@ from megatron_hapo.types import merge_scores
 from tests.tiny_model import write_tiny_qwen3
 from tests.trainer.test_trainer import make_batch, make_config
 
+pytestmark = pytest.mark.needs("megatron.core")
 SPECS = [
     "local",
     pytest.param(
