@@ -1,0 +1,58 @@
+"""The suite for one GPU runs on a CPU at toy sizes, with the few packages that it is meant to need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.time_limits import patient
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = (
+    "ray sglang sgl_kernel datasets pyarrow math_verify reasoning_gym tensorboard matplotlib modelopt pytest requests"
+)
+
+
+def test_every_part_runs_without_the_packages_of_the_other_parts(tmp_path: Path) -> None:
+    for name in BLOCKED.split():
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not needed')\n")
+    answer = run_toy(tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
+    report = json.loads(answer.stdout.splitlines()[-1])
+    assert list(report) == ["machine", "kernels", "head", "slots", "rank", "layers", "hook", "bits"]
+    assert all(report[part]["seconds"] > 0 for part in list(report)[1:])
+    assert report["rank"]["update s"] > 0
+    assert report["layers"]["varlen ms"] > 0
+
+
+def test_a_part_that_fails_is_reported_and_the_next_one_still_runs(tmp_path: Path) -> None:
+    (tmp_path / "safetensors").mkdir()
+    (tmp_path / "safetensors/__init__.py").write_text("raise ImportError('broken')\n")
+    answer = run_toy(tmp_path, "rank", "bits")
+    assert answer.returncode == 1
+    report = json.loads(answer.stdout.splitlines()[-1])
+    assert "broken" in report["rank"]["error"]
+    assert report["bits"]["float8 values"] > 0
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    answer = run_toy(tmp_path, "bits", toy=False)
+    assert answer.returncode == 2
+    assert "no CUDA device; --toy runs the same code on a CPU" in answer.stderr
+
+
+def run_toy(packages: Path, *parts: str, toy: bool = True) -> subprocess.CompletedProcess[str]:
+    """The benchmark, with these modules in front of the installed ones."""
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        *(["--toy"] if toy else []),
+        *(["--parts", *parts] if parts else []),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(300), check=False
+    )
