@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hapo.algorithm.microbatches import to_device
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -37,9 +39,7 @@ class Kept:
         """The kept tokens with these ids [K], `lengths` [N] of them in each row."""
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         rows = np.repeat(np.arange(len(lengths)), lengths)
-        columns, rows, counts = (
-            torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device) for values in (token_ids, rows, lengths)
-        )
+        columns, rows, counts = (to_device(values, device) for values in (token_ids, rows, lengths))
         return Kept(columns, rows, counts, starts)
 
     def on_shard(self, first_column: int) -> Kept:
