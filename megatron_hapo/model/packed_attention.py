@@ -98,7 +98,8 @@ class PackedAttention(torch.nn.Module):
 
     def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
         """The slices of all ranks in sequence order; the backward pass sums and scatters the gradients."""
-        return gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[params.gathered_order]
+        gathered = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+        return _Collect.apply(gathered, params.gathered_order)
 
 
 class PackedBatchParams(PackedSeqParams):

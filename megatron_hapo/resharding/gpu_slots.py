@@ -41,11 +41,20 @@ def shareable(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def register(slots: Tensor) -> None:
-    """Make host memory known to CUDA, until the process ends: copies then run at the bus's full speed."""
+    """Make host memory known to CUDA, until `unregister`: copies then run at the bus's full speed."""
+    _call("cudaHostRegister", slots.data_ptr(), slots.nbytes, 0)
+
+
+def unregister(slots: Tensor) -> None:
+    """Undo `register`, which must happen before the memory is unmapped."""
+    _call("cudaHostUnregister", slots.data_ptr())
+
+
+def _call(function: str, *arguments: int) -> None:
     runtime: Any = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)
+    status = getattr(runtime, function)(*arguments)
     if int(status) != 0:
-        raise RuntimeError(f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}")
+        raise RuntimeError(f"{function} failed: {runtime.cudaGetErrorString(status)}")
 
 
 def export_handle(slots: Tensor) -> str:

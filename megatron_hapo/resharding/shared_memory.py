@@ -33,7 +33,15 @@ from torch import Tensor
 
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelEnd, ChannelId, received_bytes
-from megatron_hapo.resharding.gpu_slots import export_handle, gpu_of, open_handle, register, shareable, visible_gpu
+from megatron_hapo.resharding.gpu_slots import (
+    export_handle,
+    gpu_of,
+    open_handle,
+    register,
+    shareable,
+    unregister,
+    visible_gpu,
+)
 from megatron_hapo.resharding.plan import Channel, Piece
 from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
 
@@ -67,6 +75,8 @@ class SlotMemory:
         key = (channel.engine, channel.engine_rank)
         block = self._host.pop(key, None)
         if block is None or len(block[1]) != num_bytes:
+            if block is not None and device.type == "cuda":
+                unregister(block[1])
             file = os.fdopen(os.memfd_create("megatron-hapo-weights", os.MFD_CLOEXEC), "r+b")
             os.ftruncate(file.fileno(), num_bytes)
             block = (file, _map(file.fileno(), num_bytes))

@@ -7,10 +7,11 @@ which cannot be swapped, on every rank of a host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_hapo.resharding.gpu_slots import register, unregister
 
 ALIGNMENT = 512
 """Bytes; the parts of a block start at multiples of it."""
@@ -38,17 +39,10 @@ class HostArena:
 
     def _replace(self, num_bytes: int) -> None:
         if self._memory is not None and torch.cuda.is_available():
-            _call("cudaHostUnregister", self._memory.data_ptr())
+            unregister(self._memory)
         self._memory = None  # freed before the new block is allocated
         if num_bytes:
             memory = torch.empty(num_bytes, dtype=torch.uint8)
             if torch.cuda.is_available():
-                _call("cudaHostRegister", memory.data_ptr(), num_bytes, 0)
+                register(memory)
             self._memory = memory
-
-
-def _call(function: str, *arguments: int) -> None:
-    runtime: Any = torch.cuda.cudart()
-    status = getattr(runtime, function)(*arguments)
-    if int(status) != 0:
-        raise RuntimeError(f"{function} failed: {runtime.cudaGetErrorString(status)}")
