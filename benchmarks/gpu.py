@@ -433,10 +433,10 @@ def layers(sizes: Sizes) -> dict[str, Any]:
     from tests.shapes import QWEN3_8B, TINY
 
     device = torch.device(sizes.device, 0) if sizes.device == "cuda" else torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        parallel_layout.init_distributed(
-            rank=0, world_size=1, init_method=f"file://{folder}/rendezvous", device=device, timeout_seconds=60
-        )
+    rendezvous = tempfile.NamedTemporaryFile()  # noqa: SIM115  # used as long as this process lives
+    parallel_layout.init_distributed(
+        rank=0, world_size=1, init_method=f"file://{rendezvous.name}", device=device, timeout_seconds=60
+    )
     grid = parallel_layout.initialize(ParallelSizes(), device=device, seed=0, timeout_seconds=60)
     shape = replace(QWEN3_8B if sizes.device == "cuda" else replace(TINY, head_dim=8), num_layers=sizes.layers)
     model: Any = build_model(shape, grid, dtype=torch.bfloat16, spec="local")[0].to(torch.bfloat16).train()
