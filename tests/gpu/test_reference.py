@@ -11,10 +11,12 @@ import pytest
 
 from megatron_hapo.config import Config
 from megatron_hapo.types import merge_scores, merge_tokens
-from tests.gpu.test_memory import LARGE, in_own_process
 from tests.gpu.test_trainer import SPECS, config_for
+from tests.gpu.test_trainer_memory import LARGE, in_own_process
 from tests.tiny_model import write_tiny_qwen3
 from tests.trainer.test_trainer import make_batch
+
+pytestmark = pytest.mark.needs("megatron.core")
 
 
 def passes_of_a_rank(config: Config, rendezvous: str) -> dict[str, Any]:
