@@ -165,7 +165,9 @@ def pack(
             for name, array in part.per_token().items()
         },
         kept=None if part.kept is None else part.kept[kept],
-        routes=None if part.routes is None else to_device(_routes(part.routes, own_tokens, total)[here], device, torch.int16),
+        routes=None
+        if part.routes is None
+        else to_device(_routes(part.routes, own_tokens, total)[here], device, torch.int16),
     )
 
 
