@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -343,7 +344,8 @@ def rank(sizes: Sizes) -> dict[str, Any]:
         after = trainer.update(batch, step=4)
         trainer.load_checkpoint(saved)
         again = trainer.update(batch, step=4)
-        assert abs(after["grad_norm"] / again["grad_norm"] - 1) < 1e-3, (after, again)
+        assert 0 < after["grad_norm"] < math.inf
+        assert math.isclose(after["grad_norm"], again["grad_norm"], rel_tol=1e-3), (after, again)
         before = reserved(sizes)
         found["release s"] = round(timed(lambda: trainer.release_memory(("gradients", "optimizer"))), 3)
         found["freed MiB"] = (before - reserved(sizes)) >> 20
@@ -380,7 +382,8 @@ def start(model: Path, folder: Path, sizes: Sizes, *, cpu_offload: bool = False)
     from megatron_hapo.trainer.rank_process import start_rank
     from tests.trainer.small_batches import make_config
 
-    values = make_config(model, {"tp": 1}).model_dump()
+    # A small step, since clipping leaves no gradient to tokens that have moved far.
+    values = make_config(model, {"tp": 1}, lr=1e-6).model_dump()
     values["trainer"]["dtype"] = "bfloat16"
     if sizes.device == "cuda":
         values |= {"device": "cuda", "rollout": {**values["rollout"], "dtype": "bfloat16"}}
