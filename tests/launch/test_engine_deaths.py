@@ -124,7 +124,7 @@ def running(
 
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_pool, "actor_options", lambda *arguments: {"num_cpus": 0})
+    monkeypatch.setattr(engine_pool, "actor_options", lambda *arguments, **options: {"num_cpus": 0})
 
 
 def assert_complete(groups: list[list[Rollout]], *, versions: set[int]) -> None:

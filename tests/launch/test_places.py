@@ -43,11 +43,11 @@ def test_an_engine_on_two_nodes_is_refused() -> None:
 def test_ray_counts_shared_gpus_once() -> None:
     """For Ray they belong to the trainer ranks; an engine sees them by name."""
     node = "ab" * 28
-    shared = actor_options(2, "cuda", GpuPlacement(node, ("4", "5")))
+    shared = actor_options(2, "cuda", GpuPlacement(node, ("4", "5")), loopback=True)
     assert shared["num_gpus"] == 0
     assert shared["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert actor_options(2, "cuda", GpuPlacement(node))["num_gpus"] == 2
-    assert actor_options(2, "cuda", None)["scheduling_strategy"] == "DEFAULT"
+    assert actor_options(2, "cuda", GpuPlacement(node), loopback=True)["num_gpus"] == 2
+    assert actor_options(2, "cuda", None, loopback=True)["scheduling_strategy"] == "DEFAULT"
 
 
 @pytest.mark.parametrize(
