@@ -13,14 +13,14 @@ from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 from megatron_hapo.config import Config
-from megatron_hapo.data.sampling import PromptSource, SamplerState
+from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
 from megatron_hapo.observe.step_metrics import step_metrics, unreplayed_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
-from megatron_hapo.rollout.collect import Collected, collect_groups, training_sampling
+from megatron_hapo.rollout.collect import Collected, GroupSource, training_sampling
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluate
 from megatron_hapo.rollout.source import Generation, RolloutSource
 from megatron_hapo.sizing.utilization import Utilization
@@ -36,7 +36,7 @@ class Driver:
     pool: RolloutPool
     turns: MemoryTurns
     rewards: RewardPool
-    prompts: PromptSource
+    groups: GroupSource
     eval_sets: list[EvaluationSet]
     logger: MetricsLogger
     checkpoints: Checkpoints
@@ -53,7 +53,7 @@ class Driver:
     saved_step: int = field(default=0, init=False)
     """Step of the newest checkpoint that the driver has read or written; 0: none."""
     _prompts_after: dict[int, SamplerState] = field(default_factory=dict, init=False)
-    """Step -> state of the prompt sampler after that step's generation."""
+    """Step -> state of the groups' source after that step's generation."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
@@ -92,7 +92,8 @@ class Driver:
         parts, updates, tokens = self._update(batch, step, clock, num_recorded)
         self.controllers = next_state(self.controllers, scores, updates, algorithm)
         if self.records is not None and num_recorded:
-            self.records.add_step(step, collected.groups, batch, scores, tokens)
+            collection = collected.details | {"prompts": self._prompts_after[step]}
+            self.records.add_step(step, collected.groups, batch, scores, tokens, collection=collection)
         self._write_checkpoint(step, clock)
         self._sync_weights(step, rollouts, clock)
         metrics = step_metrics(
@@ -163,16 +164,13 @@ class Driver:
 
     def _generation(self, step: int) -> Generation:
         """The function that collects a step's groups, sampled as the current statistics require."""
-        config = self.config
-        sampling = training_sampling(config, step=step, adaptive=steering(config.algorithm, self.stats))
+        adaptive = steering(self.config.algorithm, self.stats)
+        sampling = training_sampling(self.config, step=step, adaptive=adaptive)
 
         def collect(clock: StepClock) -> Collected:
-            collected = collect_groups(
-                self.pool, self.rewards, self.prompts.next, sampling, clock,
-                num_groups=config.batch.prompts_per_step, dynamic=config.dynamic_sampling, record=self.prompts.record,
-            )  # fmt: skip
-            self._prompts_after[step] = self.prompts.state()
-            return replace(collected, metrics=self.prompts.metrics())
+            collected = self.groups.collect(step, sampling, clock)
+            self._prompts_after[step] = self.groups.state()
+            return collected
 
         return collect
 
@@ -195,7 +193,7 @@ class Driver:
 
     def _save(self, step: int) -> None:
         # Prompts of rollouts generated ahead do not count as used: a resumed run generates them again.
-        prompts = self._prompts_after.get(step, self.prompts.state())
+        prompts = self._prompts_after.get(step, self.groups.state())
         self.checkpoints.save(
             RunState(step=step, prompts=prompts, stats=self.stats, controllers=self.controllers), self.trainer
         )
@@ -205,6 +203,6 @@ class Driver:
         state = self.checkpoints.newest(self.trainer)
         if state is None:
             return 0
-        self.prompts.restore(state.prompts)
+        self.groups.restore(state.prompts)
         self.stats, self.controllers, self.saved_step = state.stats, state.controllers, state.step
         return state.step

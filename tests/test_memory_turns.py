@@ -23,6 +23,7 @@ from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.reward.pool import Score
+from megatron_hapo.rollout.collect import SampledGroups
 from megatron_hapo.rollout.evaluation import evaluation_sets
 from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
 
@@ -190,7 +191,12 @@ def run(config: Config) -> Books:
             Driver(
                 config=config,
                 turns=turns,
-                prompts=PromptSampler(PROMPTS, seed=0, shuffle=False),
+                groups=SampledGroups(
+                    config=config,
+                    pool=engines,
+                    rewards=parts["rewards"],
+                    prompts=PromptSampler(PROMPTS, seed=0, shuffle=False),
+                ),
                 eval_sets=evaluation_sets(config, {"": PROMPTS}),
                 logger=logger,
                 checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from megatron_hapo.config import Config, DynamicSamplingConfig
+from megatron_hapo.data.sampling import PromptSource, SamplerState
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.types import AdaptiveTemperature, Prompt, Sampling, ScoredGroup
@@ -25,6 +27,54 @@ class Collected:
     """What the prompts' source says of the prompts that were drawn."""
     seconds: dict[str, float] = field(default_factory=dict)
     """`time/*` of stages that ran beside another step's training."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a replay needs besides the groups, as JSON values."""
+        return {"kept_share": self.kept_share, "metrics": self.metrics}
+
+
+class GroupSource(Protocol):
+    """Where the groups of each step come from."""
+
+    def collect(self, step: int, sampling: Sampling, clock: StageClock) -> Collected:
+        """The groups of this step; called for one step after another."""
+        ...
+
+    def state(self) -> SamplerState:
+        """Where the sequence of prompts stands, for `restore` and for checkpoints."""
+        ...
+
+    def restore(self, state: SamplerState) -> None:
+        """Continue from the state of a source of the same prompts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGroups:
+    """GroupSource of a run with engines: the next prompts, sampled and scored."""
+
+    config: Config
+    pool: RolloutPool
+    rewards: RewardPool
+    prompts: PromptSource
+
+    def collect(self, step: int, sampling: Sampling, clock: StageClock) -> Collected:
+        """The groups of the next prompts."""
+        collected = collect_groups(
+            self.pool, self.rewards, self.prompts.next, sampling, clock,
+            num_groups=self.config.batch.prompts_per_step, dynamic=self.config.dynamic_sampling,
+            record=self.prompts.record,
+        )  # fmt: skip
+        return replace(collected, metrics=self.prompts.metrics())
+
+    def state(self) -> SamplerState:
+        """Of the prompts."""
+        return self.prompts.state()
+
+    def restore(self, state: SamplerState) -> None:
+        """Of the prompts."""
+        self.prompts.restore(state)
 
 
 def training_sampling(config: Config, *, step: int, adaptive: AdaptiveTemperature | None) -> Sampling:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from megatron_hapo.observe.records import row_groups, write_row_groups
 
 FLOATS = (
     "temperatures", "rollout_log_probs", "old_log_probs", "rollout_temperature_log_probs", "entropies", "h",
@@ -18,13 +19,15 @@ TRAINER = ("policy_versions", *FLOATS[2:])
 SCHEMA = pa.schema(
     [
         *[(name, pa.int32()) for name in ("step", "group", "sample")],
-        *[(name, pa.string()) for name in ("uid", "data_source", "prompt", "response", "ground_truth")],
+        *[(name, pa.string()) for name in ("uid", "data_source", "prompt", "response", "ground_truth", "answer")],
         *[(name, pa.list_(pa.int32())) for name in ("prompt_ids", "response_ids", "token_ends")],
-        ("reward", pa.float32()), ("correctness", pa.float32()), ("reward_parts", pa.map_(pa.string(), pa.float32())),
+        *[(name, pa.float64()) for name in ("reward", "earned", "correctness")],
+        ("reward_parts", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),
         ("finish_reason", pa.string()), ("failure", pa.string()), ("advantage", pa.float32()),
         ("policy_versions", pa.list_(pa.int32())), *[(name, pa.list_(pa.float32())) for name in FLOATS],
+        *[(name, pa.list_(pa.int32())) for name in ("kept_lengths", "kept_ids")],
     ],
-    metadata={"megatron_hapo.schema": "1", "megatron_hapo.job": json.dumps({"name": "fixture"})},
+    metadata={"megatron_hapo.schema": "2", "megatron_hapo.job": json.dumps({"name": "fixture"})},
 )  # fmt: skip
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
 
@@ -47,20 +50,22 @@ def response(pieces: list[str], *, seed: int = 0, **changes: Any) -> dict[str, A
     }
     row = {
         "step": 1, "group": 0, "sample": 0, "uid": "p0", "data_source": "arithmetic", "prompt": "1 + 1 =",
-        "response": "".join(pieces), "ground_truth": "2", "prompt_ids": [1, 2],
+        "response": "".join(pieces), "ground_truth": "2", "answer": "2", "earned": None, "prompt_ids": [1, 2],
         "response_ids": [sum(piece.encode()) % 5000 for piece in pieces],
         "token_ends": np.cumsum([len(piece) for piece in pieces]).tolist(), "reward": 1.0, "correctness": 1.0,
-        "reward_parts": [("exact", 1.0)], "finish_reason": "stop", "failure": None, "advantage": 0.5,
+        "reward_parts": [{"name": "exact", "value": 1.0}], "finish_reason": "stop", "failure": None, "advantage": 0.5,
         "policy_versions": [0] * count, **{name: array.tolist() for name, array in values.items()},
     }  # fmt: skip
-    return row | changes
+    return {"kept_lengths": None, "kept_ids": None} | row | changes
 
 
 def write_records(run_dir: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     """A file of records in a run's folder."""
     path = run_dir / "rollouts" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    tokens = [len(row["response_ids"] or ()) for row in rows]
+    write_row_groups(path, [table.slice(first, last - first) for first, last in row_groups(tokens)])
     return path
 
 

@@ -16,10 +16,23 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_hapo.config import Config
-from megatron_hapo.observe.records import SCHEMA, RecordWriter, updates_with_tokens
+from megatron_hapo.observe import records
+from megatron_hapo.observe.record_schema import SCHEMA, Origin
+from megatron_hapo.observe.records import RecordWriter, row_groups, updates_with_tokens
 from megatron_hapo.observe.token_text import text_and_ends
-from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, TrainBatch, pack_groups
+from megatron_hapo.types import (
+    EntropyStats,
+    KeptTokens,
+    Prompt,
+    Rollout,
+    Score,
+    ScoredGroup,
+    TokenScores,
+    TrainBatch,
+    pack_groups,
+)
 
+ORIGIN = Origin(model="m", vocabulary="v")
 UPDATED = ("token_advantages", "importance_ratios", "clip_low", "clip_high", "h")
 
 
@@ -50,7 +63,7 @@ def make_config(folder: Path, **record: Any) -> Config:
     )  # fmt: skip
 
 
-def make_groups() -> list[ScoredGroup]:
+def make_groups(*, cut: bool = False) -> list[ScoredGroup]:
     texts = [("ab", "héllo"), ("日本", "x")]
     groups = []
     for number, pair in enumerate(texts):
@@ -58,17 +71,23 @@ def make_groups() -> list[ScoredGroup]:
         rollouts = []
         for text in pair:
             ids = encode(text)
+            kept = KeptTokens(np.repeat(ids, 2), np.full(len(ids), 2, dtype=np.int32)) if cut else None
             draw = np.random.default_rng(len(ids)).random((2, len(ids)), dtype=np.float32)
             rollouts.append(
                 Rollout(prompt=prompt, response_ids=ids, rollout_log_probs=-draw[0], temperatures=1 + draw[1],
-                        policy_versions=np.full(len(ids), 3, dtype=np.int32), finish_reason="stop")
+                        policy_versions=np.full(len(ids), 3, dtype=np.int32), finish_reason="stop", kept=kept)
             )  # fmt: skip
-        groups.append(ScoredGroup(rollouts, [Score(1.0, 1.0), Score(-0.5, 0.0, "timeout")]))
+        groups.append(
+            ScoredGroup(
+                rollouts,
+                [Score(1.0, 1.0, answer="2"), Score(-0.1, 0.0, "timeout", earned=-1 / 3, parts={"exact": 0.1})],
+            )
+        )
     return groups
 
 
-def add_step(writer: RecordWriter, step: int) -> tuple[Any, TokenScores, dict[str, np.ndarray]]:
-    groups = make_groups()
+def add_step(writer: RecordWriter, step: int, *, cut: bool = False) -> tuple[Any, TokenScores, dict[str, np.ndarray]]:
+    groups = make_groups(cut=cut)
     stats = EntropyStats(pivot=0.0, log_max=1.0, log_min=-1.0, rms=0.5, num_tokens=7)
     batch = replace(pack_groups(groups), advantages=np.array([1, -1, 0.5, -0.5], dtype=np.float32), stats=stats)
     count = batch.num_response_tokens
@@ -77,12 +96,13 @@ def add_step(writer: RecordWriter, step: int) -> tuple[Any, TokenScores, dict[st
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     recorded = sum(len(rollout.response_ids) for rollout in rollouts[: writer.num_responses(step, groups)])
     updated = {name: values[3 + i][:recorded] for i, name in enumerate(UPDATED)}
-    writer.add_step(step, groups, batch, scores, updated)
+    collection = {"kept_share": 0.5, "metrics": {"source/sums/accuracy": 0.1}, "prompts": 2 * step}
+    writer.add_step(step, groups, batch, scores, updated, collection=collection)
     return batch, scores, updated
 
 
 def test_a_file_holds_every_token_and_who_wrote_it(tmp_path: Path) -> None:
-    with RecordWriter(make_config(tmp_path), decode, start_step=0) as writer:
+    with RecordWriter(make_config(tmp_path), decode, ORIGIN, start_step=0) as writer:
         batch, scores, updated = add_step(writer, 2)
     path = tmp_path / "run/rollouts/step_00000002.parquet"
     table = pq.read_table(path)
@@ -101,15 +121,39 @@ def test_a_file_holds_every_token_and_who_wrote_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(table[name].combine_chunks().flatten().to_numpy(), values, err_msg=name)
         assert table[name].combine_chunks().value_lengths().to_pylist() == batch.response_lengths.tolist()
     metadata = table.schema.metadata
-    assert metadata[b"megatron_hapo.schema"] == b"1"
+    assert metadata[b"megatron_hapo.schema"] == b"2"
     job = json.loads(metadata[b"megatron_hapo.job"])
-    assert (job["name"], job["step"], job["stats"]["pivot"]) == ("run", 2, 0.0)
+    assert (job["name"], job["step"], job["stats"]["pivot"], job["num_groups"]) == ("run", 2, 0.0, 2)
+    assert job["origin"] == {"model": "m", "vocabulary": "v"}
     assert pd.read_parquet(path).uid.tolist() == ["p0", "p0", "p1", "p1"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_groups_are_written_and_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values stay with their responses where the file's row groups begin."""
+    with RecordWriter(make_config(tmp_path / "whole"), decode, ORIGIN, start_step=0) as writer:
+        add_step(writer, 1)
+    monkeypatch.setattr(records, "ROW_GROUP_TOKENS", 1)
+    with RecordWriter(make_config(tmp_path / "split"), decode, ORIGIN, start_step=0) as writer:
+        add_step(writer, 1)
+    whole, split = (tmp_path / name / "run/rollouts/step_00000001.parquet" for name in ("whole", "split"))
+    assert [pq.ParquetFile(path).num_row_groups for path in (whole, split)] == [1, 2]
+    assert pq.read_table(split).equals(pq.read_table(whole), check_metadata=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([], []), ([9], [(0, 1)]), ([4, 4, 4, 9, 1], [(0, 2), (2, 3), (3, 4), (4, 5)]), ([8, 0, 0], [(0, 3)])],
+)
+def test_row_groups_hold_whole_groups(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int], expected: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(records, "ROW_GROUP_TOKENS", 8)
+    assert list(row_groups(tokens)) == expected
+
+
 def test_an_evaluation_has_no_values_of_the_trainer(tmp_path: Path) -> None:
-    with RecordWriter(make_config(tmp_path, groups=1), decode, start_step=0) as writer:
+    with RecordWriter(make_config(tmp_path, groups=1), decode, ORIGIN, start_step=0) as writer:
         writer.add_evaluation(0, make_groups())
     table = pq.read_table(tmp_path / "run/rollouts/eval_00000000.parquet")
     assert table["response"].to_pylist() == ["ab", "héllo"]
@@ -124,18 +168,18 @@ def test_old_files_make_room_and_a_resumed_run_replaces_later_ones(tmp_path: Pat
         return sorted(path.name for path in folder.iterdir())
 
     for step in range(1, 5):
-        with RecordWriter(make_config(tmp_path, keep=3), decode, start_step=step - 1) as writer:
+        with RecordWriter(make_config(tmp_path, keep=3), decode, ORIGIN, start_step=step - 1) as writer:
             add_step(writer, step)
     assert names() == [f"step_0000000{step}.parquet" for step in (2, 3, 4)]
     (folder / ".step_00000003.parquet.partial").touch()
     (folder / "notes.parquet").touch()
-    with RecordWriter(make_config(tmp_path), decode, start_step=3):
+    with RecordWriter(make_config(tmp_path), decode, ORIGIN, start_step=3):
         pass
     assert names() == ["notes.parquet", "step_00000002.parquet", "step_00000003.parquet"]
-    with RecordWriter(make_config(tmp_path, max_gigabytes=1e-6), decode, start_step=3) as writer:
+    with RecordWriter(make_config(tmp_path, max_gigabytes=1e-6), decode, ORIGIN, start_step=3) as writer:
         add_step(writer, 4)
     assert names() == ["notes.parquet", "step_00000004.parquet"]
-    with RecordWriter(make_config(tmp_path), decode, start_step=0):
+    with RecordWriter(make_config(tmp_path), decode, ORIGIN, start_step=0):
         pass
     assert names() == ["notes.parquet"]
 
@@ -143,18 +187,18 @@ def test_old_files_make_room_and_a_resumed_run_replaces_later_ones(tmp_path: Pat
 def test_a_fault_is_told_once_and_later_files_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, failures = pq.write_table, iter(range(2))
+    real, failures = pq.ParquetWriter.write_table, iter(range(2))
 
     def full_disk(*arguments: Any, **options: Any) -> None:
         if next(failures, math.inf) < 2:
             raise OSError(28, "No space left on device")
         real(*arguments, **options)
 
-    monkeypatch.setattr(pq, "write_table", full_disk)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full_disk)
     told: set[str] = set()
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
-            with RecordWriter(make_config(tmp_path), decode, start_step=step - 1) as writer:
+            with RecordWriter(make_config(tmp_path), decode, ORIGIN, start_step=step - 1) as writer:
                 writer._told = told
                 add_step(writer, step)
     assert [path.name for path in (tmp_path / "run/rollouts").iterdir()] == ["step_00000003.parquet"]

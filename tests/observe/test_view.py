@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_hapo.errors import DataError
+from megatron_hapo.observe.record_schema import SINCE_VERSION_2
 from megatron_hapo.observe.view.build_view import view_server, write_view
 from megatron_hapo.observe.view.data_pages import DataPages, utf16_ends
 from megatron_hapo.observe.view.record_files import RecordFile, recorded_runs
@@ -98,6 +100,21 @@ def test_clipping_is_counted_by_quantile_of_entropy(tmp_path):
     assert parts[9]["entropy"] == pytest.approx(1.85)
     assert [part["up"] for part in parts] == pytest.approx([0.05] + [0.1] * 9)
     assert [part["down"] for part in parts] == pytest.approx([0.05] + [0] * 9)
+
+
+def test_records_of_version_1_are_shown(tmp_path):
+    """They have rewards in single precision, their parts as a map, and neither answers nor what a scorer earned."""
+    table = pq.read_table(write_records(tmp_path, "step_00000001", some_rows())).drop_columns(list(SINCE_VERSION_2))
+    parts = pa.array([[("exact", 1.0)]] * len(table), pa.map_(pa.string(), pa.float32()))
+    table = table.set_column(table.schema.get_field_index("reward_parts"), "reward_parts", parts)
+    schema = pa.schema(
+        [field.with_type(pa.float32()) if field.type == pa.float64() else field for field in table.schema]
+    )
+    schema = schema.with_metadata({"megatron_hapo.schema": "1"})
+    pq.write_table(table.cast(schema), tmp_path / "rollouts/step_00000001.parquet")
+    group = content(DataPages(recorded_runs([tmp_path])).text("0/step_00000001/group_0"))
+    assert [sample["reward"] for sample in group["samples"]] == [1.0, -0.5, 0.0, 1.0]
+    assert group["samples"][0]["parts"] == {"exact": 1.0}
 
 
 def test_faults_of_records_are_named(tmp_path):

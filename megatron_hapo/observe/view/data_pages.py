@@ -24,6 +24,8 @@ PREVIEW = 160
 TEXT_CHUNK = 2_000_000
 """Characters of responses in one file for the search."""
 GROUPS_AT_ONCE = 64
+OVERVIEWS = 16
+"""Files about whole runs and steps that stay in memory: every page needs some of them."""
 
 
 class DataPages:
@@ -32,6 +34,7 @@ class DataPages:
     def __init__(self, runs: Sequence[RecordedRun]):
         self._runs = runs
         self._files = {(str(i), file.name): file for i, run in enumerate(runs) for file in run.files}
+        self._overview = lru_cache(maxsize=OVERVIEWS)(self._new_text)
 
     def all(self) -> Iterator[tuple[str, str]]:
         """Name and text of every data file."""
@@ -54,6 +57,10 @@ class DataPages:
         Raises:
             KeyError: there is no such file.
         """
+        is_large = name.rpartition("/")[2].startswith(("group_", "text_"))
+        return self._new_text(name) if is_large else self._overview(name)
+
+    def _new_text(self, name: str) -> str:
         match name.split("/"):
             case ["index"]:
                 return _script(name, {"runs": [_run(run) for run in self._runs]})
@@ -175,7 +182,7 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    parts = {name: _number(value) for name, value in row["reward_parts"] or []}
+    parts = {name: _number(value) for name, value in row["reward_parts"].items()}
     return {
         **{name: row[name] for name in ("sample", "response", "finish_reason", "failure")},
         **{name: _number(row[name]) for name in ("reward", "correctness", "advantage")},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hapo.errors import DataError, one_line
+from megatron_hapo.observe.record_schema import (
+    FILE_NAME,
+    FOLDER,
+    IN_VERSION_1,
+    JOB_KEY,
+    MEASURES,
+    READABLE_VERSIONS,
+    SCHEMA,
+    SINCE_VERSION_2,
+    VERSION_KEY,
+)
 
-FOLDER = "rollouts"
-SCHEMA_VERSION = "1"
-TOKEN_VALUES = (
-    "temperatures", "rollout_log_probs", "old_log_probs", "rollout_temperature_log_probs", "entropies", "h",
-    "token_advantages", "importance_ratios", "clip_low", "clip_high", "policy_versions",
-)  # fmt: skip
+TOKEN_VALUES = (*MEASURES, "policy_versions")
 """The columns that hold one number for each response token, or null."""
 _SCALARS = (
     "group", "sample", "uid", "data_source", "prompt", "response", "ground_truth", "reward", "correctness",
@@ -30,7 +35,6 @@ _SCALARS = (
 _REQUIRED = ("group", "sample", "prompt", "response", "response_ids", "token_ends")
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 """What pyarrow raises for a damaged file; ValueError also for text that is not UTF-8."""
-_FILE_NAME = re.compile(r"(step|eval)_([0-9]{8})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -54,36 +58,46 @@ class RecordFile:
         """Whether these are responses to an evaluation's prompts."""
         return self.name.startswith("eval")
 
+    @property
+    def version(self) -> str:
+        """Of the schema; `none` if the file does not say."""
+        return (self._schema.metadata or {}).get(VERSION_KEY.encode(), b"none").decode(errors="replace")
+
     @cached_property
     def job(self) -> dict[str, Any]:
         """What the file says about the run that wrote it; empty if it says nothing.
 
         Raises:
-            DataError: the file cannot be read, or has another version of the schema.
+            DataError: the file cannot be read, or has another version of the schema, or other columns.
         """
-        metadata = self._schema.metadata or {}
-        version = metadata.get(b"megatron_hapo.schema", b"none").decode(errors="replace")
-        if version != SCHEMA_VERSION:
+        if self.version not in READABLE_VERSIONS:
             raise DataError(
-                f"{self.path}: its records have schema {one_line(version)}; this version shows {SCHEMA_VERSION}"
+                f"{self.path}: its records have schema {one_line(self.version)}; this version reads "
+                f"{' and '.join(READABLE_VERSIONS)}"
             )
+        self._check_columns()
         try:
-            job = json.loads(metadata.get(b"megatron_hapo.job", b"{}"))
-        except ValueError:
+            job = json.loads((self._schema.metadata or {}).get(JOB_KEY.encode(), b"{}"))
+        except (ValueError, RecursionError):
             job = None
         return job if isinstance(job, dict) else {}
 
     @cached_property
     def _schema(self) -> pa.Schema:
         try:
-            schema = pq.read_schema(self.path)
+            return pq.read_schema(self.path)
         except _UNREADABLE as error:
             raise DataError(f"{self.path} cannot be read: {one_line(error)}") from None
-        columns = (*_SCALARS, *TOKEN_VALUES, "prompt_ids", "response_ids", "token_ends", "reward_parts")
-        missing = sorted(set(columns) - set(schema.names))
-        if missing:
+
+    def _check_columns(self) -> None:
+        """Raises DataError if a documented column is missing, or is of another type."""
+        documented = [field for field in SCHEMA if self.version != "1" or field.name not in SINCE_VERSION_2]
+        if missing := sorted({field.name for field in documented} - set(self._schema.names)):
             raise DataError(f"{self.path}: columns {', '.join(missing)} are missing; it holds no records of a run")
-        return schema
+        for field in documented:
+            kind = self._schema.field(field.name).type
+            if kind not in (field.type, IN_VERSION_1.get(field.name)):
+                raise DataError(f"{self.path}: {field.name} is {kind}, but must be {field.type}")
 
     def _read(self, columns: Sequence[str], filters: Any = None) -> pa.Table:
         try:
@@ -95,51 +109,67 @@ class RecordFile:
         return table
 
     @cached_property
-    def _order(self) -> pa.Array:
-        return _sorted_rows(self._read(["group", "sample"]))
+    def _order(self) -> pa.Array | None:
+        """The rows by group and sample; None if they are in this order already, as a run writes them."""
+        order = _sorted_rows(self._read(["group", "sample"]))
+        return None if np.array_equal(order, np.arange(len(order))) else order
 
     def column(self, name: str) -> list[Any]:
         """One value per response."""
-        return self._read([name])[name].take(self._order).to_pylist()
+        return self.table([name])[name].to_pylist()
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """[B] int64, number of tokens of each response."""
-        return _list_lengths(self._in_order(self._read(["response_ids"])["response_ids"]))
+        return _list_lengths(self.table(["response_ids"])["response_ids"].combine_chunks())
 
-    def tokens(self, name: str) -> np.ndarray:
-        """[N] values of all response tokens: int32 for ids and ends, float32 for measures, NaN where not recorded.
+    def tokens(self, *names: str) -> list[np.ndarray]:
+        """[N] values of all response tokens of each column: int32 for ids and ends, float32 for measures, NaN where not
+        recorded.
 
         Raises:
             DataError: a response has another number of values than tokens.
         """
-        values = self._in_order(self._read([name])[name])
+        table = self.table(names)
+        return [self._flat(name, table[name].combine_chunks()) for name in names]
+
+    def _flat(self, name: str, values: Any) -> np.ndarray:
         lengths = _list_lengths(values)
         flat = np.asarray(values.flatten())
+        if np.array_equal(lengths, self.lengths):
+            return flat
         recorded = lengths > 0
         if not np.array_equal(lengths[recorded], self.lengths[recorded]):
             raise DataError(f"{self.path}: {name} has another number of values than a response has tokens")
-        if np.array_equal(lengths, self.lengths):
-            return flat
         spread = np.full(int(self.lengths.sum()), np.nan, dtype=np.float32)
         spread[np.repeat(recorded, self.lengths)] = flat
         return spread
 
-    def _in_order(self, column: pa.ChunkedArray) -> Any:
-        return column.take(self._order).combine_chunks()
+    def table(self, columns: Sequence[str], filters: Any = None) -> pa.Table:
+        """These columns, sorted by group and sample.
+
+        Args:
+            filters: pyarrow's; None: all rows. With some, `columns` must have group and sample.
+        """
+        table = self._read(columns, filters)
+        order = self._order if filters is None else _sorted_rows(table)
+        return table if order is None else table.take(order)
 
     def responses(self, first_group: int, last_group: int) -> list[dict[str, Any]]:
-        """Whole rows of the groups from first to last, sorted; token columns as numpy arrays, or None."""
+        """Whole rows of the groups from first to last, sorted.
+
+        Token columns are numpy arrays, or None; the parts of the reward are a mapping from names.
+        """
         lists = (*TOKEN_VALUES, "response_ids", "token_ends")
         columns = [*_SCALARS, "reward_parts", *lists]
-        table = self._read(columns, [("group", ">=", first_group), ("group", "<=", last_group)])
-        table = table.take(_sorted_rows(table))
+        table = self.table(columns, [("group", ">=", first_group), ("group", "<=", last_group)])
         plain = table.drop_columns(list(lists)).to_pylist()
         for name in lists:
             for row, value in zip(plain, table[name], strict=True):
                 row[name] = np.asarray(value.values) if value.is_valid else None
         for row in plain:
             self._check(row)
+            row["reward_parts"] = _parts(row["reward_parts"])
         return plain
 
     def _check(self, row: dict[str, Any]) -> None:
@@ -165,7 +195,7 @@ def recorded_runs(folders: Iterable[Path]) -> list[RecordedRun]:
     """
     runs = []
     for folder in folders:
-        paths = [path for path in (folder / FOLDER).glob("*.parquet") if _FILE_NAME.fullmatch(path.name)]
+        paths = [path for path in (folder / FOLDER).glob("*.parquet") if FILE_NAME.fullmatch(path.name)]
         if not paths:
             raise DataError(f"{folder}: no records in {FOLDER}/; it must be the folder of a run that records responses")
         files = sorted(map(RecordFile, paths), key=lambda file: (file.step, not file.is_evaluation))
@@ -173,6 +203,12 @@ def recorded_runs(folders: Iterable[Path]) -> list[RecordedRun]:
             _ = file.job  # checks the file's version and columns
         runs.append(RecordedRun(one_line(folder.resolve().name), folder, files))
     return runs
+
+
+def _parts(value: list[Any] | None) -> dict[str, Any]:
+    """The parts of a reward by name; version 1 has pairs."""
+    pairs = [tuple(part.values()) if isinstance(part, dict) else part for part in value or () if part is not None]
+    return dict(pairs)
 
 
 def _sorted_rows(table: pa.Table) -> pa.Array:

@@ -19,15 +19,15 @@ Measures = dict[str, np.ndarray]
 
 def measures(file: RecordFile) -> Measures:
     """What the pages colour tokens by: [N] float32 each, NaN where not recorded."""
+    entropy, temperature, h, advantage, ratio, engines, trainers = file.tokens(
+        "entropies", "temperatures", "h", "token_advantages", "importance_ratios", "rollout_log_probs",
+        "rollout_temperature_log_probs",
+    )  # fmt: skip
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            "entropy": file.tokens("entropies"),
-            "temperature": file.tokens("temperatures"),
-            "h": file.tokens("h"),
-            "advantage": file.tokens("token_advantages"),
-            "log_ratio": np.log(file.tokens("importance_ratios")),
-            "mismatch": file.tokens("rollout_log_probs") - file.tokens("rollout_temperature_log_probs"),
-        }
+            "entropy": entropy, "temperature": temperature, "h": h, "advantage": advantage,
+            "log_ratio": np.log(ratio), "mismatch": engines - trainers,
+        }  # fmt: skip
 
 
 def scales(values: Measures) -> dict[str, list[float] | None]:
@@ -74,10 +74,8 @@ def _histogram(values: np.ndarray) -> dict[str, list[float]] | None:
 def clipped(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     """[N] bool each: tokens whose ratio is below 1 - clip_low with a negative advantage, or above 1 + clip_high with a
     positive one, so that their gradient was zero at the last update that saw them."""
-    ratios, advantages = file.tokens("importance_ratios"), file.tokens("token_advantages")
-    low = (ratios < 1 - file.tokens("clip_low")) & (advantages < 0)
-    high = (ratios > 1 + file.tokens("clip_high")) & (advantages > 0)
-    return low, high
+    ratios, advantages, low, high = file.tokens("importance_ratios", "token_advantages", "clip_low", "clip_high")
+    return (ratios < 1 - low) & (advantages < 0), (ratios > 1 + high) & (advantages > 0)
 
 
 def _by_quantile(file: RecordFile, values: Measures) -> list[dict[str, float | None]]:
@@ -87,7 +85,7 @@ def _by_quantile(file: RecordFile, values: Measures) -> list[dict[str, float | N
     known = np.flatnonzero(np.isfinite(entropy))
     order = known[np.argsort(entropy[known], kind="stable")]
     low, high = clipped(file)
-    updated = np.isfinite(file.tokens("importance_ratios"))
+    updated = ~np.isnan(values["log_ratio"])
     advantages = np.nan_to_num(values["advantage"].astype(np.float64))
     mass = np.abs(advantages).sum()
     parts = []
@@ -111,7 +109,7 @@ def _forking_tokens(file: RecordFile, values: Measures) -> list[dict[str, Any]]:
 
     Rare tokens have noisy means: an id must occur at least 3 times, and at least once in 20,000 tokens.
     """
-    ids, entropy = file.tokens("response_ids"), values["entropy"]
+    (ids,), entropy = file.tokens("response_ids"), values["entropy"]
     known = np.isfinite(entropy)
     kinds, inverse = np.unique(ids, return_inverse=True)
     counts = np.bincount(inverse, known)
@@ -158,7 +156,7 @@ class _Texts:
     def __init__(self, file: RecordFile):
         self._responses = file.column("response")
         self._groups, self._samples = file.column("group"), file.column("sample")
-        self._ends = file.tokens("token_ends")
+        (self._ends,) = file.tokens("token_ends")
         self._starts = np.cumsum(file.lengths) - file.lengths
         self._last_of = np.cumsum(file.lengths)
 

@@ -85,6 +85,8 @@ async function stepPage(prefix) {
 
 async function groupPage(index, run, file, [group, sample, token]) {
   const prefix = `${run}/${file}`;
+  // Beside the group; otherPlaces tells what goes wrong.
+  for (const number of index.runs.keys()) hapo.load(`${number}/prompts`).catch(() => {});
   const [data, summary] = await Promise.all([hapo.load(`${prefix}/group_${group}`), hapo.load(`${prefix}/summary`)]);
   const chosen = sample === undefined ? data.samples : data.samples.filter((s) => String(s.sample) === sample);
   if (!chosen.length) throw new Error("There is no such response.");
