@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hapo.algorithm.step_statistics import steering
+from megatron_hapo.checkpoint.model_folder import model_fingerprint
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
-from megatron_hapo.config import Config, ProfileConfig
+from megatron_hapo.config import Config, ProfileConfig, dump_config, load_config
 from megatron_hapo.data.job_prompts import evaluation_prompts, training_prompts
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.driver import Driver
@@ -31,13 +32,16 @@ from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
+from megatron_hapo.launch.ray.ray_launcher import RayLauncher
+from megatron_hapo.launch.run import run_training
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.record_schema import Origin, vocabulary_fingerprint
 from megatron_hapo.observe.records import open_records
 from megatron_hapo.reward.pool import ProcessRewardPool
-from megatron_hapo.rollout.collect import training_sampling
+from megatron_hapo.rollout.collect import SampledGroups, training_sampling
 from megatron_hapo.rollout.evaluation import evaluation_sets
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import Prompt, Sampling, Score, pack_rollouts
@@ -141,14 +145,18 @@ def finished_run(config: Config, pool: RayRolloutPool, *, rewards: Any = None) -
         checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
+        origin = Origin(model_fingerprint(config.model.path), vocabulary_fingerprint(tokenizer))
+        start_step = checkpoints.newest_step()
         driver = Driver(
             config=config,
-            records=stack.enter_context(open_records(config, tokenizer, start_step=checkpoints.newest_step())),
+            records=stack.enter_context(open_records(config, tokenizer, origin, start_step=start_step)),
             trainer=trainer,
             pool=recorder,
             turns=MemoryTurns(config, trainer, recorder, weight_sync),
             rewards=rewards,
-            prompts=training_prompts(config, tokenizer),
+            groups=SampledGroups(
+                config=config, pool=recorder, rewards=rewards, prompts=training_prompts(config, tokenizer)
+            ),
             eval_sets=evaluation_sets(config, eval_prompts),
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
@@ -447,16 +455,28 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
 def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
     """A run of three steps that generates one step ahead."""
     values = make_config(model, folder, {"tp": 1}).model_dump()
-    values |= {"steps": 3, "async": {"max_staleness": 1}}
+    values |= {"steps": 3, "async": {"max_staleness": 1}, "record": {"every": 1, "groups": None}}
     values["algorithm"]["importance_correction"] = {"level": "token"}
+    values["rollout"]["top_p"] = 0.9
     values["weight_sync"]["in_flight"] = in_flight
     return Config.model_validate(values)
 
 
-def test_rollouts_generated_one_step_ahead_are_one_version_old(
-    pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path
+class LauncherInOpenRay(RayLauncher):
+    """The launcher of a run with Ray alone, in the Ray that is open already."""
+
+    @contextmanager
+    def ray_cluster(self) -> Iterator[None]:
+        self._processes = RankProcesses(self._config, device=self.device)
+        yield
+
+
+def test_rollouts_generated_one_step_ahead_are_one_version_old_and_can_be_replayed(
+    pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with finished_run(ahead_config(tiny_qwen3, tmp_path, "finish"), pool) as run:
+    config = ahead_config(tiny_qwen3, tmp_path, "finish")
+    with finished_run(config, pool) as run:
+        run["trainer"].export_hf(config.run_dir / "hf")
         before, *steps = metrics_of(run)
         versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
     assert before["step"] == 0
@@ -468,6 +488,26 @@ def test_rollouts_generated_one_step_ahead_are_one_version_old(
         assert row["weights/max"] <= 2
         assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
         assert row.keys() <= documented_metrics() | {"step"}
+
+    for part in (RayRolloutPool, ProcessRewardPool):
+        monkeypatch.setattr(part, "__init__", None)  # no engine and no reward worker can be started
+    dump_config(config, tmp_path / "run.yaml")
+    again = load_config(tmp_path / "run.yaml", [f"replay={config.run_dir / 'rollouts'}", "name=again"])
+    run_training(again, LauncherInOpenRay(again, device="cpu"))
+    assert_same_training(steps, metrics_of({"config": again}))
+    for path in (config.run_dir / "hf").glob("*.safetensors"):
+        assert (again.run_dir / "hf" / path.name).read_bytes() == path.read_bytes()
+    tables = [pq.read_table(folder / "rollouts/step_00000003.parquet") for folder in (config.run_dir, again.run_dir)]
+    assert tables[0].equals(tables[1])
+
+
+def assert_same_training(expected: list[dict[str, float]], rows: list[dict[str, float]]) -> None:
+    """The rows of a run's steps have the same numbers, bit for bit, except times and evaluations."""
+
+    def comparable(row: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in row.items() if not is_timed(name) and not name.startswith("eval/")}
+
+    assert list(map(comparable, rows)) == list(map(comparable, expected))
 
 
 def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:

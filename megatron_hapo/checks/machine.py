@@ -58,7 +58,9 @@ def machine_faults(config: Config, shape: Shape, machine: Machine, *, trains: bo
     processes = processes_of(config, shape, device=device, trains=trains)
     rollout = config.rollout
     parties = f"{_counted(rollout.engines, 'engine')} of tp={rollout.tp}"
-    if trains:
+    if config.replay is not None:
+        parties = _counted(config.parallel.world_size, "trainer rank")
+    elif trains:
         parties = f"{_counted(config.parallel.world_size, 'trainer rank')} and {parties}"
     involved = ("rollout.tp", "parallel")
     computing, most = sum(kind.count for kind in processes if kind.computes), PROCESSES_PER_CORE * machine.cores
@@ -95,7 +97,8 @@ def gpu_faults(config: Config, *, ranks: int, here: int, everywhere: int) -> Ite
             "several nodes (docs/launching.md), or find another layout with `megatron-hapo plan`",
         )
         return
-    engines = 0 if config.placement == "colocated" and ranks else rollout.engines * rollout.tp
+    shares = config.placement == "colocated" and ranks
+    engines = 0 if shares or config.replay is not None else rollout.engines * rollout.tp
     if ranks + engines > everywhere:
         beside = f" beside the {ranks} of the trainer" if ranks else ""
         yield Fault(

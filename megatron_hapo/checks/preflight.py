@@ -24,6 +24,7 @@ from megatron_hapo.data.reasoning_tasks import import_reasoning_gym
 from megatron_hapo.errors import ConfigError
 from megatron_hapo.model.families import Shape, layout_faults, read_shape
 from megatron_hapo.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+from megatron_hapo.observe.record_schema import FILE_NAME, FOLDER
 from megatron_hapo.resharding.layouts import unsupported_by_engine
 from megatron_hapo.sizing import from_config
 from megatron_hapo.sizing.memory import (
@@ -78,15 +79,35 @@ def check_run(config: Config, *, reads_hub: bool = True) -> list[Fault]:
         faults += _model_faults(config)
     except OSError as error:  # e.g. no permission to look into the folder
         faults.append(Fault("model.path", f"{config.model.path} cannot be read: {error.strerror}"))
+    if config.replay is not None:
+        return [*faults, *_replay_faults(config), *_tracker_faults(config)]
     for key, source in config.data.sources:
         if reads_hub or not (isinstance(source, FileData) and any(map(is_hub_name, source.paths))):
             faults += _data_faults(key, source)
-    faults += _reward_faults(config)
     if config.device != "cpu" and from_config.local_gpus():
         faults += _gpu_faults(config)
+    return [*faults, *_reward_faults(config), *_tracker_faults(config)]
+
+
+def _replay_faults(config: Config) -> Iterator[Fault]:
+    """Why no records can be replayed from a folder; what is in them is checked when the run starts."""
+    folder = config.replay
+    assert folder is not None, "there is something to replay"
+    try:
+        if not folder.is_dir():
+            yield Fault("replay", f"no such folder: {folder}")
+        elif not any(FILE_NAME.fullmatch(path.name) for path in folder.glob("step_*.parquet")):
+            yield Fault("replay", f"{folder} has no records of steps; it must be the folder rollouts of a run")
+        elif folder.resolve() == (config.run_dir / FOLDER).resolve():
+            yield Fault("replay", f"{folder} is in this run's own folder, which would replace it; set another name")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        yield Fault("replay", f"{folder} cannot be read: {getattr(error, 'strerror', None) or 'not a usable path'}")
+
+
+def _tracker_faults(config: Config) -> Iterator[Fault]:
+    """Trackers of metrics that are not installed."""
     if config.metrics.wandb_project is not None and not is_installed("wandb"):
-        faults.append(Fault("metrics.wandb_project", "wandb is not installed: pip install wandb"))
-    return faults
+        yield Fault("metrics.wandb_project", "wandb is not installed: pip install wandb")
 
 
 def _machine_faults(config: Config, *, trains: bool) -> Iterator[Fault]:
@@ -152,7 +173,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
             yield Fault("model.path", line.removeprefix("model.path: "))
         return
     yield from (Fault("model.path", line) for line in shape_faults(folder, shape))
-    if (reason := unsupported_by_engine(shape)) is not None:
+    if config.replay is None and (reason := unsupported_by_engine(shape)) is not None:
         yield Fault("model.path", f"no engine can serve {folder}: {reason}")
     yield from check_layout(config, shape)
 
@@ -234,7 +255,7 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         case _:
             assert_never(config.placement)
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if engine.kv_tokens < longest:
+    if config.replay is None and engine.kv_tokens < longest:
         yield Fault(
             "rollout.tp",
             f"does not fit: at tp={rollout.tp} the weights take {engine.weights / GIB:.1f} GiB of a GPU of "

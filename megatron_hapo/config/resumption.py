@@ -33,6 +33,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     # over the new number of steps, where its rate may jump.
     "steps": "effective",
     "device": "effective",
+    "replay": "effective",  # a run may continue from records, and one from records with engines
     "placement": "effective",
     # ----- what the restored state embodies
     "model.path": "irrelevant",  # a moved folder; that it holds the same model is checked (checkpoint.run_checkpoints)

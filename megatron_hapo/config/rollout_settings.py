@@ -16,18 +16,20 @@ from megatron_hapo.config.section import Bytes, Fraction, NonNegativeInt, Positi
 
 MOST_KEPT = 4096
 """Most tokens among which SGLang (0.5.23) reports a choice: its default sampling_mask_max_tokens."""
+SAMPLES = only_with("replay", None)
+"""The setting is of sampling, scoring or the engines, which a replay does without."""
 
 
 class RolloutConfig(Section):
     """The SGLang engines and the responses that they generate for training."""
 
-    engines: Ranks = 1
+    engines: Annotated[Ranks, SAMPLES] = 1
     """Number of SGLang engines."""
-    tp: Ranks = 1
+    tp: Annotated[Ranks, SAMPLES] = 1
     """Tensor parallel size of one engine."""
-    ep: Ranks = 1
+    ep: Annotated[Ranks, SAMPLES] = 1
     """Expert parallel size of one engine: 1 shards every expert over its tp ranks, tp gives each rank whole experts."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], SAMPLES] = "bfloat16"
     """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs, which
     take nothing else."""
     max_prompt_tokens: PositiveInt = 1024
@@ -36,29 +38,29 @@ class RolloutConfig(Section):
     """Longer responses are truncated."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Base temperature T of training rollouts; the trainer computes log-probs at this temperature too."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), SAMPLES] = 1.0
     """Sample training rollouts from the most likely tokens whose probabilities, at the token's temperature, add up to
     this. Below 1, or with top_k, each token comes with the ids of the tokens that were kept (4 bytes per kept token and
     4 per response token, at most 4096 kept tokens), and the log-probs of engine and trainer are those among them, in
     updates too. Entropies stay those of the whole vocabulary."""
-    top_k: Annotated[int, Field(ge=2, le=MOST_KEPT)] | None = None
+    top_k: Annotated[Annotated[int, Field(ge=2, le=MOST_KEPT)] | None, SAMPLES] = None
     """Sample training rollouts from so many most likely tokens; see top_p. `None`: no limit of its own."""
-    replay_routes: bool = True
+    replay_routes: Annotated[bool, SAMPLES] = True
     """Models with experts: the engine returns the experts of every token in every layer, and the trainer's log-probs
     and updates use them, so that both compute the same policy. One byte per layer and chosen expert (two above 255
     experts), 384 bytes a token for Qwen3-30B-A3B. Models without experts have nothing to replay."""
-    compare_routes_every: Annotated[NonNegativeInt, only_with("rollout.replay_routes", True)] = 20
+    compare_routes_every: Annotated[NonNegativeInt, only_with("rollout.replay_routes", True), SAMPLES] = 20
     """Steps between log-probs without replay, for `rollout/unreplayed_*`; each costs another forward pass. 0: none."""
-    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    stop_token_ids: Annotated[tuple[NonNegativeInt, ...], SAMPLES] = ()
     """Tokens that end a response, besides the end-of-sequence tokens of the model's generation config."""
-    max_running_requests: PositiveInt = 256
+    max_running_requests: Annotated[PositiveInt, SAMPLES] = 256
     """Requests that one engine decodes at once. It is given about an eighth more, which wait in its queue; all others
     go to whichever engine has room first."""
-    memory_fraction: Annotated[Fraction, not_with("device", "cpu")] = 0.8
+    memory_fraction: Annotated[Fraction, not_with("device", "cpu"), SAMPLES] = 0.8
     """Share of a GPU's memory for weights and KV cache."""
-    kv_cache_tokens: PositiveInt | None = None
+    kv_cache_tokens: Annotated[PositiveInt | None, SAMPLES] = None
     """Size of the KV cache in tokens. `None`: as large as memory_fraction allows; a CPU needs a number."""
-    timeout_seconds: Seconds = 3600
+    timeout_seconds: Annotated[Seconds, SAMPLES] = 3600
     """A generation call that takes longer fails the run with the name of the engine."""
 
     @property

@@ -14,6 +14,7 @@ from megatron_hapo.config.data_settings import DataConfig, RewardConfig
 from megatron_hapo.config.effects import not_with, only_with
 from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.rollout_settings import (
+    SAMPLES,
     AsyncConfig,
     DynamicSamplingConfig,
     EvalConfig,
@@ -139,7 +140,11 @@ class Config(Section):
     """Number of steps to train."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`: everything runs on CPUs. `cuda`: on GPUs. `auto`: cuda if a GPU is visible, else cpu."""
-    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    replay: FilePath | None = None
+    """Folder with the records of another run, e.g. `runs/NAME/rollouts`: every step trains on the responses and rewards
+    in them, without engines and reward workers, and nothing is evaluated. docs/records.md says what the recorded run
+    needs. data.train and algorithm.adaptive_temperature are not read. `None`: responses are sampled."""
+    placement: Annotated[Literal["disaggregated", "colocated"], SAMPLES] = "disaggregated"
     """`disaggregated`: trainer ranks and engines have their own GPUs. `colocated`: engine i runs on the GPUs of trainer
     ranks i * rollout.tp and following, and they take turns holding the memory (memory_turns)."""
     model: ModelConfig
@@ -149,14 +154,14 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
-    async_: AsyncConfig = Field(AsyncConfig(), alias="async")  # Python reserves the word
+    dynamic_sampling: Annotated[DynamicSamplingConfig, SAMPLES] = DynamicSamplingConfig()
+    async_: Annotated[AsyncConfig, SAMPLES] = Field(AsyncConfig(), alias="async")  # Python reserves the word
     data: DataConfig
-    reward: RewardConfig = RewardConfig()
-    eval: Annotated[EvalConfig, not_with("data.eval", None)] = EvalConfig()
+    reward: Annotated[RewardConfig, SAMPLES] = RewardConfig()
+    eval: Annotated[EvalConfig, not_with("data.eval", None), SAMPLES] = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    weight_sync: WeightSyncConfig = WeightSyncConfig()
-    memory_turns: Annotated[MemoryTurnsConfig, only_with("placement", "colocated")] = MemoryTurnsConfig()
+    weight_sync: Annotated[WeightSyncConfig, SAMPLES] = WeightSyncConfig()
+    memory_turns: Annotated[MemoryTurnsConfig, only_with("placement", "colocated"), SAMPLES] = MemoryTurnsConfig()
     launch: LaunchConfig = LaunchConfig()
     metrics: MetricsConfig = MetricsConfig()
     record: RecordConfig = RecordConfig()
@@ -173,16 +178,21 @@ class Config(Section):
         yield from self.parallel.contradictions()
         yield from self.trainer.contradictions()
         yield from self.optimizer.contradictions(device=self.device, trainer=self.trainer, steps=self.steps)
+        yield from self.algorithm.contradictions(cp=self.parallel.cp)
+        yield from self.data.contradictions()
+        yield from self.profile.contradictions(last_step=self.steps)
+        if self.replay is None:
+            yield from self._sampling_contradictions()
+
+    def _sampling_contradictions(self) -> Iterator[Fault]:
+        """Settings of what a replay does not do."""
         yield from self.rollout.contradictions(device=self.device)
         yield from self.async_.contradictions(
             placement=self.placement, correction_level=self.algorithm.importance_correction.level
         )
-        yield from self.algorithm.contradictions(cp=self.parallel.cp)
         yield from self.reward.contradictions(max_response_tokens=self.rollout.max_response_tokens, data=self.data)
-        yield from self.data.contradictions()
         yield from self.eval.contradictions(self.data, max_response_tokens=self.rollout.max_response_tokens)
         yield from self.launch.contradictions(placement=self.placement, num_engines=self.rollout.engines)
-        yield from self.profile.contradictions(last_step=self.steps)
         yield from self._colocation_faults()
 
     def _colocation_faults(self) -> Iterator[Fault]:

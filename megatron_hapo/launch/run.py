@@ -15,6 +15,7 @@ from typing import Protocol
 import ray
 
 from megatron_hapo.checkpoint.disk_space import check_disk_space
+from megatron_hapo.checkpoint.model_folder import model_fingerprint
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.own_rewards import ROWS, check_own_rewards
 from megatron_hapo.checks.rehearsal import Finding, hub_findings, rehearse
@@ -33,11 +34,15 @@ from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.record_schema import Origin, vocabulary_fingerprint
 from megatron_hapo.observe.records import open_records
 from megatron_hapo.observe.report import write_report
-from megatron_hapo.protocols import RolloutPool, Trainer
+from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.reward.pool import ProcessRewardPool
+from megatron_hapo.rollout.collect import SampledGroups
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluation_sets
+from megatron_hapo.rollout.no_engines import NoEngines, NoRewards, NoWeightSync
+from megatron_hapo.rollout.replay import RecordedGroups
 from megatron_hapo.sizing.from_config import peak_flops
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.trainer.rank_process import resolve_device
@@ -96,12 +101,21 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
 def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
-    tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
-    prompts = training_prompts(config, tokenizer)
-    eval_sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
-    first_prompt, resume, restarts = prompts.state(), config.checkpoint.resume, 0
-    check_own_rewards(config, [*prompts.next(ROWS), *(prompt for part in eval_sets for prompt in part.prompts[:ROWS])])
+    vocab_size = read_shape(config.model.path).vocab_size
+    tokenizer = load_tokenizer(config.model.path, vocab_size=vocab_size)
+    origin = Origin(model_fingerprint(config.model.path), vocabulary_fingerprint(tokenizer))
+    resume, restarts = config.checkpoint.resume, 0
     checkpoints = _open_checkpoints(config, resume=resume)
+    if config.replay is None:
+        source = training_prompts(config, tokenizer)
+        eval_sets = evaluation_sets(config, evaluation_prompts(config, tokenizer))
+        first = source.state()
+        tried = [*source.next(ROWS), *(prompt for part in eval_sets for prompt in part.prompts[:ROWS])]
+        check_own_rewards(config, tried)
+    else:
+        source, eval_sets = RecordedGroups(config, origin, vocab_size=vocab_size), []
+        source.check(first_step=checkpoints.newest_step())
+        first = source.state()
     check_disk_space(
         num_parameters(read_shape(config.model.path)),
         config,
@@ -110,9 +124,9 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     )
     dump_config(config, config.run_dir / "config.yaml")
     while True:
-        prompts.restore(first_prompt)
+        source.restore(first)
         own = launcher or RayLauncher(config, device=resolve_device(config), advice=_CONTINUE)
-        driver, death = _train(config, own, prompts, eval_sets, checkpoints)
+        driver, death = _train(config, own, source, eval_sets, checkpoints, origin)
         if death is None:
             break
         if launcher is not None or driver.stop_requested or restarts == config.launch.max_restarts:
@@ -150,9 +164,10 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
 def _train(
     config: Config,
     launcher: Launcher,
-    prompts: PromptSource,
+    source: PromptSource | RecordedGroups,
     eval_sets: list[EvaluationSet],
     checkpoints: Checkpoints,
+    origin: Origin,
 ) -> tuple[Driver, RankDiedError | None]:
     """Opens the parts, trains and exports the model; the driver, and the death of a rank that ended the training.
 
@@ -170,10 +185,13 @@ def _train(
             )
         )
         tokenizer = load_tokenizer(config.model.path)
-        records = stack.enter_context(open_records(config, tokenizer, start_step=checkpoints.newest_step()))
+        records = stack.enter_context(open_records(config, tokenizer, origin, start_step=checkpoints.newest_step()))
+        groups = source
+        if not isinstance(groups, RecordedGroups):
+            groups = SampledGroups(config=config, pool=parts.pool, rewards=parts.rewards, prompts=groups)
         driver = Driver(
             records=records,
-            config=config, prompts=prompts, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
+            config=config, groups=groups, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
                 config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
             ),
@@ -195,6 +213,8 @@ def _train(
 
 def run_check(config: Config, *, prompts: int) -> list[Finding]:
     """What a run on this many prompts finds, with every part started and used once; nothing is trained or written."""
+    if config.replay is not None:
+        raise HapoError("replay: a replay has nothing to rehearse; `megatron-hapo train` checks its records first")
     tokenizer = load_tokenizer(config.model.path, vocab_size=read_shape(config.model.path).vocab_size)
     sampler = training_prompts(config, tokenizer)
     findings = list(hub_findings(config.model.path))
@@ -215,15 +235,21 @@ class Parts:
     trainer: Trainer
     pool: RolloutPool
     turns: MemoryTurns
-    rewards: ProcessRewardPool
+    rewards: RewardPool
 
 
 @contextlib.contextmanager
 def open_parts(config: Config, launcher: Launcher) -> Iterator[Parts]:
-    """Trainer ranks, engines, reward workers and the weight sync, all of them ready."""
+    """Trainer ranks, engines, reward workers and the weight sync, all of them ready; a replay has ranks only."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(launcher.ray_cluster())
         with launcher.running():
+            if config.replay is not None:
+                trainer = launcher.start_trainer()
+                stack.callback(trainer.close)
+                turns = MemoryTurns(config, trainer, NoEngines(), NoWeightSync())
+                yield Parts(trainer=trainer, pool=NoEngines(), turns=turns, rewards=NoRewards())
+                return
             # Engines start in their own processes while the trainer builds its model, unless that needs their GPUs.
             pool, rewards = stack.enter_context(open_rollouts(config, launcher.engine_placements()))
             make_room_for_trainer(config, pool, device=launcher.device)

@@ -117,7 +117,8 @@ class RecordWriter:
             collection: how the groups were collected, as JSON values, for a replay (`rollout.replay`).
         """
         stats = None if batch.stats is None else asdict(batch.stats)
-        details = {"num_groups": len(groups), "collection": collection, "stats": stats}
+        routes = batch.routes is not None
+        details = {"num_groups": len(groups), "collection": collection, "stats": stats, "replayed_routes": routes}
         groups = self._recorded(groups)
         num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
         measures = {

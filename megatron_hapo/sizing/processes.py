@@ -49,6 +49,8 @@ def processes_of(config: Config, shape: Shape, *, device: str, trains: bool = Tr
     kinds = [_kind("driver")]
     if trains:
         kinds.append(_trainer_ranks(config, shape, device=device))
+    if config.replay is not None:
+        return kinds
     kinds += [_kind("engine", rollout.engines), _engine_ranks(config, shape, device=device)]
     return [*kinds, _kind("reward worker", config.reward.workers)]
 

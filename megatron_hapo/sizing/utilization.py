@@ -66,13 +66,14 @@ class Utilization:
         config, seconds = self.config, metrics["time/step"]
         training = metrics["time/log_probs"] + metrics["time/update"] + metrics.get("time/reference", 0.0)
         gpus = config.parallel.world_size
-        if config.placement == "disaggregated":
+        if config.placement == "disaggregated" and config.replay is None:
             gpus += config.rollout.engines * config.rollout.tp
         result = {
-            "utilization/engine_idle_share": max(0.0, 1 - metrics["time/rollout"] / seconds),
             "utilization/trainer_idle_share": max(0.0, 1 - training / seconds),
             "utilization/tokens_per_second_per_gpu": metrics["tokens_per_second"] / gpus,
         }
+        if config.replay is None:
+            result["utilization/engine_idle_share"] = max(0.0, 1 - metrics["time/rollout"] / seconds)
         if self.peak_flops is not None:
             available = training * config.parallel.world_size * self.peak_flops
             result["utilization/mfu"] = 1e12 * metrics["utilization/model_tflops"] / available

@@ -33,7 +33,11 @@ CANDIDATES: tuple[Any, ...] = (
     0.25,
     0.5,
     1.5,
+    1 << 30,
     "80GiB",
+    "exact",
+    [1],
+    {"arithmetic": "exact"},
     None,
     {"type": "arithmetic", "size": 3},
 )
@@ -76,7 +80,7 @@ def valid_value(key: str, *, besides: tuple[Any, ...]) -> Any:
         except ValidationError:
             continue
         taken = value_of(config, key)
-        if taken not in besides and (isinstance(value, dict) or type(taken) is type(value)):  # not 1 for true
+        if taken not in besides and isinstance(taken, bool) == isinstance(value, bool):  # not 1 for true
             return value
     raise AssertionError(f"{key}: add a valid value to CANDIDATES")
 
@@ -122,7 +126,9 @@ def test_a_setting_with_an_effect_is_accepted(tmp_path: Path, key: str) -> None:
     on = {condition.clauses[0].key: enabled(condition.clauses[0]) for condition in CONDITIONAL[key]}
     values = minimal(**{**on, key: valid_value(key, besides=(default_of(key),))})
     path = write(tmp_path, OmegaConf.to_yaml(OmegaConf.create(values)))
-    assert not lines_about(key, [f"run.yaml: {fault}" for fault in read_config(path).faults])  # it may have others
+    lines = lines_about(key, [f"run.yaml: {fault}" for fault in read_config(path).faults])  # it may have others
+    deciding = {decided_by for condition in CONDITIONAL[key] for decided_by in condition.keys}
+    assert not [line for line in lines if any(decided_by in line for decided_by in deciding)]
 
 
 def test_conditions_name_settings_and_values_that_exist() -> None:

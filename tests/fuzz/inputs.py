@@ -13,6 +13,7 @@ from typing import Any
 from megatron_hapo.config import Config
 from megatron_hapo.config.experiment import Experiment
 from megatron_hapo.config.section import fields_by_key, section_types
+from tests.fuzz.record_inputs import record_inputs
 
 CONFIG = """
 name: small
@@ -62,6 +63,7 @@ def cases() -> Iterator[Case]:
         _rows,
         _tokenizers,
         _metrics,
+        _records,
         _arguments,
         _named_data,
         _paths,
@@ -257,6 +259,11 @@ def _metrics_case(name: str, text: str) -> Case:
         _write(folder / "runs/old/metrics.jsonl", text.encode("latin-1", "surrogatepass") + b"\n")
 
     return Case(name, ("report", "runs/old"), prepare)
+
+
+def _records(_: random.Random) -> Iterator[Case]:
+    """Records for the viewer and for replays."""
+    yield from (Case(*case) for case in record_inputs())
 
 
 def _arguments(draw: random.Random) -> Iterator[Case]:
