@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_hapo.observe.records import row_groups, write_row_groups
+from megatron_hapo.observe.record_tables import row_groups, write_row_groups
 
 FLOATS = (
     "temperatures", "rollout_log_probs", "old_log_probs", "rollout_temperature_log_probs", "entropies", "h",

@@ -16,9 +16,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_hapo.config import Config
-from megatron_hapo.observe import records
+from megatron_hapo.observe import record_tables
 from megatron_hapo.observe.record_schema import SCHEMA, Origin
-from megatron_hapo.observe.records import RecordWriter, row_groups, updates_with_tokens
+from megatron_hapo.observe.record_tables import row_groups
+from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
 from megatron_hapo.observe.token_text import text_and_ends
 from megatron_hapo.types import (
     EntropyStats,
@@ -133,7 +134,7 @@ def test_groups_are_written_and_read_a_few_at_a_time(tmp_path: Path, monkeypatch
     """Values stay with their responses where the file's row groups begin."""
     with RecordWriter(make_config(tmp_path / "whole"), decode, ORIGIN, start_step=0) as writer:
         add_step(writer, 1)
-    monkeypatch.setattr(records, "ROW_GROUP_TOKENS", 1)
+    monkeypatch.setattr(record_tables, "ROW_GROUP_TOKENS", 1)
     with RecordWriter(make_config(tmp_path / "split"), decode, ORIGIN, start_step=0) as writer:
         add_step(writer, 1)
     whole, split = (tmp_path / name / "run/rollouts/step_00000001.parquet" for name in ("whole", "split"))
@@ -148,7 +149,7 @@ def test_groups_are_written_and_read_a_few_at_a_time(tmp_path: Path, monkeypatch
 def test_row_groups_hold_whole_groups(
     monkeypatch: pytest.MonkeyPatch, tokens: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(records, "ROW_GROUP_TOKENS", 8)
+    monkeypatch.setattr(record_tables, "ROW_GROUP_TOKENS", 8)
     assert list(row_groups(tokens)) == expected
 
 
