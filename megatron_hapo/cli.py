@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.set_defaults(run=_eval)
 
+    _add_generate(commands)
     _add_score(commands)
     _add_convert(commands)
     _add_quantize(commands)
@@ -185,6 +186,27 @@ def _add_view(commands: _Commands) -> None:
         help="write nothing; serve the pages on this machine and read the records when a page needs them",
     )
     view.set_defaults(run=_view)
+
+
+def _add_generate(commands: _Commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="only sample and score",
+        description="Sample responses to every training prompt of a config once, and score them, without training. The "
+        "responses are written as records, which `view` shows and `train ... replay=FOLDER/rollouts` trains on; an "
+        "interrupted generation goes on where it stopped.",
+    )
+    _add_config(generate)
+    generate.add_argument(
+        "--prompts", type=_up_to(2**31 - 1), help="only the first so many prompts (default: all of data.train)"
+    )
+    generate.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="FOLDER",
+        help="where the records go, as FOLDER/rollouts (default: generated in the run folder)",
+    )
+    generate.set_defaults(run=_generate)
 
 
 def _add_score(commands: _Commands) -> None:
@@ -360,6 +382,21 @@ def _compare(arguments: argparse.Namespace) -> None:
             print(write_results(experiment, runs))
         raise
     print(write_results(experiment, runs))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from megatron_hapo.checks.evaluated_models import check_output, generating_config
+
+    config = generating_config(arguments.config, arguments.overrides)
+    output = arguments.out or config.run_dir / "generated"
+    check_output(output)
+
+    from megatron_hapo.launch.generate import run_generation
+
+    summary = run_generation(config, output, prompts=arguments.prompts)
+    for name, value in vars(summary).items():
+        print(f"{name + ':':<11} {value:.4g}" if isinstance(value, float) else f"{name + ':':<11} {value}")
+    print(f"responses: {output}")
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Which models `megatron-hapo eval` evaluates, and their configs, checked before anything starts."""
+"""The configs of commands that only need engines, `eval` and `generate`, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -33,14 +33,33 @@ def evaluated_configs(path: Path, overrides: Sequence[str], models: Sequence[Pat
         raise ConfigError(faults)
     if configs[0].data.eval is None:
         raise ConfigError([f"{path}: data.eval: must be set to evaluate"])
-    if any(is_megatron_folder(config.model.path) for config in configs):
+    for config in configs:
+        _check_readable(path, config)
+    return dict(zip(_labels([config.model.path for config in configs]), configs, strict=True))
+
+
+def generating_config(path: Path, overrides: Sequence[str]) -> Config:
+    """The config of `megatron-hapo generate`.
+
+    Raises:
+        ConfigError: all faults at once.
+    """
+    config = load_checked_config(path, overrides, writes=False, starts="engines")
+    if config.replay is not None:
+        raise ConfigError([f"{path}: replay: must be null to generate, since a replay has its responses already"])
+    _check_readable(path, config)
+    return config
+
+
+def _check_readable(path: Path, config: Config) -> None:
+    """Raise ConfigError if engines cannot read the model without a trainer."""
+    if is_megatron_folder(config.model.path):
         raise ConfigError(
             [
                 f"{path}: model.path: must be a Hugging Face folder, which engines can read; "
                 "`megatron-hapo convert megatron-to-hf` writes one"
             ]
         )
-    return dict(zip(_labels([config.model.path for config in configs]), configs, strict=True))
 
 
 def check_output(folder: Path) -> None:

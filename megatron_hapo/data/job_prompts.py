@@ -33,6 +33,16 @@ def training_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prom
     return PromptMixture(samplers, data.weights) if isinstance(data.train, dict) else samplers[""]
 
 
+def ordered_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Every training prompt once, source after source, in the order of the data.
+
+    Raises:
+        DataError: a source has no usable prompt.
+    """
+    sources = config.data.train_sources.items()
+    return [prompt for name, source in sources for prompt in _named_prompts(name, source, config, tokenizer)]
+
+
 def evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:
     """The prompts of each evaluation set by its name, which is empty for a single one.
 

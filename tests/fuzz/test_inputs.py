@@ -56,13 +56,14 @@ def stubs(monkeypatch) -> None:
     from megatron_hapo.checkpoint import convert, quantize
     from megatron_hapo.checks import own_rewards
     from megatron_hapo.data import chat_template
-    from megatron_hapo.launch import evaluate_models, run
+    from megatron_hapo.launch import evaluate_models, generate, run
     from megatron_hapo.launch.compare import runs
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "open_parts", start)
     monkeypatch.setattr(runs, "run_all", start)
     monkeypatch.setattr(evaluate_models, "local_ray", start)
+    monkeypatch.setattr(generate, "local_ray", start)
     monkeypatch.setattr(convert, "_convert", start)
     monkeypatch.setattr(quantize, "_quantize_folder", lambda job, source, folder: start(quantize._prompts(job, source)))
     monkeypatch.setattr(chat_template, "SECONDS", 3.0)
