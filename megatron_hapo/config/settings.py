@@ -143,7 +143,7 @@ class Config(Section):
     replay: FilePath | None = None
     """Folder with the records of another run, e.g. `runs/NAME/rollouts`: every step trains on the responses and rewards
     in them, without engines and reward workers, and nothing is evaluated. docs/records.md says what the recorded run
-    needs. data.train and algorithm.adaptive_temperature are not read. `None`: responses are sampled."""
+    needs. data, reward and algorithm.adaptive_temperature are not read. `None`: responses are sampled."""
     placement: Annotated[Literal["disaggregated", "colocated"], SAMPLES] = "disaggregated"
     """`disaggregated`: trainer ranks and engines have their own GPUs. `colocated`: engine i runs on the GPUs of trainer
     ranks i * rollout.tp and following, and they take turns holding the memory (memory_turns)."""
@@ -157,7 +157,7 @@ class Config(Section):
     dynamic_sampling: Annotated[DynamicSamplingConfig, SAMPLES] = DynamicSamplingConfig()
     async_: Annotated[AsyncConfig, SAMPLES] = Field(AsyncConfig(), alias="async")  # Python reserves the word
     data: DataConfig
-    reward: Annotated[RewardConfig, SAMPLES] = RewardConfig()
+    reward: RewardConfig = RewardConfig()
     eval: Annotated[EvalConfig, not_with("data.eval", None), SAMPLES] = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: Annotated[WeightSyncConfig, SAMPLES] = WeightSyncConfig()
