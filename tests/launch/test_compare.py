@@ -19,6 +19,7 @@ from rich.console import Console
 
 from megatron_hapo.cli import main
 from megatron_hapo.config.experiment import PlannedRun, plan_runs, read_experiment
+from megatron_hapo.data.demo_model import make_demo_model
 from megatron_hapo.errors import DataError, HapoError
 from megatron_hapo.launch.compare.curves import Curve, common_budget, compare, interval, problem_weights, read_curve
 from megatron_hapo.launch.compare.results import write_results
@@ -182,10 +183,18 @@ def test_a_stopped_experiment_stops_its_runs(tmp_path: Path) -> None:
     assert not alive
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows the task's characters and nothing else."""
+    folder = tmp_path_factory.mktemp("model") / "untrained"
+    make_demo_model(folder, steps=0)
+    return folder
+
+
 @pytest.mark.slow
-def test_an_experiment_runs_stops_and_goes_on(tmp_path: Path, tiny_qwen3: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_experiment_runs_stops_and_goes_on(tmp_path: Path, untrained: Path, capsys: pytest.CaptureFixture) -> None:
     small = (
-        f"{{base: METHODS/dapo.yaml, steps: 2, model: {{path: {tiny_qwen3}}}, eval: {{every: 1, samples: 2}}, "
+        f"{{base: METHODS/dapo.yaml, steps: 2, model: {{path: {untrained}}}, eval: {{every: 1, samples: 2}}, "
         "data: {eval: {type: checked_sums, size: 4, seed: 1}}}"
     )
     path = write(tmp_path, PLAIN.replace("METHODS/dapo.yaml\n", f"{small}\n").replace("[3, 1]", "[3]").replace(
@@ -202,12 +211,12 @@ def test_an_experiment_runs_stops_and_goes_on(tmp_path: Path, tiny_qwen3: Path, 
 
 @pytest.mark.slow
 def test_a_command_of_the_paper_runs_in_miniature_from_start_to_drawing(
-    tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (EXAMPLES / "paper/miniature.yaml").read_text().replace("miniature_job.yaml", "own.yaml")
     text = text.replace("../../configs", f"{EXAMPLES.parent}/configs").replace("../checked", f"{EXAMPLES}/checked")
     (tmp_path / "own.yaml").write_text(
-        f"base: {EXAMPLES}/paper/miniature_job.yaml\nsteps: 1\nmodel: {{path: {tiny_qwen3}}}\n"
+        f"base: {EXAMPLES}/paper/miniature_job.yaml\nsteps: 1\nmodel: {{path: {untrained}}}\n"
         "eval: {every: 1, samples: 2}\ndata: {eval: {size: 4}}\ndynamic_sampling: {enabled: false}\n"
     )
     (tmp_path / "miniature.yaml").write_text(text)
