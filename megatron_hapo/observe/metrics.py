@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
+from megatron_hapo.observe.step_warnings import StepWarnings
 from megatron_hapo.observe.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
@@ -93,11 +94,14 @@ class MetricsLogger:
         self._progress: Progress | None = None
         self._num_lines = 0
         self._accuracy: float | None = None
+        self._warnings = StepWarnings()
 
     def __enter__(self) -> MetricsLogger:
         rows = [row for row in read_metrics(self._path) if row["step"] <= self._start_step] if self._start_step else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._accuracy = next((row["eval/accuracy"] for row in reversed(rows) if "eval/accuracy" in row), None)
+        for row in rows:  # told before the run was interrupted
+            self._warnings.of_step(int(row["step"]), row)
         # Complete rows go to a new file that then replaces the old one: a kill here must not lose them.
         rewritten = self._path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -129,6 +133,8 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         self._show(step, metrics)
+        for warning in self._warnings.of_step(step, finite):
+            self._print(f"warning: {warning}", style="yellow")
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         self._accuracy = metrics.get("eval/accuracy", self._accuracy)
