@@ -37,10 +37,12 @@ from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.record_schema import Origin, vocabulary_fingerprint
 from megatron_hapo.observe.records import open_records
 from megatron_hapo.observe.report import write_report
+from megatron_hapo.observe.token_text import decoder
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.reward.pool import ProcessRewardPool
 from megatron_hapo.rollout.collect import SampledGroups
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluation_sets
+from megatron_hapo.rollout.first_samples import FirstSamples
 from megatron_hapo.rollout.no_engines import NoEngines, NoRewards, NoWeightSync
 from megatron_hapo.rollout.replay import RecordedGroups
 from megatron_hapo.sizing.from_config import peak_flops
@@ -189,6 +191,7 @@ def _train(
         groups = source
         if not isinstance(groups, RecordedGroups):
             groups = SampledGroups(config=config, pool=parts.pool, rewards=parts.rewards, prompts=groups)
+            groups = FirstSamples(groups, decoder(tokenizer))
         driver = Driver(
             records=records,
             config=config, groups=groups, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
