@@ -119,25 +119,22 @@ def in_own_process(part: Callable[[Sizes], dict[str, Any]], sizes: Sizes) -> dic
     executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     try:
         return executor.submit(guarded, part, sizes).result(timeout=PART_SECONDS)
-    except BaseException as error:
-        for process in list((executor._processes or {}).values()):
-            process.kill()
+    except Exception as error:  # its process died, or is too slow; the other parts are still worth their time
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
+        for process in list((executor._processes or {}).values()):
+            process.kill()
         executor.shutdown(wait=False, cancel_futures=True)
 
 
 def guarded(part: Callable[[Sizes], dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
-    """Runs in the part's process; what was found before an error is kept."""
-    found: dict[str, Any] = {}
+    """Runs in the part's process: what it found, or its error, whose traceback is printed where it happened."""
+    warnings.filterwarnings("ignore")
     try:
-        warnings.filterwarnings("ignore")
-        part_found = part(sizes)
-        found |= part_found
-    except Exception as error:
+        return part(sizes)
+    except Exception as error:  # reported, and counted in the exit code; the other parts are still worth their time
         traceback.print_exc()
-        found["error"] = f"{type(error).__name__}: {error}"
-    return found
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 # ----- measuring

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.peak_memory import PeakMemory
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import load_tokenizer

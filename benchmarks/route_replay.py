@@ -21,7 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.demo_run import ROOT, train
+
 JOB = (
     *("rollout.dtype=bfloat16", "rollout.engines=1", "parallel.dp=1", "checkpoint.hf_at_end=false"),
     *("algorithm.adaptive_temperature.enabled=false", "eval.every=20"),
@@ -64,16 +67,6 @@ def make_model(folder: Path, experts: int) -> Path:
         command = [sys.executable, str(ROOT / "tools/make_demo_model.py"), str(folder), "--experts", str(experts)]
         subprocess.run(command, check=True)
     return folder.absolute()
-
-
-def train(out: Path, name: str, overrides: list[str]) -> None:
-    """Start a run or continue it; its output goes to `<name>.log` next to its folder."""
-    if (out / name / "curves.png").exists():  # the last file that a run writes
-        return
-    command = [sys.executable, "-m", "megatron_hapo", "train", str(ROOT / "configs/demo_cpu.yaml"),
-               f"name={name}", f"output_dir={out}", *overrides]  # fmt: skip
-    with (out / f"{name}.log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
 def measured(folder: Path) -> dict[str, float]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.demo_run import train
+
 SETTINGS = {
     0: ("async.max_staleness=0",),
     1: ("async.max_staleness=1", "algorithm.importance_correction.level=token"),
@@ -45,16 +47,6 @@ def main() -> None:
             train(options.out, name, [f"seed={seed}", *SETTINGS[staleness], *LENGTH, *options.overrides])
             figures.append(measured(options.out / name))
     report(runs)
-
-
-def train(out: Path, name: str, overrides: list[str]) -> None:
-    """Start a run or continue it; its output goes to `<name>.log` next to its folder."""
-    if (out / name / "curves.png").exists():  # the last file that a run writes
-        return
-    command = [sys.executable, "-m", "megatron_hapo", "train", str(ROOT / "configs/demo_cpu.yaml"),
-               f"name={name}", f"output_dir={out}", *overrides]  # fmt: skip
-    with (out / f"{name}.log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
 def measured(folder: Path) -> dict[str, float]:

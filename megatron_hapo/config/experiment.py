@@ -21,7 +21,7 @@ from megatron_hapo.errors import ConfigError
 type Layer = str | list[str] | dict[str, Any]
 """An overlay or several of them, or settings, which may name overlays under `base`. Paths are relative to the
 experiment's file."""
-Names = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*$")]
+Label = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*$")]
 
 
 def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -32,15 +32,15 @@ class Experiment(Section):
     """The contents of an experiment's file. Paths of configs are relative to it; output_dir, as in a config, to the
     current folder."""
 
-    name: Names
+    name: Label
     """Name of the experiment, and of its folder in output_dir."""
     output_dir: FilePath = Path("runs")
     """Folder for the experiment's folder."""
     job: str | list[str]
     """Config of every run, or several that build on each other."""
-    methods: Annotated[dict[Names, Layer], Field(min_length=1, max_length=100)]
+    methods: Annotated[dict[Label, Layer], Field(min_length=1, max_length=100)]
     """Label -> what a method adds to the job: an overlay, a list of overlays, or settings with `base`."""
-    settings: dict[Names, Layer] = Field(default_factory=dict)
+    settings: dict[Label, Layer] = Field(default_factory=dict)
     """Label -> what a setting adds after the method; every method runs under each. Empty: the job as it is."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), AfterValidator(_different)]
     """Seeds of the runs; the same for all methods, so that differences are paired."""
@@ -72,15 +72,13 @@ class PlannedRun:
     seed: int
     file: Path
     """The config that it is started with."""
-    text: str
-    """Contents of that file."""
     config: Config
 
     @property
     def responses(self) -> int:
-        """Responses that it samples, if dynamic sampling drops none: a measure of its cost."""
-        batch, evaluations = self.config.batch, 1 + self.config.steps // max(self.config.eval.every, 1)
-        return self.config.steps * batch.prompts_per_step * batch.samples_per_prompt + evaluations
+        """Responses that it trains on: a measure of its cost."""
+        batch = self.config.batch
+        return self.config.steps * batch.prompts_per_step * batch.samples_per_prompt
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -144,24 +142,25 @@ def _plan(experiment: Experiment, path: Path, arm: Arm, seed: int, folder: Path,
         found, settings = _parts(layer)
         bases += [str((path.parent / base).absolute()) for base in found]
         if settings:  # between the bases, so that later layers win
-            file = folder / "configs" / f"{name}.{number}.yaml"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
-            bases.append(str(file))
+            bases.append(str(_write(folder / "configs" / f"{name}.{number}.yaml", settings)))
     own = {
         "name": name, "seed": seed, "output_dir": str(folder),
         "checkpoint": {"every": 0, "hf_at_end": False},
     }  # fmt: skip
-    text = OmegaConf.to_yaml(OmegaConf.create({"base": bases, **own}))
-    file = folder / "configs" / f"{name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    file = _write(folder / "configs" / f"{name}.yaml", {"base": bases, **own})
     config = read_config(file).accept()
     if not config.eval.every or config.data.eval is None:
         raise ConfigError(["eval.every: a comparison needs evaluations: set it, and data.eval"])
     if not config.record.every or config.record.groups is not None:
         raise ConfigError(["record: a comparison needs all recorded evaluations: leave out record.every and .groups"])
-    return PlannedRun(arm, seed, file, text, config)
+    return PlannedRun(arm, seed, file, config)
+
+
+def _write(file: Path, settings: dict[str, Any]) -> Path:
+    """Writes settings as YAML; the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return file
 
 
 def _parts(layer: Layer) -> tuple[list[str], dict[str, Any]]:

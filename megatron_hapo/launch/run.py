@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import ray
 
@@ -49,6 +49,9 @@ from megatron_hapo.sizing.from_config import peak_flops
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.trainer.rank_process import resolve_device
 from megatron_hapo.weight_sync import open_weight_sync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +106,8 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
 def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
-    vocab_size = read_shape(config.model.path).vocab_size
-    tokenizer = load_tokenizer(config.model.path, vocab_size=vocab_size)
+    shape = read_shape(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, vocab_size=shape.vocab_size)
     origin = Origin(model_fingerprint(config.model.path), vocabulary_fingerprint(tokenizer))
     resume, restarts = config.checkpoint.resume, 0
     checkpoints = _open_checkpoints(config, resume=resume)
@@ -115,11 +118,11 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
         tried = [*source.next(ROWS), *(prompt for part in eval_sets for prompt in part.prompts[:ROWS])]
         check_own_rewards(config, tried)
     else:
-        source, eval_sets = RecordedGroups(config, origin, vocab_size=vocab_size), []
+        source, eval_sets = RecordedGroups(config, origin, vocab_size=shape.vocab_size), []
         source.check(first_step=checkpoints.newest_step())
         first = source.state()
     check_disk_space(
-        num_parameters(read_shape(config.model.path)),
+        num_parameters(shape),
         config,
         first_step=checkpoints.newest_step(),
         existing_bytes=checkpoints.bytes_on_disk(),
@@ -128,7 +131,7 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     while True:
         source.restore(first)
         own = launcher or RayLauncher(config, device=resolve_device(config), advice=_CONTINUE)
-        driver, death = _train(config, own, source, eval_sets, checkpoints, origin)
+        driver, death = _train(config, own, source, eval_sets, checkpoints, tokenizer, origin)
         if death is None:
             break
         if launcher is not None or driver.stop_requested or restarts == config.launch.max_restarts:
@@ -169,6 +172,7 @@ def _train(
     source: PromptSource | RecordedGroups,
     eval_sets: list[EvaluationSet],
     checkpoints: Checkpoints,
+    tokenizer: PreTrainedTokenizerBase,
     origin: Origin,
 ) -> tuple[Driver, RankDiedError | None]:
     """Opens the parts, trains and exports the model; the driver, and the death of a rank that ended the training.
@@ -186,7 +190,6 @@ def _train(
                 wandb_project=config.metrics.wandb_project,
             )
         )
-        tokenizer = load_tokenizer(config.model.path)
         records = stack.enter_context(open_records(config, tokenizer, origin, start_step=checkpoints.newest_step()))
         groups = source
         if not isinstance(groups, RecordedGroups):

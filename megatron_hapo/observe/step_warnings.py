@@ -47,11 +47,11 @@ class StepWarnings:
         """The warnings of this step, a line each. Row 0, the evaluation before training, has none."""
         if step == 0:
             return []
-        found = [
-            text for name, text in self._conditions(metrics) if name not in self._told and not self._told.add(name)
-        ]
+        found = dict(self._conditions(metrics))
+        new = [text for name, text in found.items() if name not in self._told]
+        self._told |= found.keys()
         slow = self._slow_stage(step, metrics)
-        return found if slow is None else [*found, slow]
+        return new if slow is None else [*new, slow]
 
     def _conditions(self, metrics: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
         entropy, before = self._since_start("entropy/mean", metrics)

@@ -12,7 +12,6 @@ from megatron_hapo.types import Sampling, Score, ScoredGroup
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES = 2
 _CHARACTERS = 600
 """Of a prompt or response; the records have the whole text."""
 
@@ -45,7 +44,7 @@ class FirstSamples:
 def _lines(group: ScoredGroup, decode: Decode) -> list[str]:
     """The group's prompt, and its best and worst response; what a model wrote cannot control a terminal."""
     responses = sorted(zip(group.rollouts, group.scores, strict=True), key=lambda pair: -pair[1].reward)
-    shown = responses[:: max(1, len(responses) - 1)][:_SAMPLES]
+    shown = [responses[0], responses[-1]] if len(responses) > 1 else responses
     lines = [f"first prompt: {_short(decode(tuple(group.rollouts[0].prompt.token_ids.tolist())))}"]
     for rollout, score in shown:
         about = f"reward {score.reward:g}{_failure(score)}, {len(rollout.response_ids)} tokens, {rollout.finish_reason}"

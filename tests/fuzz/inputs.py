@@ -13,7 +13,7 @@ from typing import Any
 from megatron_hapo.config import Config
 from megatron_hapo.config.experiment import Experiment
 from megatron_hapo.config.section import fields_by_key, section_types
-from tests.fuzz.record_inputs import record_inputs
+from tests.fuzz.record_inputs import NO_PARQUET, record_inputs
 
 CONFIG = """
 name: small
@@ -191,12 +191,7 @@ def _rows(draw: random.Random) -> Iterator[Case]:
     texts = ("", "\n\n", "{", DEEP, "\0", "\xff", f'{{"prompt": {HUGE}}}', "[]", "null", json.dumps(ROW)[:-1])
     for number, text in enumerate(texts):
         yield _data_case(f"row text {number}", text)
-    for name, content in {
-        "empty": b"",
-        "text": b"x",
-        "magic": b"PAR1PAR1",
-        "zeros": b"PAR1" + bytes(64) + b"PAR1",
-    }.items():
+    for name, content in NO_PARQUET.items():
         yield Case(
             f"parquet {name}", (*TRAIN, "data.train.path=x.parquet"),
             lambda folder, content=content: _write(folder / "x.parquet", content),

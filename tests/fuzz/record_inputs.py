@@ -22,6 +22,8 @@ COMMANDS = (
     ("train", "run.yaml", "replay=runs/old/rollouts", "steps=1", "batch.prompts_per_step=2",
      "batch.samples_per_prompt=2", "batch.prompts_per_minibatch=2", "name=again"),
 )  # fmt: skip
+NO_PARQUET = {"empty": b"", "text": b"x", "magic": b"PAR1PAR1", "zeros": b"PAR1" + bytes(64) + b"PAR1"}
+"""Files that only look like parquet."""
 FILE = "runs/old/rollouts/step_00000001.parquet"
 SCHEMA_KEY, JOB_KEY = "megatron_hapo.schema", "megatron_hapo.job"
 _SOME_VALUES = {
@@ -63,12 +65,7 @@ def record_inputs() -> Iterator[tuple[str, tuple[str, ...], Damage]]:
 
 
 def _damages() -> Iterator[tuple[str, Damage]]:
-    for name, content in {
-        "empty": b"",
-        "text": b"x",
-        "magic": b"PAR1PAR1",
-        "zeros": b"PAR1" + bytes(64) + b"PAR1",
-    }.items():
+    for name, content in NO_PARQUET.items():
         yield name, lambda folder, content=content: _damaged_bytes(folder, lambda _: content)
     for number in range(12):
         share = random.Random(f"cut {number}").random()

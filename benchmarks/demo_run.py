@@ -1,0 +1,19 @@
+"""One run of the demo's job as a process of its own, for benchmarks that compare runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(out: Path, name: str, overrides: list[str]) -> None:
+    """Start a run or continue it; its output goes to `<name>.log` next to its folder."""
+    if (out / name / "curves.png").exists():  # the last file that a run writes
+        return
+    command = [sys.executable, "-m", "megatron_hapo", "train", str(ROOT / "configs/demo_cpu.yaml"),
+               f"name={name}", f"output_dir={out}", *overrides]  # fmt: skip
+    with (out / f"{name}.log").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
