@@ -1,9 +1,11 @@
 # make demo | test | test-all | test-gpu | check | format | lock; see CONTRIBUTING.md.
-# PYTHON=/path/to/python3.12 chooses the interpreter, VENV=/path the virtual environment.
+# PYTHON=/path/to/python3.12 chooses the interpreter, VENV=/path the virtual environment, WORKERS=N how many test files
+# run at once.
 
 VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 export PYTHON
 GPU_VENV ?= .venv-gpu
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ demo: $(SET_UP) runs/demo_model
 	$(BIN)/megatron-hapo train configs/demo_cpu.yaml
 
 test: $(SET_UP)
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(SET_UP)
 	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
