@@ -12,6 +12,7 @@ from megatron_hapo.config.faults import Fault
 from megatron_hapo.config.kl_settings import KlConfig
 from megatron_hapo.config.rival_settings import (
     USES_CLIP_RANGE,
+    AdapoConfig,
     BapoConfig,
     CeGppoConfig,
     ClipCovConfig,
@@ -150,6 +151,7 @@ class AlgorithmConfig(Section):
     entropic: EntropicConfig = EntropicConfig()
     repo: RepoConfig = RepoConfig()
     bapo: Annotated[BapoConfig, USES_CLIP_RANGE] = BapoConfig()
+    adapo: Annotated[AdapoConfig, USES_CLIP_RANGE] = AdapoConfig()
     multi_temperature: MultiTemperatureConfig = MultiTemperatureConfig()
     kl: KlConfig = KlConfig()
     importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
@@ -176,5 +178,12 @@ class AlgorithmConfig(Section):
                 f"must be false with algorithm.surrogate={self.surrogate}, which has no clip range",
                 ("algorithm.surrogate",),
             )
+        if self.adapo.enabled and self.bapo.enabled:
+            yield Fault(
+                "algorithm.adapo.enabled",
+                "must be false with algorithm.bapo.enabled=true: both set the upper clip bound",
+                ("algorithm.bapo.enabled",),
+            )
+        yield from self.adapo.contradictions(self.clip_high)
         for section in (self.kl, self.entropy_bonus, self.clip_cov, self.repo, self.bapo):
             yield from section.contradictions()

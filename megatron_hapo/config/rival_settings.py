@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ _ENTROPIC = only_with("algorithm.entropic.enabled", True)
 _REPO = only_with("algorithm.repo.enabled", True)
 _REPO_ADAPTIVE = only_with("algorithm.repo.adaptive", True)
 _BAPO = only_with("algorithm.bapo.enabled", True)
+_ADAPO = only_with("algorithm.adapo.enabled", True)
 _MULTI_TEMPERATURE = only_with("algorithm.multi_temperature.enabled", True)
 USES_CLIP_RANGE = any_of(
     only_with("algorithm.surrogate", "clipped", "cispo", "ce_gppo"),
@@ -155,10 +156,12 @@ class EntropicConfig(Section):
 
 
 class RepoConfig(Section):
-    """REPO-R (arXiv:2603.11682): advantages rescaled by the token's log-prob."""
+    """REPO (arXiv:2603.11682): advantages freed of their correlation with log-probs."""
 
     enabled: bool = False
-    """Rescale the advantages."""
+    """Change the advantages by the token's log-prob."""
+    form: Annotated[Literal["rescaled", "subtracted"], _REPO] = "rescaled"
+    """`rescaled`: A (1 - zeta sign(A) log pi), REPO-R. `subtracted`: A - zeta (log pi + H)."""
     zeta: Annotated[float, Field(ge=-1, le=1), _REPO] = 1e-3
     """Strength; if adaptive, that of the first step. Positive raises the entropy."""
     adaptive: Annotated[bool, _REPO] = True
@@ -216,6 +219,31 @@ class BapoConfig(Section):
                 f"must be at most 200 steps of algorithm.bapo.high_step={self.high_step:g} above "
                 f"algorithm.bapo.high={self.high:g}, got {self.high_max:g}",
                 ("algorithm.bapo.high", "algorithm.bapo.high_step"),
+            )
+
+
+class AdapoConfig(Section):
+    """ADAPO (arXiv:2603.11682): a clip_high that follows a target entropy, from algorithm.clip_high on."""
+
+    enabled: bool = False
+    """Widen clip_high after a step below the target, narrow it after one above."""
+    target: Annotated[Nats | None, _ADAPO] = None
+    """Mean entropy to keep, nats. None: that of the first step."""
+    factor: Annotated[float, Field(gt=1, le=10), _ADAPO] = 1.1
+    """What clip_high is multiplied with or divided by."""
+    high_min: Annotated[ClipHigh, _ADAPO] = 0.1
+    """Narrowest range upwards."""
+    high_max: Annotated[ClipHigh, _ADAPO] = 1.0
+    """Widest range upwards."""
+
+    def contradictions(self, clip_high: float) -> Iterator[Fault]:
+        """Why the range does not hold clip_high, at which it starts."""
+        if self.enabled and not self.high_min <= clip_high <= self.high_max:
+            yield Fault(
+                "algorithm.clip_high",
+                f"must be between algorithm.adapo.high_min={self.high_min:g} and algorithm.adapo.high_max="
+                f"{self.high_max:g}, got {clip_high:g}",
+                ("algorithm.adapo.high_min", "algorithm.adapo.high_max"),
             )
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from megatron_hapo.algorithm.controllers import next_state, step_controls
+from megatron_hapo.algorithm.methods.adapo import next_clip_high
 from megatron_hapo.algorithm.methods.bapo import balanced_bounds, steps
 from megatron_hapo.algorithm.methods.entropic import likely_token_weights
-from megatron_hapo.algorithm.methods.repo import next_zeta, rescaled_advantages
+from megatron_hapo.algorithm.methods.repo import decorrelated_advantages, next_zeta, rescaled_advantages
 from megatron_hapo.algorithm.objective import policy_loss
 from megatron_hapo.config import AlgorithmConfig, load_config
 from megatron_hapo.errors import ConfigError
@@ -124,6 +125,71 @@ def test_repos_advantages_follow_the_current_policy():
     torch.testing.assert_close(log_probs.grad, -rescaled_advantages(advantages, log_probs.detach(), zeta=0.05))
 
 
+def test_repos_general_form_subtracts_the_centred_log_prob():
+    """A token of mean log-prob keeps its advantage; less likely ones gain and more likely ones lose."""
+    log_probs, entropies = torch.tensor([-1.0, -4.0, -0.5, -100.0]), torch.tensor([1.0, 1.0, 1.0, 2.0])
+    advantages = torch.tensor([2.0, 2.0, -2.0, 0.0])
+    got = decorrelated_advantages(advantages, log_probs, entropies, zeta=0.1)
+    torch.testing.assert_close(got, torch.tensor([2.0, 2.3, -2.05, 1.8]))
+
+
+def test_what_repo_subtracts_is_weighted_as_the_advantages_are():
+    batch, scores = scored_batch()
+    settings = algorithm(repo={"enabled": True, "form": "subtracted"})
+    scored, _ = with_scores(batch, scores, settings)
+    microbatch = as_microbatch(scored)
+    weights = torch.arange(len(scores.log_probs), dtype=torch.float32) / 4
+    log_probs = microbatch["old_log_probs"].clone().requires_grad_()
+    entropies = torch.from_numpy(scores.entropies)
+    policy_loss(
+        log_probs, entropies, microbatch.with_per_token({"weights": weights}), settings, num_tokens=1,
+        controls={"repo_zeta": 0.05},
+    )[0].backward()  # fmt: skip
+    expected = decorrelated_advantages(microbatch["advantages"], log_probs.detach(), entropies, zeta=0.05)
+    torch.testing.assert_close(log_probs.grad, -expected * weights)
+
+
+# ----- ADAPO
+
+
+def test_adapo_widens_below_the_entropy_of_the_first_step_and_narrows_above():
+    """From 0.28 by 1.5: kept at the first step, then 0.42, the bound 0.5, and back by 1 / 1.5; also after a resume."""
+    settings = algorithm(clip_high=0.28, adapo={"enabled": True, "factor": 1.5, "high_max": 0.5})
+    seen, state = run(settings, [1.0, 0.5, 0.9])
+    assert [each["adapo_clip_high"] for each in seen] == pytest.approx([0.28, 0.28, 0.42])
+    assert state == {"adapo/clip_high": 0.5, "adapo/target": 1.0}
+    seen, state = run(settings, [1.5, 1.0], state)
+    assert [each["adapo_clip_high"] for each in seen] == pytest.approx([0.5, 1 / 3])
+    assert state["adapo/clip_high"] == pytest.approx(1 / 3)  # exactly at the target: unchanged
+    assert next_clip_high(0.11, 2.0, target=1.0, factor=1.5, high_min=0.1, high_max=0.5) == 0.1
+
+
+def test_adapos_range_clips_the_ratio_upwards_only():
+    batch, scores = scored_batch()
+    settings = algorithm(clip_low=0.2, clip_high=0.28, adapo={"enabled": True})
+    scored, _ = with_scores(batch, scores, settings)
+    microbatch = as_microbatch(scored)
+    log_probs = microbatch["old_log_probs"] + 0.3  # ratio 1.35
+    clipped = {}
+    for clip_high in (0.28, 0.4):
+        controls = {"adapo_clip_high": clip_high}
+        _, sums = policy_loss(log_probs, -log_probs, microbatch, settings, num_tokens=1, controls=controls)
+        clipped[clip_high] = float(sums["clipped_high"])
+    assert clipped == {0.28: float((microbatch["advantages"] > 0).sum()), 0.4: 0.0}
+
+
+def test_adapo_is_refused_where_its_range_does_not_hold_clip_high_or_bapo_sets_it(tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    job.write_text(f"base: {CONFIGS / 'demo_cpu.yaml'}\nalgorithm: {{clip_high: 2.0, adapo: {{enabled: true}}}}\n")
+    with pytest.raises(ConfigError, match=r"clip_high: must be between .*high_min=0.1 and .*high_max=1, got 2"):
+        load_config(job)
+    job.write_text(
+        f"base: {CONFIGS / 'demo_cpu.yaml'}\nalgorithm: {{adapo: {{enabled: true}}, bapo: {{enabled: true}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"adapo.enabled: must be false with algorithm.bapo.enabled=true"):
+        load_config(job)
+
+
 # ----- BAPO
 
 
@@ -197,7 +263,7 @@ def test_bapos_bounds_must_be_in_order(tmp_path: Path):
 
 
 def test_what_controllers_set_and_what_parts_add_up_are_documented_metrics():
-    names = ("entropy_bonus", "entropic", "repo", "bapo", "kl_cov")
+    names = ("entropy_bonus", "entropic", "repo", "bapo", "adapo", "kl_cov")
     for surrogate in ("sapo", "clipped"):
         settings = algorithm(surrogate=surrogate, **{name: {"enabled": True} for name in names})
         batch, scores = scored_batch()

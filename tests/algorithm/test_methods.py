@@ -352,6 +352,8 @@ EXPECTED = {
     "qae": {"advantage": "group_quantile", "advantage_quantile": 0.4},
     "entropic": {"aggregation": "token_mean"},
     "repo": {"aggregation": "token_mean"},
+    "repo_subtracted": {"aggregation": "token_mean"},
+    "adapo": {"aggregation": "token_mean"},
     "bapo": {"surrogate": "clipped"},
     "multi_temperature": {"aggregation": "token_mean"},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
@@ -382,7 +384,8 @@ SWITCHES = {
     "archer": {"dual_constraint"},
     "entropy_bonus": {"entropy_bonus"},
     "adaptive_entropy": {"entropy_bonus"},
-    **{name: {name} for name in ("clip_cov", "kl_cov", "entropic", "repo", "bapo", "multi_temperature")},
+    **{name: {name} for name in ("clip_cov", "kl_cov", "entropic", "repo", "bapo", "adapo", "multi_temperature")},
+    "repo_subtracted": {"repo"},
 }
 
 

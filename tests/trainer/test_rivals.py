@@ -37,7 +37,9 @@ RIVALS: dict[str, dict[str, Any]] = {
     "kl_cov": {"surrogate": "unclipped", "kl_cov": {"enabled": True, "share": 0.2}},
     "entropic": {"entropic": {"enabled": True, "target": 4.0, "probability": 0.01}},
     "repo": {"repo": {"enabled": True, "zeta": 0.05, "target": 1.0}},
+    "repo_subtracted": {"repo": {"enabled": True, "form": "subtracted", "zeta": 0.05, "target": 1.0}},
     "bapo": {"bapo": {"enabled": True, "target": 1.2}},
+    "adapo": {"adapo": {"enabled": True, "target": 9.0}},
 }
 LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2, "max_tokens": 64},

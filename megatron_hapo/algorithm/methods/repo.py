@@ -1,19 +1,23 @@
-"""REPO-R: advantages that weigh unlikely tokens more, by a strength that follows a target entropy.
+"""REPO: advantages freed of their correlation with log-probs, by a strength that follows a target entropy.
+
+A policy gradient lowers the entropy by the covariance of A and L = log pi - E log pi = log pi + H (the paper's theorem
+1), so REPO takes a part of L out of the advantage. `form: rescaled` is REPO-R, whose part is zeta |A|:
 
     A > 0: A' = max(A (1 - zeta log pi), 0),    A < 0: A' = min(A (1 + zeta log pi), 0)
 
-With zeta > 0, unlikely right tokens are raised more, and unlikely wrong ones are pushed down less, against the
-correlation of advantages and log-probs that lowers the entropy. log pi is the policy's that is being updated, without
-gradient and at least -20. zeta follows the mean entropy H of each step:
+`form: subtracted` is the paper's general form with one strength for all tokens, A' = A - zeta L. It also acts on tokens
+whose advantage is 0, and can turn signs. With zeta > 0 both raise unlikely right tokens more, and push unlikely wrong
+ones down less. log pi and H are the policy's that is being updated, without gradient; log pi is at least -20. zeta
+follows the mean entropy H of each step:
 
     H > target: halved, or doubled if negative;   H < target: doubled, or halved if negative
 
 |zeta| stays in [zeta_min, zeta_max], and a halving below zeta_min turns the sign. Without a target of its own, the
-target is the entropy of the first step. Decided here: H is that of the policy before the step's first update. Of the
-paper's other methods, REPO-D and ADAPO (clip_high that follows the entropy) are left out: no source with their formulas
-and step sizes was at hand.
+target is the entropy of the first step. Decided here: H is that of the policy before the step's first update, and the
+same controller serves both forms.
 
-Source: arXiv:2603.11682, appendix D.2, as SkyRL implements and cites it; |zeta| in [1e-4, 0.05].
+Source: arXiv:2603.11682, appendix D.2, as SkyRL implements and cites it; |zeta| in [1e-4, 0.05]. The general form as
+published summaries of the paper give it.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ TARGET = "repo/target"
 """State: the entropy that zeta follows, nats; fixed by the first step."""
 
 
-class RescaledAdvantages(Part):
-    """`rescaled_advantages`, and the controller of their strength; control `repo_zeta`."""
+class DecorrelatedAdvantages(Part):
+    """Both forms, and the controller of their strength; control `repo_zeta`."""
 
     @classmethod
     def enabled(cls, algorithm: AlgorithmConfig) -> bool:
@@ -57,7 +61,12 @@ class RescaledAdvantages(Part):
     def token_advantages(
         self, tokens: LossTokens, advantages_N: Tensor, ratio_N: Tensor, low_N: Tensor, high_N: Tensor
     ) -> Tensor:
-        return rescaled_advantages(advantages_N, tokens.log_probs, zeta=tokens.controls["repo_zeta"])
+        zeta = tokens.controls["repo_zeta"]
+        if self.algorithm.repo.form == "rescaled":
+            return rescaled_advantages(advantages_N, tokens.log_probs, zeta=zeta)
+        decorrelated_N = decorrelated_advantages(advantages_N, tokens.log_probs, tokens.entropies, zeta=zeta)
+        weights_N = tokens.microbatch.get("weights")  # the advantages have them; what is subtracted has not
+        return decorrelated_N if weights_N is None else advantages_N + (decorrelated_N - advantages_N) * weights_N
 
     def _zeta(self, state: Mapping[str, float]) -> float:
         repo = self.algorithm.repo
@@ -68,6 +77,11 @@ def rescaled_advantages(advantages_N: Tensor, log_probs_N: Tensor, *, zeta: floa
     """A' of each token, of A's sign or 0. [N]"""
     scaled_N = zeta * log_probs_N.clamp(min=-MAX_LOG_RATIO)
     return advantages_N * (1 - advantages_N.sign() * scaled_N).clamp(min=0)
+
+
+def decorrelated_advantages(advantages_N: Tensor, log_probs_N: Tensor, entropies_N: Tensor, *, zeta: float) -> Tensor:
+    """A - zeta (log pi + H) of each token. [N]"""
+    return advantages_N - zeta * (log_probs_N.clamp(min=-MAX_LOG_RATIO) + entropies_N)
 
 
 def next_zeta(zeta: float, entropy: float, *, target: float, zeta_min: float, zeta_max: float) -> float:

@@ -1,0 +1,68 @@
+"""ADAPO: DAPO's upper clip range, which follows a target entropy.
+
+Clipping bounds the change of a token's share of the entropy from above by 1 + clip_high (the paper's theorem 2), so a
+wider range lets the entropy grow, and a narrower one holds it back. With the mean entropy H of each step:
+
+    H < target: clip_high * factor;    H > target: clip_high / factor;    kept in [high_min, high_max]
+
+It starts at algorithm.clip_high. Without a target of its own, the target is the entropy of the first step, as in REPO.
+The source says in which direction clip_high moves, not by how much. Decided here: by a factor, which treats both
+directions alike; H is that of the policy before the step's first update, and acts from the next step on.
+
+Source: arXiv:2603.11682 (its published summaries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_hapo.algorithm.part import LossTokens, Part, mean_entropy
+from megatron_hapo.config import AlgorithmConfig
+from megatron_hapo.types import TokenScores
+
+CLIP_HIGH = "adapo/clip_high"
+"""State: clip_high of the next step."""
+TARGET = "adapo/target"
+"""State: the entropy that clip_high follows, nats; fixed by the first step."""
+
+
+class AdaptiveClipHigh(Part):
+    """The range upwards in place of clip_high; control `adapo_clip_high`."""
+
+    order = -15  # other parts narrow or widen this range
+
+    @classmethod
+    def enabled(cls, algorithm: AlgorithmConfig) -> bool:
+        return algorithm.adapo.enabled
+
+    def controls(self, state: Mapping[str, float], scores: TokenScores) -> dict[str, float]:
+        return {"adapo_clip_high": state.get(CLIP_HIGH, self.algorithm.clip_high)}
+
+    def next_state(
+        self, state: Mapping[str, float], scores: TokenScores, updates: Sequence[Mapping[str, float]]
+    ) -> dict[str, float]:
+        adapo, entropy = self.algorithm.adapo, mean_entropy(scores)
+        target = state.get(TARGET, entropy) if adapo.target is None else adapo.target
+        clip_high = next_clip_high(
+            state.get(CLIP_HIGH, self.algorithm.clip_high), entropy,
+            target=target, factor=adapo.factor, high_min=adapo.high_min, high_max=adapo.high_max,
+        )  # fmt: skip
+        return {CLIP_HIGH: clip_high, TARGET: target}
+
+    def clip_range(self, tokens: LossTokens, low_N: Tensor, high_N: Tensor) -> tuple[Tensor, Tensor]:
+        return low_N, torch.full_like(high_N, tokens.controls["adapo_clip_high"])
+
+
+def next_clip_high(
+    clip_high: float, entropy: float, *, target: float, factor: float, high_min: float, high_max: float
+) -> float:
+    """clip_high of the next step.
+
+    Args:
+        entropy: mean of the step, nats.
+    """
+    step = factor if entropy < target else 1 / factor if entropy > target else 1.0
+    return min(max(clip_high * step, high_min), high_max)
