@@ -17,6 +17,7 @@ from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
+from megatron_hapo.observe.progress import stage
 from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
 from megatron_hapo.observe.step_metrics import step_metrics, unreplayed_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
@@ -60,14 +61,16 @@ class Driver:
         config, step = self.config, self._resume()
         self.turns.to_engines(policy_version=step)
         if step == 0 and self._evaluates(0):
-            self.logger.log(0, self._evaluate(0))
+            with stage("eval"):
+                metrics = self._evaluate(0)
+            self.logger.log(0, metrics)
         rollouts = RolloutSource(
             self._generation, ahead=config.async_.max_staleness, last_step=config.steps,
             is_stuck=lambda: self.pool.waits_for_sync, restore=self.turns.restore_engines,
         )  # fmt: skip
         while step < config.steps and not self.stop_requested:
             step += 1
-            with self.profiler.clock(step) as clock:
+            with stage(f"step {step}"), self.profiler.clock(step) as clock:
                 metrics = self.train_step(step, rollouts, clock)
                 if self._evaluates(step):
                     with clock("eval"):

@@ -194,7 +194,7 @@ def _train(
         groups = source
         if not isinstance(groups, RecordedGroups):
             groups = SampledGroups(config=config, pool=parts.pool, rewards=parts.rewards, prompts=groups)
-            groups = FirstSamples(groups, decoder(tokenizer))
+            groups = FirstSamples(groups, decoder(tokenizer), metrics.show_between)
         driver = Driver(
             records=records,
             config=config, groups=groups, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_hapo.errors import DataError, one_line
+from megatron_hapo.observe.progress import stage as running_stage
+from megatron_hapo.observe.progress_display import ProgressBars, showing_progress
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.observe.step_warnings import StepWarnings
 from megatron_hapo.observe.tensorboard import TensorBoard
@@ -44,7 +45,7 @@ class StepClock:
         """Adds the time spent inside to the seconds of the stage."""
         begin = time.perf_counter()
         try:
-            with self._spans(stage):
+            with self._spans(stage), running_stage(stage):
                 yield
         finally:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begin
@@ -91,7 +92,7 @@ class MetricsLogger:
         self._start_step = start_step
         self._console = console or Console(highlight=False)
         self._exit = ExitStack()
-        self._progress: Progress | None = None
+        self._bars: ProgressBars | None = None
         self._num_lines = 0
         self._accuracy: float | None = None
         self._warnings = StepWarnings()
@@ -113,9 +114,8 @@ class MetricsLogger:
             if self._wandb_project is not None:
                 run = _wandb_run(self._wandb_project, self._path.parent, resumes=self._start_step > 0)
                 self._wandb = stack.enter_context(run)
-            if self._console.is_terminal:
-                self._progress = progress = stack.enter_context(_progress_bar(self._console))
-                self._task = progress.add_task("training", total=self._total_steps, completed=self._start_step)
+            steps = self._start_step, self._total_steps
+            self._bars = stack.enter_context(showing_progress(self._console, steps=steps))
             self._exit = stack.pop_all()
         return self
 
@@ -136,6 +136,13 @@ class MetricsLogger:
         for warning in self._warnings.of_step(step, finite):
             self._print(f"warning: {warning}", style="yellow")
 
+    def show_between(self, lines: Sequence[str]) -> None:
+        """Prints lines that do not belong to the table; its header then comes again."""
+        blank_before = [""] if self._num_lines else []
+        for line in [*blank_before, *lines, ""]:
+            self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
+        self._num_lines = 0
+
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         self._accuracy = metrics.get("eval/accuracy", self._accuracy)
         shown = metrics if self._accuracy is None else metrics | {"eval/accuracy": self._accuracy}
@@ -144,8 +151,8 @@ class MetricsLogger:
         cells = [f"{step}/{self._total_steps}", *(column.cell(shown) for column in COLUMNS[1:])]
         self._print("  ".join(cell.rjust(column.width) for column, cell in zip(COLUMNS, cells, strict=True)))
         self._num_lines += 1
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        if self._bars is not None:
+            self._bars.steps_done(step)
 
     def _print(self, line: str, style: str = "") -> None:
         # Lines are cropped to the width of a terminal; a file gets the whole line.
@@ -243,11 +250,3 @@ COLUMNS = (
     _seconds("update", "update"),
     _seconds("weight_sync", "sync"),
 )  # fmt: skip
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-    )  # fmt: skip

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hapo.errors import RewardError
+from megatron_hapo.observe import progress
 from megatron_hapo.observe.spans import SpanRecorder
 from megatron_hapo.reward.frames import FrameReader, encode_frame
 from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
@@ -115,7 +116,9 @@ class WorkerPool:
                 if worker.idle and waiting:
                     rows = [waiting.popleft() for _ in range(min(chunk_size, len(waiting)))]
                     worker.send(rows, [jobs[row] for row in rows])
+            before = len(outcomes)
             self._advance(outcomes, waiting)
+            progress.advance(len(outcomes) - before)
         return [outcomes[row] for row in range(len(jobs))]
 
     def close(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_hapo.config import Config
 from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.observe.progress import stage
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.rollout.eval_statistics import ProblemResult, statistics_of
@@ -65,7 +67,8 @@ def evaluate(
     """The metrics of all sets, each response sampled and scored once; `record` gets the groups of all sets."""
     evaluated, recorded = {}, []
     for part in sets:
-        groups = generate_scored(pool, rewards, part.prompts, part.sampling, StepClock())
+        with stage(part.name) if part.name else nullcontext():
+            groups = generate_scored(pool, rewards, part.prompts, part.sampling, StepClock())
         recorded += groups
         evaluated[part.name] = [
             Evaluated(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 
 from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.errors import one_line
@@ -10,17 +10,19 @@ from megatron_hapo.observe.token_text import Decode
 from megatron_hapo.rollout.collect import Collected, GroupSource, StageClock
 from megatron_hapo.types import Sampling, Score, ScoredGroup
 
-logger = logging.getLogger(__name__)
-
 _CHARACTERS = 600
 """Of a prompt or response; the records have the whole text."""
 
 
 class FirstSamples:
-    """GroupSource that logs the best and the worst response of the first group that it passes on."""
+    """GroupSource that shows the best and the worst response of the first group that it passes on.
 
-    def __init__(self, groups: GroupSource, decode: Decode):
-        self._groups, self._decode = groups, decode
+    Args:
+        show: prints lines.
+    """
+
+    def __init__(self, groups: GroupSource, decode: Decode, show: Callable[[list[str]], None]):
+        self._groups, self._decode, self._show = groups, decode, show
         self._shown = False
 
     def collect(self, step: int, sampling: Sampling, clock: StageClock) -> Collected:
@@ -28,8 +30,7 @@ class FirstSamples:
         collected = self._groups.collect(step, sampling, clock)
         if not self._shown and collected.groups:
             self._shown = True
-            for line in _lines(collected.groups[0], self._decode):
-                logger.info(line)
+            self._show(_lines(collected.groups[0], self._decode))
         return collected
 
     def state(self) -> SamplerState:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.observe.progress import stage
 from megatron_hapo.rollout.collect import Collected
 
 Generation = Callable[[StepClock], Collected]
@@ -70,7 +71,7 @@ class RolloutSource:
                 self._next[1].result()
 
     def _start(self, step: int) -> tuple[int, Future[Collected]]:
-        return step, self._thread.submit(_timed, self._prepare(step))
+        return step, self._thread.submit(_timed, step, self._prepare(step))
 
 
 def _done(future: Future[Collected]) -> bool:
@@ -78,7 +79,8 @@ def _done(future: Future[Collected]) -> bool:
     return bool(wait([future], timeout=_POLL_SECONDS).done)
 
 
-def _timed(generation: Generation) -> Collected:
+def _timed(step: int, generation: Generation) -> Collected:
     clock = StepClock()
-    collected = generation(clock)
+    with stage(f"step {step} ahead"):
+        collected = generation(clock)
     return replace(collected, seconds={name: value for name, value in clock.metrics().items() if name != "time/step"})

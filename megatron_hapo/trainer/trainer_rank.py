@@ -31,6 +31,7 @@ from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
 from megatron_hapo.model.route_replay import install
+from megatron_hapo.observe.progress import WorkCount
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
@@ -91,6 +92,8 @@ class TrainerRank:
         self._updated: _Updated | None = None
         self._sending: SendingTask | None = None
         self._sender = Sender(dist.get_rank())
+        self.count = WorkCount()
+        """How far it is; replaced by whoever shows it."""
 
     # ----- forward pass
 
@@ -389,16 +392,24 @@ class TrainerRank:
         rollout_temperatures: bool = False,
     ) -> list[Any]:
         """See `run_microbatches`. `rollout_temperatures`: score at the rollout's temperatures, too."""
-        return run_microbatches(
+
+        def scored_tokens(microbatch: MicroBatch) -> ScoredTokens:  # once in each forward pass, on every stage
+            self.count.begin_next()
+            return self._scored_tokens(microbatch, rollout_temperatures=rollout_temperatures)
+
+        self.count.start(len(microbatches) * len(self._chunks))
+        collected = run_microbatches(
             self._chunks,
             microbatches,
             self.layout,
             output_head=self._output_head,
-            scored_tokens=partial(self._scored_tokens, rollout_temperatures=rollout_temperatures),
+            scored_tokens=scored_tokens,
             on_scores=on_scores,
             forward_only=forward_only,
             packed_format=packed_format(self.model),
         )
+        self.count.end()
+        return collected
 
     def _scored_tokens(self, microbatch: MicroBatch, *, rollout_temperatures: bool) -> ScoredTokens:
         temperatures: tuple[float | Tensor, ...] = (self.config.rollout.temperature,)

@@ -146,8 +146,18 @@ def test_one_plain_line_a_step_where_the_output_is_not_a_terminal(tmp_path):
 def test_a_terminal_shows_a_bar_with_the_steps_done(tmp_path):
     console = make_console(terminal=True)
     write_run(tmp_path, last_step=2, console=console)
-    assert "2/10" in output(console)
-    assert "ETA" in output(console)
+    assert "2/10 steps" in output(console)
+
+
+def test_lines_between_those_of_the_table_are_set_off_and_its_header_comes_again(tmp_path):
+    console = make_console()
+    with MetricsLogger(tmp_path, 10, console=console) as logger:
+        logger.log(0, {"eval/accuracy": 0.25})
+        logger.show_between(["first prompt: [bold]1+1=", "response: 2"])
+        logger.log(1, METRICS)
+    lines = output(console).splitlines()
+    assert [line.split()[:1] for line in lines] == [["step"], ["0/10"], [], ["first"], ["response:"], [], ["step"], ["1/10"]]
+    assert lines[3] == "first prompt: [bold]1+1="
 
 
 def test_the_clock_adds_up_stages_and_keeps_evaluation_out_of_the_step():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, cast
 
 import numpy as np
-import pytest
 
 from megatron_hapo.observe.metrics import StepClock
 from megatron_hapo.rollout.collect import Collected
@@ -51,13 +49,13 @@ def decode(ids: Any) -> str:
     return "".join(map(chr, ids))
 
 
-def test_the_best_and_the_worst_response_are_shown_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_best_and_the_worst_response_are_shown_once() -> None:
+    lines: list[str] = []
     source = Source("12", "1\x1b[2J%s", "1")
-    shown = FirstSamples(cast(Any, source), decode)
+    shown = FirstSamples(cast(Any, source), decode, lines.extend)
     for step in (1, 2):
         assert shown.collect(step, SAMPLING, StepClock()) is source.collect()
-    assert [record.getMessage() for record in caplog.records] == [
+    assert lines == [
         "first prompt: 1+1=",
         r"response (reward 7, 7 tokens, stop): 1\x1b[2J%s",
         "response (reward 1, 1 tokens, stop): 1",
@@ -66,9 +64,9 @@ def test_the_best_and_the_worst_response_are_shown_once(caplog: pytest.LogCaptur
     shown.restore(7)
 
 
-def test_a_single_response_is_shown_once_and_a_long_one_in_part(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    FirstSamples(cast(Any, Source("x" * 5000)), decode).collect(1, SAMPLING, StepClock())
-    first, only = (record.getMessage() for record in caplog.records)
+def test_a_single_response_is_shown_once_and_a_long_one_in_part() -> None:
+    lines: list[str] = []
+    FirstSamples(cast(Any, Source("x" * 5000)), decode, lines.extend).collect(1, SAMPLING, StepClock())
+    first, only = lines
     assert first == "first prompt: 1+1="
     assert only.endswith("x" * 600 + " ...")

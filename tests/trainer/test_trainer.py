@@ -14,6 +14,7 @@ import torch
 from megatron_hapo.config import AlgorithmConfig, Config
 from megatron_hapo.entropy import entropy_stats
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.observe.progress import WorkCount
 from megatron_hapo.resharding.layouts import (
     engine_parameters,
     matrix_size,
@@ -186,6 +187,18 @@ OTHER_METHODS = AlgorithmConfig.model_validate(
 )
 
 
+class ReadCount(WorkCount):
+    """Notes how far it was at the beginning of each micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def begin_next(self) -> None:
+        super().begin_next()
+        self.seen.append(self.read())
+
+
 def train_on(rank: int, folder: Path, cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """One rank's results of each model and layout: see `train_once`."""
     from functools import partial
@@ -236,6 +249,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
             checkpoint.mkdir()
         dist.barrier()
         trainer.save_checkpoint(checkpoint)
+    trainer.count = count = ReadCount()
     with HostSyncs() as syncs:
         third = trainer.update(scored, step=3)
     later_weights = weights_of(trainer)
@@ -252,6 +266,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
         "layout": layout,
         "host_syncs": syncs.counts,
         "microbatches": len(trainer._microbatches(scored)),
+        "counted": (count.seen, count.read()),
         "other": other,
         "other_gradients": other_gradients,
         "buckets": buckets,
@@ -413,6 +428,13 @@ def test_an_update_waits_for_the_device_at_most_twice_a_micro_batch(all_trained:
         for view in (view for rank in ranks for model in ("untied", "tied") for view in rank.get(model, ())):
             waits = sum(view["host_syncs"].values())
             assert waits <= view["microbatches"] + 7, (view["layout"], view["host_syncs"].most_common())
+
+
+def test_a_rank_counts_its_micro_batches(trained: dict[str, Any]) -> None:
+    for layout, views in layouts_of(trained):
+        for view in views:
+            total = view["microbatches"] * layout.get("vpp", 1)
+            assert view["counted"] == ([(done, total) for done in range(total)], (0, 0)), layout
 
 
 def test_metrics_are_on_reporting_ranks_only(all_trained: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from megatron_hapo.errors import RankDiedError, TrainingError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.remote import gather, items, shared
 from megatron_hapo.model import rank_environment
+from megatron_hapo.observe.progress import WorkCount
 from megatron_hapo.trainer import rank_process
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
 
@@ -28,12 +29,19 @@ class TrainerActor:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return GpuPlacement(ray.get_runtime_context().get_node_id(), (gpus,) if gpus else ())
 
-    def start(self, config: Config, device: str, rank: int, world_size: int, init_method: str) -> None:
-        """Builds the rank; all ranks are started together."""
-        self._rank = RankObject(
-            rank_process.start_rank(config, device=device, rank=rank, world_size=world_size, init_method=init_method),
-            rank,
+    def start(
+        self, config: Config, device: str, rank: int, world_size: int, init_method: str, count_file: Path | None
+    ) -> None:
+        """Builds the rank; all ranks are started together.
+
+        Args:
+            count_file: where this rank says how far it is; None: nowhere.
+        """
+        shard = rank_process.start_rank(
+            config, device=device, rank=rank, world_size=world_size, init_method=init_method
         )
+        shard.count = WorkCount(count_file)
+        self._rank = RankObject(shard, rank)
 
     def call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         """What this verb of protocols.TrainerWorker returns."""
@@ -80,14 +88,22 @@ class RayTrainer(TrainerOverRanks):
         super().__init__(config)
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-hapo-")
         self._processes, self._actors, self._gather = processes, processes.actors, processes.gather
+        count_file = Path(self._scratch.name) / "count"
+        self._count = WorkCount(count_file)  # all ranks are on this host
         init_method, world_size = rank_environment.rendezvous_file(Path(self._scratch.name)), len(self._actors)
         self._gather(
             [
-                actor.start.remote(config, processes.device, rank, world_size, init_method)
+                actor.start.remote(
+                    config, processes.device, rank, world_size, init_method, count_file if rank == 0 else None
+                )
                 for rank, actor in enumerate(self._actors)
             ],
             "starting the trainer",
         )
+
+    def position(self) -> tuple[int, int]:
+        """See TrainerOverRanks."""
+        return self._count.read()
 
     def weight_buckets(self, *, verify: bool) -> Iterator[ray.ObjectRef]:
         # Generators start together, and each waits after two buckets until those have been taken.

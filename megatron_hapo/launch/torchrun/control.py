@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_hapo.errors import TrainingError, WeightSyncError
 from megatron_hapo.launch.torchrun.messages import decode, encode
+from megatron_hapo.observe.progress import WorkCount
 from megatron_hapo.resharding.transfer import TransferStoppedError
 from megatron_hapo.trainer.over_ranks import RankObject
 
@@ -85,6 +86,8 @@ class Commander:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._answers: queue.Queue[tuple[int, Any] | None] = queue.Queue(_BUFFERED)
         self._one_at_a_time = threading.Lock()
+        self.count = WorkCount()
+        """How far rank 0 is."""
 
     def call(self, method: str, *arguments: Any, timeout_seconds: float, **options: Any) -> list[Any]:
         """The method's result on each rank.

@@ -308,6 +308,10 @@ class TorchrunTrainer(TrainerOverRanks):
         super().__init__(config)
         self._commander, self._timeout_seconds = commander, config.trainer.timeout_seconds
 
+    def position(self) -> tuple[int, int]:
+        """See TrainerOverRanks."""
+        return self._commander.count.read()
+
     def weight_buckets(self, *, verify: bool) -> Iterator[Any]:
         import ray
 
@@ -352,6 +356,8 @@ class _RankThread(threading.Thread):
                 world_size=place.world_size,
                 init_method=PrefixStore("world", self._store),
             )
+            if self._commander is not None:
+                rank.count = self._commander.count
             control, target = ControlGroup(), RankObject(rank, place.rank)
             if self._commander is None:
                 serve(control, target)
