@@ -1,23 +1,27 @@
 """What recording costs: bytes, memory and seconds of a large step's file, and the time that it adds to a training step.
 
     python benchmarks/records.py [--responses 8192] [--tokens 4000]
-    python benchmarks/records.py --train [--out runs/records] [key=value ...]
+    python benchmarks/records.py --train [--steps 240] [--out runs/records] [key=value ...]
 
 The first writes one step of random tokens, as the thread of a run would, and reads one group of it. With `--train`,
 which needs `make demo`'s model, the demo trains with every fourth step recorded: a step counts as recorded if it hands
-tokens over, or if the file is written beside it (the next one), so that both kinds alternate in one run.
+tokens over, or if the file is written beside it (the next one), so that both kinds alternate in one run. Two of each
+are compared with each other. The seconds that the driver spends on records, and its thread's seconds of CPU, are
+measured where they are spent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,12 +29,15 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peak_memory import PeakMemory
+from megatron_hapo.checks.preflight import load_checked_config
 from megatron_hapo.config import Config
 from megatron_hapo.data.prompts import load_tokenizer
+from megatron_hapo.launch.run import run_training
 from megatron_hapo.observe.metrics import METRICS_FILE, read_metrics
 from megatron_hapo.observe.record_schema import Origin, vocabulary_fingerprint
-from megatron_hapo.observe.records import open_records
+from megatron_hapo.observe.records import RecordWriter, open_records
 from megatron_hapo.observe.view.record_files import recorded_runs
+from megatron_hapo.trainer.over_ranks import TrainerOverRanks
 from megatron_hapo.types import EntropyStats, Prompt, Rollout, Score, ScoredGroup, TokenScores, pack_groups
 from tests.tiny_model import write_tiny_qwen3
 
@@ -38,7 +45,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 16
 UPDATED = ("h", "token_advantages", "importance_ratios", "clip_low", "clip_high")
 EVERY = 4
-STEPS = 60
 
 
 def main() -> None:
@@ -46,12 +52,13 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--steps", type=int, default=240, help="of the run with --train")
     parser.add_argument("--out", type=Path, default=Path("runs/records"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run with --train")
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
     if options.train:
-        train(options.out, options.overrides)
+        train(options.out, options.steps, options.overrides)
     else:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), options.responses, options.tokens)
@@ -119,23 +126,49 @@ def random_groups(responses: int, tokens: int, vocabulary: int) -> list[ScoredGr
     return groups
 
 
-def train(out: Path, overrides: list[str]) -> None:
-    """Train the demo, and compare the steps that recording touches with the others."""
-    command = [
-        sys.executable, "-m", "megatron_hapo", "train", str(ROOT / "configs/demo_cpu.yaml"), f"output_dir={out}",
-        f"steps={STEPS}", f"record.every={EVERY}", "eval.every=0", "checkpoint.hf_at_end=false", *overrides,
-    ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    rows = [row for row in read_metrics(out / "demo_cpu" / METRICS_FILE) if row["step"] > EVERY]
-    touched = {True: [], False: []}
-    for row in rows:
-        touched[row["step"] % EVERY in (0, 1)].append(row["time/step"])
-    recorded, others = (np.array(touched[key]) for key in (True, False))
-    more = np.mean(recorded) / np.mean(others) - 1
-    spread = np.hypot(np.std(recorded) / len(recorded) ** 0.5, np.std(others) / len(others) ** 0.5) / np.mean(others)
-    print(f"{len(recorded)} steps with records {np.mean(recorded):.3f} s, median {np.median(recorded):.3f} s")
-    print(f"{len(others)} steps without records {np.mean(others):.3f} s, median {np.median(others):.3f} s")
-    print(f"records add {more:.2%} (standard error {spread:.2%})")
+def train(out: Path, steps: int, overrides: list[str]) -> None:
+    """Train the demo, and compare the steps that recording touches with the others, in turns."""
+    config = load_checked_config(
+        ROOT / "configs/demo_cpu.yaml",
+        [f"output_dir={out}", f"steps={steps}", f"record.every={EVERY}", "eval.every=0", "checkpoint.hf_at_end=false",
+         "checkpoint.resume=false", *overrides],
+    )  # fmt: skip
+    spent: dict[str, list[float]] = {"main": [], "thread": []}
+    RecordWriter.add_step = timed(RecordWriter.add_step, spent["main"], time.perf_counter)
+    TrainerOverRanks.updated_tokens = timed(TrainerOverRanks.updated_tokens, spent["main"], time.perf_counter)
+    RecordWriter._write = timed(RecordWriter._write, spent["thread"], time.thread_time)
+    with (out.parent / f"{out.name}.log").open("w") as log, contextlib.redirect_stdout(log):
+        run_training(config)
+    seconds = [row["time/step"] for row in read_metrics(config.run_dir / METRICS_FILE) if row["step"] > EVERY]
+    turns = np.array(seconds[EVERY - 1 : len(seconds) // EVERY * EVERY - 1]).reshape(
+        -1, EVERY
+    )  # each begins with a record
+    recorded, others = turns[:, :2].mean(axis=1), turns[:, 2:].mean(axis=1)
+    more = recorded / others - 1
+    draws = np.random.default_rng(0).choice(more, (10_000, len(more)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    step, num_records = float(np.median(others)), steps // EVERY
+    print(f"load average {os.getloadavg()[0]:.1f} at the end; median step without records {step:.3f} s")
+    print(
+        f"{len(more)} turns of {EVERY} steps, two with and two without records: records add {np.median(more):.2%} "
+        f"(median; 95 % interval {low:.2%} to {high:.2%})"
+    )
+    main, thread = sum(spent["main"]) / num_records, sum(spent["thread"]) / num_records
+    print(f"a record: the driver waits {main * 1e3:.1f} ms ({main / step:.2%} of a step)")
+    print(f"and its thread takes {thread * 1e3:.1f} ms of CPU ({thread / step:.2%} of a step)")
+
+
+def timed(method: Callable[..., Any], spent: list[float], clock: Callable[[], float]) -> Any:
+    """The method, with the seconds of each call added to a list."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        begin = clock()
+        try:
+            return method(*arguments, **options)
+        finally:
+            spent.append(clock() - begin)
+
+    return call
 
 
 if __name__ == "__main__":

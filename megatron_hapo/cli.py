@@ -349,7 +349,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     from megatron_hapo.rollout.eval_table import as_json, compare, print_table
     from megatron_hapo.rollout.evaluation import evaluation_metrics
 
-    evaluated = run_evaluations(configs, output)
+    with _progress():
+        evaluated = run_evaluations(configs, output)
     results = compare(evaluated)
     print_table(results)
     if len(evaluated) == 1:
@@ -393,10 +394,20 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from megatron_hapo.launch.generate import run_generation
 
-    summary = run_generation(config, output, prompts=arguments.prompts)
+    with _progress():
+        summary = run_generation(config, output, prompts=arguments.prompts)
     for name, value in vars(summary).items():
         print(f"{name + ':':<11} {value:.4g}" if isinstance(value, float) else f"{name + ':':<11} {value}")
     print(f"responses: {output}")
+
+
+def _progress() -> contextlib.AbstractContextManager[object]:
+    """Shows the running stages on stderr: the results go to stdout."""
+    from rich.console import Console
+
+    from megatron_hapo.observe.progress_display import showing_progress
+
+    return showing_progress(Console(stderr=True))
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.run import open_rollouts
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.observe.progress import stage
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.rollout.eval_results import ResultFile
@@ -87,7 +88,8 @@ def _complete(
         )
     slots = config.rollout.engines * config.rollout.max_running_requests
     for numbers in batched(missing, max(1, _RESPONSES_PER_SLOT * slots // part.sampling.samples)):
-        groups = generate_scored(pool, rewards, [part.prompts[n] for n in numbers], part.sampling, StepClock())
+        with stage(part.name or "eval"):
+            groups = generate_scored(pool, rewards, [part.prompts[n] for n in numbers], part.sampling, StepClock())
         ids = [rollout.response_ids.tolist() for group in groups for rollout in group.rollouts]
         file.add(groups, tokenizer.batch_decode(ids, skip_special_tokens=True))
         logger.info("%s: %d of %d problems", file.path, len(part.prompts) - len(file.missing()), len(part.prompts))

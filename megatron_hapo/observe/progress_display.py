@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from megatron_hapo.observe.progress import Stage, running
@@ -34,19 +35,20 @@ def showing_progress(
         with _lines(seconds_between_lines):
             yield None
         return
-    # What goes to another place than the terminal, such as `2> log`, must go on doing so.
-    bars = ProgressBars(console, steps, redirect_stderr=sys.stderr.isatty())
-    with bars, _log_above_the_bars():
+    with ProgressBars(console, steps) as bars, _log_above_the_bars():
         yield bars
 
 
 class ProgressBars(Progress):
     """The bar of a run's steps, and a bar for each stage that is running; the latter disappear at the end."""
 
-    def __init__(self, console: Console, steps: tuple[int, int] | None, *, redirect_stderr: bool):
+    def __init__(self, console: Console, steps: tuple[int, int] | None):
         super().__init__(
-            TextColumn("{task.description}"), BarColumn(), _Counts(), TimeElapsedColumn(), _Remaining(),
-            console=console, auto_refresh=False, redirect_stderr=redirect_stderr, transient=steps is None,
+            TextColumn("{task.description}", table_column=_column(20)), BarColumn(), _Counts(_column(20)),
+            TimeElapsedColumn(), _Remaining(),
+            console=console, auto_refresh=False, transient=steps is None,
+            # What goes to another place than the terminal, such as `2> log`, must go on doing so.
+            redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty(),
             speed_estimate_period=float("inf"),  # of 30 s by default, in which a run may not make a step
         )  # fmt: skip
         self._steps = None if steps is None else self.add_task("training", total=steps[1], completed=steps[0])
@@ -86,6 +88,11 @@ class ProgressBars(Progress):
                 self._stages[stage] = self.add_task(stage.title, total=None, stage=stage)
             share = stage.share()
             self.update(self._stages[stage], total=None if share is None else 1.0, completed=share or 0.0)
+
+
+def _column(width: int) -> Column:
+    """A column that is mostly as wide as this: the bars do not move when another stage begins."""
+    return Column(min_width=width, no_wrap=True)
 
 
 class _Counts(ProgressColumn):

@@ -18,6 +18,7 @@ import yaml
 
 from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.metrics import METRICS_FILE, read_metrics
+from megatron_hapo.observe.record_schema import FOLDER
 from megatron_hapo.observe.report import STAGES
 from megatron_hapo.observe.view.build_view import asset
 
@@ -74,6 +75,11 @@ def write_report_page(run_dirs: Sequence[Path], *, live: bool = False) -> Path:
             for line in lines
         ],
         "views": [view for run_dir in run_dirs if (view := _view(run_dir, path.parent)) is not None],
+        "without_pages": [
+            one_line(run_dir)
+            for run_dir in run_dirs
+            if _view(run_dir, path.parent) is None and any((run_dir / FOLDER).glob("step_*.parquet"))
+        ],
     }
     partial = path.with_suffix(".partial")
     try:

@@ -21,6 +21,7 @@ import numpy as np
 from megatron_hapo.config import Config
 from megatron_hapo.errors import DataError, HapoError
 from megatron_hapo.observe.metrics import StepClock
+from megatron_hapo.observe.progress import stage
 from megatron_hapo.observe.record_schema import FILE_NAME, FOLDER
 from megatron_hapo.observe.record_tables import RecordTables, write_row_groups
 from megatron_hapo.observe.view.record_files import RecordFile
@@ -82,7 +83,8 @@ class Generation:
         self._folder.mkdir(parents=True, exist_ok=True)
         for done, number in enumerate(missing, start=1):
             sampling = replace(training_sampling(self._config, step=number, adaptive=None), keep_routes=False)
-            groups = generate_scored(pool, rewards, self._parts[number], sampling, StepClock())
+            with stage(f"file {done} of {len(missing)}"):
+                groups = generate_scored(pool, rewards, self._parts[number], sampling, StepClock())
             collection = {"kept_share": 1.0, "metrics": {}, "prompts": 0}
             details = {"num_groups": len(groups), "collection": collection, _SETTINGS: self._settings}
             partial = self._folder / f".{self._path(number).name}.partial"

@@ -156,7 +156,16 @@ def test_lines_between_those_of_the_table_are_set_off_and_its_header_comes_again
         logger.show_between(["first prompt: [bold]1+1=", "response: 2"])
         logger.log(1, METRICS)
     lines = output(console).splitlines()
-    assert [line.split()[:1] for line in lines] == [["step"], ["0/10"], [], ["first"], ["response:"], [], ["step"], ["1/10"]]
+    assert [line.split()[:1] for line in lines] == [
+        ["step"],
+        ["0/10"],
+        [],
+        ["first"],
+        ["response:"],
+        [],
+        ["step"],
+        ["1/10"],
+    ]
     assert lines[3] == "first prompt: [bold]1+1="
 
 

@@ -109,9 +109,11 @@ def test_the_page_shows_the_numbers_under_the_pointer_and_links_to_responses(tmp
         pytest.skip(chromium.MISSING)
     runs = seeds(tmp_path)
     write_records(runs[0], "step_00000003", some_rows(3))
-    write_view(runs[:1])
     with chromium.chromium(tmp_path / "chromium") as page:
         page.size(1300, 900)
+        page.open(write_report_page(runs).as_uri())
+        assert f"megatron-hapo view {runs[0]}" in page.value("document.querySelector('.note').textContent")
+        write_view(runs[:1])
         page.open(write_report_page(runs).as_uri())
         reward = "[...document.querySelectorAll('.panel')].find(p => p.textContent.startsWith('Reward'))"
         page.value(f"{reward}.id = 'reward'")

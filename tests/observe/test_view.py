@@ -24,7 +24,7 @@ from megatron_hapo.observe.view.data_pages import DataPages, utf16_ends
 from megatron_hapo.observe.view.record_files import RecordFile, recorded_runs
 from megatron_hapo.observe.view.token_statistics import token_statistics
 from tests import chromium
-from tests.observe.recorded import HOSTILE, response, some_rows, write_records
+from tests.observe.recorded import FLOATS, HOSTILE, response, some_rows, write_records
 
 
 def content(text: str) -> Any:
@@ -257,7 +257,7 @@ def test_characters_of_several_tokens_and_control_characters_are_visible(page, a
     page.open(f"{address}#/0/step_00000001/group/2/0")
     texts = page.value("[...document.querySelectorAll('[data-i]')].map(s => s.textContent)")
     assert texts[:2] == ["日本", "語"]
-    assert texts[6:] == ["·", "·", "·", "😀", " é", "⟨U+202E⟩", "ab", "\t", "␇"]
+    assert texts[6:] == ["·", "·", "·", "😀", " é", "⟨U+202E⟩", "ab", "\t", "⟨U+0007⟩"]
 
 
 def test_the_filters_filter(page, address):
@@ -293,6 +293,50 @@ def test_colours_follow_the_measure(page, address, runs):
         True
     ] * 8
     page.type_into("[data-control='measure']", "entropy")
+
+
+def test_an_evaluation_is_coloured_by_what_it_has(tmp_path, page):
+    recorded = ("policy_versions", "temperatures", "rollout_log_probs")
+    rows = [row | {name: None for name in FLOATS if name not in recorded} | {"advantage": None} for row in some_rows()]
+    write_records(tmp_path, "eval_00000001", rows)
+    address = write_view([tmp_path]).as_uri()
+    page.open(f"{address}#/0/eval_00000001")
+    assert page.value("document.querySelector('main a').textContent") == "Group 0"  # no link to what it lacks
+    page.open(f"{address}#/0/eval_00000001/group/0/0")
+    assert page.value("document.querySelector('[data-control=measure]').value") == "surprisal"
+    colours = page.value("[...document.querySelectorAll('[data-i]')].map(s => s.style.backgroundColor)")
+    strength = [float(colour.rstrip(")").split(", ")[3]) for colour in colours]
+    assert np.argmax(strength) == np.argmin(rows[0]["rollout_log_probs"])
+    assert "advantage" not in page.value("document.querySelector('.sample header').textContent")
+    assert page.faults == []
+
+
+def test_the_first_page_says_what_each_file_has(page, address):
+    page.open(address)
+    rows = page.value("[...document.querySelectorAll('tbody tr')].map(r => [...r.children].map(c => c.textContent))")
+    assert rows[-1] == ["evaluation, step 2", "7", "3", "0.6429", "71.4 %", "9.286"]
+
+
+def test_the_server_shows_what_was_recorded_since_it_started(tmp_path):
+    write_records(tmp_path, "step_00000001", some_rows())
+    server, address = view_server([tmp_path])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = address.removesuffix("index.html")
+
+    def answer(name: str) -> str:
+        with urllib.request.urlopen(f"{base}data/{name}.js") as response:
+            return response.read().decode()
+
+    try:
+        assert "step_00000002" not in answer("index")
+        write_records(tmp_path, "step_00000002", some_rows(2))
+        (tmp_path / "rollouts/step_00000001.parquet").unlink()  # as record.keep does
+        assert "step_00000002" in answer("index")
+        assert "step_00000001" not in answer("index")
+        assert answer("0/step_00000002/group_1")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_long_response_becomes_elements_as_one_scrolls(page, address):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -68,16 +69,34 @@ def view_server(run_dirs: Sequence[Path]) -> tuple[ThreadingHTTPServer, str]:
     Raises:
         DataError: a run has no records.
     """
-    pages = DataPages(recorded_runs(run_dirs))
+    pages = _GrowingPages(run_dirs)
     word = secrets.token_urlsafe(16)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, pages, f"/{word}/"))
     return server, f"http://127.0.0.1:{server.server_port}/{word}/index.html"
 
 
+class _GrowingPages:
+    """The data pages of runs that may go on: a new index has what has been recorded, or removed, since the last one."""
+
+    def __init__(self, run_dirs: Sequence[Path]):
+        self._run_dirs = run_dirs
+        self._lock = threading.Lock()
+        self._runs = recorded_runs(run_dirs)
+        self._pages = DataPages(self._runs)
+
+    def text(self, name: str) -> str:
+        """See DataPages."""
+        with self._lock:
+            if name == "index" and (runs := recorded_runs(self._run_dirs)) != self._runs:
+                self._runs, self._pages = runs, DataPages(runs)
+            pages = self._pages
+        return pages.text(name)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """Answers with the viewer's own files and with data pages."""
 
-    def __init__(self, pages: DataPages, prefix: str, *arguments: object):
+    def __init__(self, pages: _GrowingPages, prefix: str, *arguments: object):
         self._pages, self._prefix = pages, prefix
         super().__init__(*arguments)  # pyright: ignore[reportArgumentType]
 

@@ -98,13 +98,22 @@ def _script(name: str, data: Any) -> str:
 
 
 def _run(run: RecordedRun) -> dict[str, Any]:
+    return {"name": run.name, "files": list(map(_file, run.files))}
+
+
+def _file(file: RecordFile) -> dict[str, Any]:
+    """What the list of steps says of a file; means over its responses."""
+    groups, rewards, correctness = map(file.column, ("group", "reward", "correctness"))
+    correct = [value >= 1 for value in correctness if value is not None]
     return {
-        "name": run.name,
-        "files": [
-            {"name": file.name, "step": file.step, "evaluation": file.is_evaluation, "job": _plain(file.job)}
-            for file in run.files
-        ],
-    }
+        "name": file.name, "step": file.step, "evaluation": file.is_evaluation, "job": _plain(file.job),
+        "responses": len(groups), "groups": len(set(groups)), "tokens": _mean(file.lengths.tolist()),
+        "reward": _mean([value for value in map(_number, rewards) if value is not None]), "correct": _mean(correct),
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _plain(value: Any) -> Any:

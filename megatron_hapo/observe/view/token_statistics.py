@@ -26,7 +26,7 @@ def measures(file: RecordFile) -> Measures:
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             "entropy": entropy, "temperature": temperature, "h": h, "advantage": advantage,
-            "log_ratio": np.log(ratio), "mismatch": engines - trainers,
+            "log_ratio": np.log(ratio), "surprisal": -engines, "mismatch": engines - trainers,
         }  # fmt: skip
 
 

@@ -16,14 +16,17 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Round numbers that divide the range into about `count` parts.
+// Round numbers that divide the range into about `count` parts; at least two.
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
-  return found;
+  const multiples = (step) => {
+    const found = [];
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+    return found;
+  };
+  const steps = [10, 5, 2, 1].map((m) => m * power).filter((step) => step >= raw * 0.499);
+  return steps.map(multiples).find((found) => found.length >= Math.min(4, count)) ?? multiples(steps.at(-1));
 }
 
 function tickText(value) {
@@ -55,7 +58,7 @@ function frame(width, height, xRange, yRange, options) {
     root.append(svg("text", { class: "tick", x: plot.left - 6, y: y(value) + 4, "text-anchor": "end" }, tickText(value)));
   }
   for (const value of options.xTicks ?? ticks(xRange[0], xRange[1], 6)) {
-    const text = options.xText ? options.xText(value) : tickText(value);
+    const text = (options.xTickText ?? options.xText ?? tickText)(value);
     root.append(svg("text", { class: "tick", x: x(value), y: plot.bottom + 15, "text-anchor": "middle" }, text));
   }
   root.append(svg("line", { class: "axis", x1: plot.left, x2: plot.right, y1: plot.bottom, y2: plot.bottom }));
@@ -170,6 +173,7 @@ function follow(chart, xs, series, options) {
 function barChart(series, options) {
   const count = series[0]?.values.length ?? 0;
   if (!count) return el("p", { class: "note" }, "not recorded");
+  if (series.every((s) => s.values.every((value) => value === null))) return el("p", { class: "note" }, "not recorded");
   const totals = [...Array(count).keys()].map((i) => series.reduce((sum, s) => sum + (s.values[i] ?? 0), 0));
   const top = Math.max(...totals);
   if (!top) return el("p", { class: "note" }, "zero throughout");

@@ -60,9 +60,23 @@ function overview(index) {
       {},
       el("h1", {}, run.name),
       switches(run.files[0].job),
-      el("h2", {}, "Steps"),
-      el("p", { class: "steps" }, ...run.files.map((file) => el("a", { href: `#/${number}/${file.name}` }, title(file)))),
+      stepTable(number, run.files),
     ),
+  );
+}
+
+function stepTable(number, files) {
+  const head = ["recorded", "responses", "groups", "reward, mean", "correct", "tokens, mean"];
+  const row = (file) => {
+    const values = [file.responses, file.groups, formatted(file.reward, 4), `${formatted(100 * file.correct, 3)} %`, formatted(file.tokens, 4)];
+    const link = el("a", { href: `#/${number}/${file.name}` }, title(file));
+    return el("tr", {}, el("td", {}, link), ...values.map((value) => el("td", { class: "number" }, `${value}`)));
+  };
+  return el(
+    "table",
+    { class: "data" },
+    el("thead", {}, el("tr", {}, ...head.map((text) => el("th", {}, text)))),
+    el("tbody", {}, ...files.map(row)),
   );
 }
 
@@ -80,7 +94,10 @@ function switches(job) {
 
 async function stepPage(prefix) {
   const summary = await hapo.load(`${prefix}/summary`);
-  return [el("p", {}, el("a", { href: `#/${prefix}/tokens` }, "Forking tokens and distributions")), groupList(prefix, summary)];
+  const tokens = summary.scales.entropy
+    ? el("a", { href: `#/${prefix}/tokens` }, "Forking tokens and distributions")
+    : "These responses were only sampled and scored: entropies, h and advantages are those of training.";
+  return [el("p", {}, tokens), groupList(prefix, summary)];
 }
 
 async function groupPage(index, run, file, [group, sample, token]) {
@@ -146,8 +163,9 @@ function coloured(columns, token, linkOf) {
   const boxes = [];
   const key = el("div");
   const scale = (name) => scaleOf(name, widest(columns.map((c) => c.scales[name])));
+  let shown = scale(measureShown) ? measureShown : "surprisal"; // which evaluations have, too
   const recolour = (name) => {
-    measureShown = name;
+    measureShown = shown = name;
     for (const box of boxes) box.recolour(name, scale(name));
     key.replaceChildren(legend(name, scale(name)));
   };
@@ -155,16 +173,16 @@ function coloured(columns, token, linkOf) {
   for (const column of columns) {
     const holder = el("div", { class: "samples" });
     for (const sample of column.samples) {
-      const box = tokenBox(sample, measureShown, scale(measureShown), token);
+      const box = tokenBox(sample, shown, scale(shown), token);
       if (token !== null) box.dataset.token = token;
       boxes.push(box);
       holder.append(el("article", { class: "sample", "data-sample": sample.sample }, sampleHead(sample, linkOf(sample)), box));
     }
     body.append(el("section", {}, column.heading ? el("h2", {}, column.heading) : "", holder));
   }
-  key.append(legend(measureShown, scale(measureShown)));
+  key.append(legend(shown, scale(shown)));
   const options = Object.entries(MEASURES).map(([name, measure]) => [name, measure.title]);
-  return [[labelled("Colour by", select(options, measureShown, recolour, { "data-control": "measure" })), key], body];
+  return [[labelled("Colour by", select(options, shown, recolour, { "data-control": "measure" })), key], body];
 }
 
 // One scale for both columns: the lowest and the highest of their percentiles.
@@ -177,6 +195,7 @@ function sampleHead(sample, link) {
   const parts = Object.entries(sample.parts).map(([name, value]) => `${name} ${formatted(value, 4)}`);
   const ends = { stop: "finished", length: "truncated", abort: "aborted" };
   const name = `Sample ${sample.sample}`;
+  const right = { 1: "correct", 0: "wrong" }[sample.correctness] ?? `correctness ${formatted(sample.correctness, 4)}`;
   return el(
     "header",
     {},
@@ -185,8 +204,8 @@ function sampleHead(sample, link) {
       "p",
       { class: "note" },
       `reward ${formatted(sample.reward, 4)}${parts.length ? ` (${parts.join(", ")})` : ""}, `,
-      `${sample.correctness >= 1 ? "correct" : `correctness ${formatted(sample.correctness, 4)}`}, `,
-      `advantage ${formatted(sample.advantage, 4)}, ${decoded(sample).ids.length} tokens, `,
+      `${right}, ${sample.advantage === null ? "" : `advantage ${formatted(sample.advantage, 4)}, `}`,
+      `${decoded(sample).ids.length} tokens, `,
       `${ends[sample.finish_reason] ?? sample.finish_reason}${sample.failure ? `, could not be scored: ${sample.failure}` : ""}`,
     ),
   );
@@ -205,13 +224,16 @@ async function tokenPage(prefix) {
 
 function distributions(data) {
   const shareText = { title: "", height: 220 };
-  const histogram = (name, bins, text, xTitle) => {
+  const histogram = (name, bins, text, xTitle, isRound = () => true) => {
     if (!bins) return panel(name, el("p", { class: "note" }, "not recorded"));
-    const at = (i) => text((bins.edges[i] + bins.edges[i + 1]) / 2);
-    const every = Math.floor(bins.shares.length / 6);
-    const xTicks = bins.shares.map((_, i) => i).filter((i) => i % every === every >> 1);
+    const [first, last] = [bins.edges[0], bins.edges.at(-1)];
+    const width = (last - first) / bins.shares.length;
+    const at = (i) => text(first + (i + 0.5) * width);
+    const round = ticks(first, last, 5).filter(isRound);
+    const xTicks = round.map((value) => (value - first) / width - 0.5);
+    const xTickText = (place) => text(round[xTicks.indexOf(place)]);
     const series = [{ name: "% of tokens", values: bins.shares.map((s) => 100 * s), colour: SERIES[0] }];
-    return panel(name, barChart(series, { ...shareText, title: name, xTitle, xText: at, xTicks }));
+    return panel(name, barChart(series, { ...shareText, title: name, xTitle, xText: at, xTicks, xTickText }));
   };
   const parts = data.quantiles;
   const xText = (i) => `${i + 1}`;
@@ -220,7 +242,7 @@ function distributions(data) {
   const percent = (name) => parts.map((p) => (p[name] === null ? null : 100 * p[name]));
   const line = (name) => parts.map((p, i) => [i, p[name]]).filter((p) => p[1] !== null);
   return [
-    histogram("Entropy, % of tokens", data.entropy, (x) => formatted(10 ** x, 2), "nats, logarithmic"),
+    histogram("Entropy, % of tokens", data.entropy, (x) => formatted(10 ** x, 2), "nats, logarithmic", Number.isInteger),
     histogram("h, % of tokens", data.h, (x) => formatted(x, 2), "h"),
     panel(
       "Clipped tokens, %",

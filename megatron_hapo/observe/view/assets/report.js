@@ -94,6 +94,9 @@ function bandNote() {
   const notes = [
     joined ? "Lines of several seeds are means; the band reaches from the lowest to the highest seed." : "",
     data.views.length ? "A click on a point offers the responses of the nearest recorded step." : "",
+    data.without_pages.length
+      ? `Responses are recorded; a click on a point leads to them after: megatron-hapo view ${data.without_pages[0]}`
+      : "",
     data.live ? "The runs are watched: this page loads itself again." : "",
   ].filter(Boolean);
   return el("p", { class: "note" }, notes.join(" "));

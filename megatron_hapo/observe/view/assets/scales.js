@@ -12,6 +12,7 @@ const MEASURES = {
   h: { title: "h", unit: "", diverging: true, middle: 0 },
   advantage: { title: "advantage of the token", unit: "", diverging: true, middle: 0 },
   log_ratio: { title: "log importance ratio", unit: "nats", diverging: true, middle: 0 },
+  surprisal: { title: "surprisal, -log-prob of the engine at T_t", unit: "nats", diverging: false },
   mismatch: { title: "mismatch, log-prob engine - trainer", unit: "nats", diverging: true, middle: 0 },
 };
 

@@ -25,6 +25,8 @@ function measureAt(arrays, name, i) {
       return value("token_advantages");
     case "log_ratio":
       return Math.log(value("importance_ratios"));
+    case "surprisal":
+      return -value("rollout_log_probs");
     default:
       return value("rollout_log_probs") - value("rollout_temperature_log_probs");
   }
@@ -43,13 +45,12 @@ function pieceOf(sample, i) {
   return sample.response.slice(i > 0 ? ends[i - 1] : 0, ends[i]);
 }
 
-// Control characters as visible symbols; marks that reorder text would let one token disguise its neighbours.
+// Control characters by their numbers, since few fonts have symbols for them; marks that reorder text would let one token
+// disguise its neighbours.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
 function visible(text) {
-  return text
-    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-    .replace(/[\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => {
-      return `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
-    });
+  return text.replace(UNSEEN, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
 // A token alone, in quotes, as it appears in tables and in the numbers.
