@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from megatron_hapo.observe.view.record_files import RecordFile, recorded_runs
 from megatron_hapo.observe.view.token_statistics import token_statistics
 from tests import chromium
 from tests.observe.recorded import FLOATS, HOSTILE, response, some_rows, write_records
+from tests.time_limits import patient
 
 
 def content(text: str) -> Any:
@@ -337,6 +339,22 @@ def test_the_server_shows_what_was_recorded_since_it_started(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_two_hundred_groups_of_a_thousand_tokens_open_at_once(tmp_path, page):
+    words = [f" word{i}" for i in range(500)]
+    once = [response(words, seed=sample, sample=sample) for sample in range(2)]
+    rows = [row | {"group": group, "uid": f"p{group}"} for group in range(200) for row in once]
+    write_records(tmp_path, "step_00000001", rows)
+    address = write_view([tmp_path]).as_uri()
+    seconds = []
+    for place in ("", "/group/150"):
+        begin = time.perf_counter()
+        page.open(f"{address}#/0/step_00000001{place}")
+        seconds.append(time.perf_counter() - begin)
+    assert page.value("document.querySelectorAll('[data-i]').length") == 1000
+    assert max(seconds) < patient(2)
+    assert page.faults == []
 
 
 def test_a_long_response_becomes_elements_as_one_scrolls(page, address):
