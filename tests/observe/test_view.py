@@ -367,6 +367,9 @@ def test_a_long_response_becomes_elements_as_one_scrolls(page, address):
     page.open(f"{address}#/0/step_00000001/group/3/0/9999")
     assert page.value(count) == 10_000
     assert page.value("document.querySelector('.cursor').textContent") == " word8"
+    page.value("document.querySelector('.token-box').focus()")
+    page.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
+    assert page.value("document.querySelector('.cursor').textContent") == " word7"
 
 
 def test_the_same_prompt_of_another_run_is_beside_it(page, address, runs):

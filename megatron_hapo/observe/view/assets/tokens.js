@@ -76,6 +76,7 @@ function tokenBox(sample, measure, scale, selected) {
   watchTokens(box, text, sample, append);
   box.showToken = (i) => {
     append(i + 200);
+    box.current = i;
     moveCursor(box, text, sample, i);
   };
   box.recolour = (newMeasure, newScale) => {
@@ -103,7 +104,7 @@ function tokenSpan(sample, arrays, i, colourOf) {
 }
 
 function watchTokens(box, text, sample, append) {
-  let current = -1;
+  box.current = -1; // the token of the cursor
   box.addEventListener("mouseover", (event) => {
     const i = event.target.dataset?.i;
     if (i === undefined) return;
@@ -112,15 +113,15 @@ function watchTokens(box, text, sample, append) {
   box.addEventListener("mouseout", hideTip);
   box.addEventListener("blur", hideTip);
   box.addEventListener("click", (event) => {
-    if (event.target.dataset?.i !== undefined) current = Number(event.target.dataset.i);
+    if (event.target.dataset?.i !== undefined) box.current = Number(event.target.dataset.i);
   });
   box.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity }[event.key];
     if (step === undefined) return;
     event.preventDefault();
-    current = Math.max(0, Math.min(decoded(sample).ids.length - 1, current + step));
-    append(current + 200);
-    moveCursor(box, text, sample, current);
+    box.current = Math.max(0, Math.min(decoded(sample).ids.length - 1, box.current + step));
+    append(box.current + 200);
+    moveCursor(box, text, sample, box.current);
   });
 }
 
