@@ -17,8 +17,8 @@ from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
-from megatron_hapo.observe.progress import stage
 from megatron_hapo.observe.records import RecordWriter, updates_with_tokens
+from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.observe.step_metrics import step_metrics, unreplayed_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, GroupSource, training_sampling

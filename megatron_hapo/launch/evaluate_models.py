@@ -23,7 +23,7 @@ from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.run import open_rollouts
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import StepClock
-from megatron_hapo.observe.progress import stage
+from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.rollout.eval_results import ResultFile

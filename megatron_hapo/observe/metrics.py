@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from megatron_hapo.errors import DataError, one_line
-from megatron_hapo.observe.progress import stage as running_stage
 from megatron_hapo.observe.progress_display import ProgressBars, showing_progress
+from megatron_hapo.observe.running_stages import stage as running_stage
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.observe.step_warnings import StepWarnings
 from megatron_hapo.observe.tensorboard import TensorBoard

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from megatron_hapo.observe.progress import Stage, running
+from megatron_hapo.observe.running_stages import Stage, running
 
 logger = logging.getLogger(__name__)
 

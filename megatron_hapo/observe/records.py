@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import one_line
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.record_schema import FOLDER, Origin
 from megatron_hapo.observe.record_tables import RecordTables, write_row_groups
 from megatron_hapo.observe.token_text import Decode, decoder
@@ -184,7 +184,7 @@ def updates_with_tokens(
     """
     metrics, updated = [], []
     for number, (part, its_rows) in enumerate(zip(parts, rows, strict=True)):
-        progress.report(number, len(parts), "mini-batches")
+        running_stages.report(number, len(parts), "mini-batches")
         wanted = np.flatnonzero(its_rows < len(lengths_B)).tolist()
         metrics.append(trainer.update(part, step=step, keep_tokens=bool(wanted)))
         if wanted:

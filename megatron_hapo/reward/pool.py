@@ -14,7 +14,7 @@ from megatron_hapo.config import RewardConfig
 from megatron_hapo.config.scorer_names import is_own, judge_of
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.errors import RewardError
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.spans import Timeline
 from megatron_hapo.reward.composition import Earned, earned, graded, jobs_of, scorers_of
 from megatron_hapo.reward.judges import Judges, Question
@@ -149,7 +149,7 @@ class Scorers:
             for prompt, text, its_scorers in zip(prompts, texts, weights, strict=True)
             for scorer in its_scorers
         ]
-        progress.report(0, len(scored), "scores")
+        running_stages.report(0, len(scored), "scores")
         places = [self._place(scorer) for _, _, scorer in scored]
         by_place = {place: [of for of, its in zip(scored, places, strict=True) if its == place] for place in _PLACES}
         questions = [Question(str(judge_of(scorer)), prompt, text) for prompt, text, scorer in by_place["judges"]]

@@ -22,7 +22,7 @@ import httpx
 
 from megatron_hapo.config.service_settings import ServiceConfig
 from megatron_hapo.errors import RewardError, one_line
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.reward.request_loop import RequestLoop
 from megatron_hapo.types import ScoringFailure
 
@@ -114,7 +114,7 @@ class Service[R]:
                 done, pending = await asyncio.wait(pending, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()
-                progress.advance(len(done))  # of the caller's stage, whose context the loop has taken over
+                running_stages.advance(len(done))  # of the caller's stage, whose context the loop has taken over
                 self._check_deadline(started, done=len(asked) - len(pending), of=len(asked))
         finally:
             for task in asked:

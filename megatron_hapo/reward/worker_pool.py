@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hapo.errors import RewardError
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.spans import SpanRecorder
 from megatron_hapo.reward.frames import FrameReader, encode_frame
 from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
@@ -118,7 +118,7 @@ class WorkerPool:
                     worker.send(rows, [jobs[row] for row in rows])
             before = len(outcomes)
             self._advance(outcomes, waiting)
-            progress.advance(len(outcomes) - before)
+            running_stages.advance(len(outcomes) - before)
         return [outcomes[row] for row in range(len(jobs))]
 
     def close(self) -> None:

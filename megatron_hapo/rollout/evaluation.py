@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_hapo.config import Config
 from megatron_hapo.observe.metrics import StepClock
-from megatron_hapo.observe.progress import stage
+from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored
 from megatron_hapo.rollout.eval_statistics import ProblemResult, statistics_of

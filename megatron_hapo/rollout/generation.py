@@ -21,9 +21,9 @@ import numpy as np
 from megatron_hapo.config import Config
 from megatron_hapo.errors import DataError, HapoError
 from megatron_hapo.observe.metrics import StepClock
-from megatron_hapo.observe.progress import stage
 from megatron_hapo.observe.record_schema import FILE_NAME, FOLDER
 from megatron_hapo.observe.record_tables import RecordTables, write_row_groups
+from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.observe.view.record_files import RecordFile
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import generate_scored, training_sampling

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from megatron_hapo.observe.metrics import StepClock
-from megatron_hapo.observe.progress import stage
+from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.rollout.collect import Collected
 
 Generation = Callable[[StepClock], Collected]

@@ -14,7 +14,7 @@ import torch
 from megatron_hapo.checkpoint.manifest import damaged_files
 from megatron_hapo.checkpoint.model_folder import atomic_folder, copy_companions, finish_folder
 from megatron_hapo.config import Config
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.spans import SpanRecorder, Timeline
 from megatron_hapo.protocols import TrainerShard, TrainerWorker, declared_verbs
 from megatron_hapo.resharding.hosts import this_host
@@ -113,12 +113,12 @@ class TrainerOverRanks(ABC):
 
     def log_probs(self, batch: TrainBatch) -> TokenScores:
         """Scores of every response token with the current weights, in batch order."""
-        progress.follow(self.position)
+        running_stages.follow(self.position)
         return merge_scores(self.broadcast(TrainerWorker.log_probs, batch), batch)
 
     def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
         """The reference model's log-probs of every response token, in batch order. [N] float32"""
-        progress.follow(self.position)
+        running_stages.follow(self.position)
         parts = self.broadcast(TrainerWorker.reference_log_probs, batch)
         named = [(part[0], {"log_probs": part[1]}) for part in parts if part is not None]
         return merge_tokens(named, batch.response_lengths)["log_probs"]
@@ -134,7 +134,7 @@ class TrainerOverRanks(ABC):
 
     def update(self, batch: TrainBatch, *, step: int, keep_tokens: bool = False) -> dict[str, float]:
         """One optimizer step on a mini-batch; its metrics."""
-        progress.follow(self.position)
+        running_stages.follow(self.position)
         results = self.broadcast(TrainerWorker.update, batch, step=step, keep_tokens=keep_tokens)
         return next(metrics for metrics in results if metrics is not None)
 

@@ -31,7 +31,7 @@ from megatron_hapo.model.fake_quantization import round_to_float8
 from megatron_hapo.model.families import hf_tensor_shapes, read_shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
 from megatron_hapo.model.route_replay import install
-from megatron_hapo.observe.progress import WorkCount
+from megatron_hapo.observe.running_stages import WorkCount
 from megatron_hapo.resharding.expected import partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask

@@ -14,7 +14,7 @@ import torch
 from megatron_hapo.config import AlgorithmConfig, Config
 from megatron_hapo.entropy import entropy_stats
 from megatron_hapo.model.families import read_shape
-from megatron_hapo.observe.progress import WorkCount
+from megatron_hapo.observe.running_stages import WorkCount
 from megatron_hapo.resharding.layouts import (
     engine_parameters,
     matrix_size,

@@ -25,7 +25,7 @@ from megatron_hapo.errors import RolloutError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.engine_actor import GENERATION, actor_options, engine_actor
 from megatron_hapo.launch.ray.remote import death, gather, result, shared
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.protocols import Finished, RolloutEngine, engine_failure
 from megatron_hapo.rollout.dispatch import Dispatch
 from megatron_hapo.types import Prompt, Rollout, Sampling
@@ -137,7 +137,7 @@ class RayRolloutPool:
         holders: dict[int, Any] = {}  # the actor that generates an engine's groups
         deadline, deaths = time.monotonic() + self._timeout_seconds, 0
         while not dispatch.done:
-            progress.report(len(rollouts), len(prompts) * sampling.samples, "responses")
+            running_stages.report(len(rollouts), len(prompts) * sampling.samples, "responses")
             waited_for = {engine for engine, _ in working.values()}
             idle = {engine: actor for engine, actor in self._usable().items() if engine not in waited_for}
             for engine, holder in holders.items():

@@ -16,7 +16,7 @@ from megatron_hapo.errors import RankDiedError, TrainingError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.launch.ray.remote import gather, items, shared
 from megatron_hapo.model import rank_environment
-from megatron_hapo.observe.progress import WorkCount
+from megatron_hapo.observe.running_stages import WorkCount
 from megatron_hapo.trainer import rank_process
 from megatron_hapo.trainer.over_ranks import RankObject, TrainerOverRanks
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_hapo.errors import TrainingError, WeightSyncError
 from megatron_hapo.launch.torchrun.messages import decode, encode
-from megatron_hapo.observe.progress import WorkCount
+from megatron_hapo.observe.running_stages import WorkCount
 from megatron_hapo.resharding.transfer import TransferStoppedError
 from megatron_hapo.trainer.over_ranks import RankObject
 

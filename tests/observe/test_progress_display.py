@@ -16,23 +16,23 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_hapo.observe import progress
-from megatron_hapo.observe.progress import Stage, WorkCount, running, stage
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.progress_display import duration, line, showing_progress
+from megatron_hapo.observe.running_stages import Stage, WorkCount, running, stage
 
 _IN_A_TERMINAL = """
 import logging, sys, time
 from pathlib import Path
-from megatron_hapo.observe import progress
+from megatron_hapo.observe import running_stages
 from megatron_hapo.observe.metrics import MetricsLogger
-from megatron_hapo.observe.progress import stage
+from megatron_hapo.observe.running_stages import stage
 
 logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 with MetricsLogger(Path(sys.argv[1]), 3) as logger:
     for step in (1, 2):
         with stage(f"step {step}"), stage("rollout"):
             for done in range(5):
-                progress.report(done, 8, "responses")
+                running_stages.report(done, 8, "responses")
                 time.sleep(0.2)
             logging.warning("said in step %d", step)
         logger.log(step, {"reward/mean": step / 8})
@@ -61,18 +61,18 @@ def test_a_stage_that_fails_is_over() -> None:
     with pytest.raises(KeyError), stage("reward"):
         raise KeyError
     assert running() == []
-    progress.report(1, 2, "scores")  # in no stage: nobody's
-    progress.advance()
-    progress.follow(lambda: (1, 2))
+    running_stages.report(1, 2, "scores")  # in no stage: nobody's
+    running_stages.advance()
+    running_stages.follow(lambda: (1, 2))
 
 
 def test_counts_and_remaining_time_follow_the_reports() -> None:
     with stage("a counted stage of this test"):
         (shown,) = running()
         assert (shown.counts(), shown.share()) == ("", None)
-        progress.report(0, 8, "scores")
+        running_stages.report(0, 8, "scores")
         assert (shown.counts(), shown.share(), shown.remaining_seconds()) == ("0/8 scores", 0.0, None)
-        progress.advance(2)
+        running_stages.advance(2)
         time.sleep(0.1)
         assert (shown.counts(), shown.share()) == ("2/8 scores", 0.25)
         assert shown.remaining_seconds() == pytest.approx(3 * shown.seconds(), rel=0.05)
@@ -82,12 +82,12 @@ def test_micro_batches_are_a_part_of_the_mini_batch_that_runs() -> None:
     count = WorkCount()
     with stage("update"):
         (shown,) = running()
-        progress.follow(count.read)
+        running_stages.follow(count.read)
         count.start(4)
         for _ in range(2):
             count.begin_next()
         assert (shown.counts(), shown.share()) == ("1/4 micro-batches", 0.25)
-        progress.report(1, 2, "mini-batches")
+        running_stages.report(1, 2, "mini-batches")
         assert (shown.counts(), shown.share()) == ("1/2 mini-batches", (1 + 1 / 4) / 2)
         count.end()
         assert shown.share() == 0.5
@@ -96,7 +96,7 @@ def test_micro_batches_are_a_part_of_the_mini_batch_that_runs() -> None:
 def test_a_count_in_a_file_is_seen_by_another_process(tmp_path: Path) -> None:
     ours = WorkCount(tmp_path / "count")
     program = (
-        "import sys; from pathlib import Path; from megatron_hapo.observe.progress import WorkCount; "
+        "import sys; from pathlib import Path; from megatron_hapo.observe.running_stages import WorkCount; "
         "count = WorkCount(Path(sys.argv[1])); count.start(7); [count.begin_next() for _ in range(4)]"
     )
     assert ours.read() == (0, 0)
@@ -122,7 +122,7 @@ def test_a_stage_that_takes_long_has_a_line_again_and_again_where_there_is_no_te
     caplog.set_level(logging.INFO)
     console = Console(file=io.StringIO())
     with showing_progress(console, seconds_between_lines=0.2), stage("step 3"), stage("rollout"):
-        progress.report(64, 256, "responses")
+        running_stages.report(64, 256, "responses")
         time.sleep(0.7)
     lines = [record.getMessage() for record in caplog.records]
     assert 2 <= len(lines) <= 3
