@@ -252,6 +252,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
     trainer.count = count = ReadCount()
     with HostSyncs() as syncs:
         third = trainer.update(scored, step=3)
+    counted = [*count.seen, count.read()]
     later_weights = weights_of(trainer)
     trainer.config = config.model_copy(update={"algorithm": OTHER_METHODS})
     other, other_gradients = update_with_gradients(trainer, replace(scored, kept=cut_batch.kept), step=4)
@@ -266,7 +267,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
         "layout": layout,
         "host_syncs": syncs.counts,
         "microbatches": len(trainer._microbatches(scored)),
-        "counted": (count.seen, count.read()),
+        "counted": counted,
         "other": other,
         "other_gradients": other_gradients,
         "buckets": buckets,
@@ -434,7 +435,7 @@ def test_a_rank_counts_its_micro_batches(trained: dict[str, Any]) -> None:
     for layout, views in layouts_of(trained):
         for view in views:
             total = view["microbatches"] * layout.get("vpp", 1)
-            assert view["counted"] == ([(done, total) for done in range(total)], (0, 0)), layout
+            assert view["counted"] == [*((done, total) for done in range(total)), (0, 0)], layout
 
 
 def test_metrics_are_on_reporting_ranks_only(all_trained: dict[str, Any]) -> None:
