@@ -133,16 +133,15 @@ def train(out: Path, steps: int, overrides: list[str]) -> None:
         [f"output_dir={out}", f"steps={steps}", f"record.every={EVERY}", "eval.every=0", "checkpoint.hf_at_end=false",
          "checkpoint.resume=false", *overrides],
     )  # fmt: skip
-    spent: dict[str, list[float]] = {"main": [], "thread": []}
-    RecordWriter.add_step = timed(RecordWriter.add_step, spent["main"], time.perf_counter)
-    TrainerOverRanks.updated_tokens = timed(TrainerOverRanks.updated_tokens, spent["main"], time.perf_counter)
+    spent: dict[str, list[float]] = {"driver": [], "thread": []}
+    RecordWriter.add_step = timed(RecordWriter.add_step, spent["driver"], time.perf_counter)
+    TrainerOverRanks.updated_tokens = timed(TrainerOverRanks.updated_tokens, spent["driver"], time.perf_counter)
     RecordWriter._write = timed(RecordWriter._write, spent["thread"], time.thread_time)
     with (out.parent / f"{out.name}.log").open("w") as log, contextlib.redirect_stdout(log):
         run_training(config)
     seconds = [row["time/step"] for row in read_metrics(config.run_dir / METRICS_FILE) if row["step"] > EVERY]
-    turns = np.array(seconds[EVERY - 1 : len(seconds) // EVERY * EVERY - 1]).reshape(
-        -1, EVERY
-    )  # each begins with a record
+    from_record = seconds[EVERY - 1 :]  # a turn begins with the step that is recorded
+    turns = np.array(from_record[: len(from_record) // EVERY * EVERY]).reshape(-1, EVERY)
     recorded, others = turns[:, :2].mean(axis=1), turns[:, 2:].mean(axis=1)
     more = recorded / others - 1
     draws = np.random.default_rng(0).choice(more, (10_000, len(more)))
@@ -153,8 +152,8 @@ def train(out: Path, steps: int, overrides: list[str]) -> None:
         f"{len(more)} turns of {EVERY} steps, two with and two without records: records add {np.median(more):.2%} "
         f"(median; 95 % interval {low:.2%} to {high:.2%})"
     )
-    main, thread = sum(spent["main"]) / num_records, sum(spent["thread"]) / num_records
-    print(f"a record: the driver waits {main * 1e3:.1f} ms ({main / step:.2%} of a step)")
+    driver, thread = sum(spent["driver"]) / num_records, sum(spent["thread"]) / num_records
+    print(f"a record: the driver waits {driver * 1e3:.1f} ms ({driver / step:.2%} of a step)")
     print(f"and its thread takes {thread * 1e3:.1f} ms of CPU ({thread / step:.2%} of a step)")
 
 
