@@ -91,7 +91,7 @@ class Stage:
 _current: ContextVar[Stage | None] = ContextVar("stage", default=None)
 _running: list[Stage] = []
 _seconds: dict[str, float] = {}
-"""How long each stage took the last time."""
+"""How long each stage within another one took the last time."""
 
 
 @contextmanager
@@ -104,7 +104,8 @@ def stage(name: str) -> Iterator[None]:
         yield
     finally:
         _running.remove(own)
-        _seconds[name] = own.seconds()
+        if own.parent is not None:  # the outermost, such as `step 3`, do not come again
+            _seconds[name] = own.seconds()
         _current.reset(token)
 
 

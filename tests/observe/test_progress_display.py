@@ -75,7 +75,9 @@ def test_counts_and_remaining_time_follow_the_reports() -> None:
         running_stages.advance(2)
         time.sleep(0.1)
         assert (shown.counts(), shown.share()) == ("2/8 scores", 0.25)
-        assert shown.remaining_seconds() == pytest.approx(3 * shown.seconds(), rel=0.05)
+        before, remaining, after = shown.seconds(), shown.remaining_seconds(), shown.seconds()
+        assert remaining is not None
+        assert 3 * before <= remaining <= 3 * after
 
 
 def test_micro_batches_are_a_part_of_the_mini_batch_that_runs() -> None:
@@ -105,15 +107,21 @@ def test_a_count_in_a_file_is_seen_by_another_process(tmp_path: Path) -> None:
 
 
 def test_what_counts_nothing_is_judged_by_the_last_time() -> None:
-    with stage("a stage of this test"):
+    with stage("step 1"), stage("a stage of this test"):
         (shown,) = running()
         assert (shown.share(), shown.remaining_seconds()) == (None, None)
         time.sleep(0.2)
-    with stage("a stage of this test"):
+    with stage("step 2"), stage("a stage of this test"):
         (shown,) = running()
-        time.sleep(0.1)
-        assert shown.share() == pytest.approx(0.5, abs=0.1)
-        assert shown.remaining_seconds() == pytest.approx(0.1, abs=0.02)
+        time.sleep(0.05)
+        before = shown.seconds()
+        share, remaining = shown.share(), shown.remaining_seconds()
+        after = shown.seconds()
+        assert share is not None
+        assert remaining is not None
+        assert remaining + after >= 0.2
+        assert before <= share * (remaining + after)
+        assert share * (remaining + before) <= after
 
 
 def test_a_stage_that_takes_long_has_a_line_again_and_again_where_there_is_no_terminal(
@@ -123,17 +131,18 @@ def test_a_stage_that_takes_long_has_a_line_again_and_again_where_there_is_no_te
     console = Console(file=io.StringIO())
     with showing_progress(console, seconds_between_lines=0.2), stage("step 3"), stage("rollout"):
         running_stages.report(64, 256, "responses")
-        time.sleep(0.7)
+        time.sleep(0.9)
     lines = [record.getMessage() for record in caplog.records]
-    assert 2 <= len(lines) <= 3
-    assert re.fullmatch(r"step 3, rollout: 64/256 responses, 0:0\d so far, about 0:0\d left", lines[0])
+    assert len(lines) > 1
+    pattern = re.compile(r"step 3, rollout: 64/256 responses, 0:0\d so far, about 0:0\d left")
+    assert all(map(pattern.fullmatch, lines))
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_a_short_stage_has_no_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with showing_progress(Console(file=io.StringIO()), seconds_between_lines=0.2):
-        for _ in range(6):
+    with showing_progress(Console(file=io.StringIO()), seconds_between_lines=0.6):
+        for _ in range(15):
             with stage("reward"):
                 time.sleep(0.1)
     assert caplog.records == []
