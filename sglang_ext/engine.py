@@ -50,7 +50,7 @@ class Engine:
             RolloutError: the config cannot work, or the self-test failed; no process is left behind.
         """
         check_engine_config(config)
-        import sglang
+        from sglang_ext.token_engine import TokenEngine  # imports SGLang, which needs its process's environment
 
         # Weights reach the engine's ranks in shared memory. torch's default passes file descriptors, whose other end
         # can be gone before the last rank has opened it.
@@ -67,7 +67,8 @@ class Engine:
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.path}/rendezvous"
         try:
             with self._scratch.for_temporary_files():  # SGLang's sockets, which it would leave behind
-                self._engine = sglang.Engine(**server_arguments(config, returns_routes=self._routes is not None))
+                arguments = server_arguments(config, returns_routes=self._routes is not None)
+                self._engine: Any = TokenEngine(**arguments)  # whose types call optional what a started one has
         except BaseException:
             self._scratch.close()
             raise

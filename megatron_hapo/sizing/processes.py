@@ -15,13 +15,13 @@ _MIB = 1 << 20
 _PROGRAM_BYTES = {
     "driver": 400 * _MIB,
     "trainer rank": 450 * _MIB,
-    "engine": 1150 * _MIB,
+    "engine": 600 * _MIB,
     "engine rank": 650 * _MIB,
     "reward worker": 40 * _MIB,
 }
 """Host memory without the model, pages that processes share not counted: mostly torch, Megatron and SGLang themselves.
-An engine is its actor and SGLang's detokenizer. Measured on CPUs (torch 2.14, SGLang 0.5.23) and rounded down, so that
-no run is refused that would fit."""
+An engine is its actor. Measured on CPUs (torch 2.14, SGLang 0.5.23) and rounded down, so that no run is refused that
+would fit."""
 
 
 @dataclass(frozen=True, kw_only=True)

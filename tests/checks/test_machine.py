@@ -45,12 +45,12 @@ def test_fifty_engines_on_two_cores_are_refused_in_one_line(shape) -> None:
     (ranks,) = faults(shape, on, "parallel.dp=32", "rollout.engines=1")
     assert ranks.startswith("parallel: 32 trainer ranks and 1 engine of tp=1 are 33 computing processes")
     (memory,) = faults(shape, on, "rollout.engines=30", trains=False)
-    assert memory.startswith("rollout.engines: 30 engines of tp=1 need at least 53.")
+    assert memory.startswith("rollout.engines: 30 engines of tp=1 need at least 37.")
     assert faults(shape, BIG, "rollout.engines=30", "parallel.dp=4", trains=False) == []
 
 
 def test_memory_counts_every_process_with_its_share_of_the_model(shape) -> None:
-    """Of a tiny model mostly the programs count: 400 + 2 * 450 + 3 * (1150 + 650) + 40 = 6740 MiB."""
+    """Of a tiny model mostly the programs count: 400 + 2 * 450 + 3 * (600 + 650) + 40 = 5090 MiB."""
     overrides = ("rollout.engines=3", "parallel.dp=2", "reward.workers=1")
     config = load_config(DEMO, overrides)
     processes = {kind.name: kind for kind in processes_of(config, shape, device="cpu")}
@@ -65,11 +65,11 @@ def test_memory_counts_every_process_with_its_share_of_the_model(shape) -> None:
     # Float32 weights and gradients; two moments, sharded over the two ranks.
     assert processes["trainer rank"].host_bytes == pytest.approx((450 << 20) + 2 * weights + weights, rel=1e-6)
     needed = sum(kind.count * kind.host_bytes for kind in processes.values())
-    assert needed == pytest.approx(6740 << 20, rel=0.02)
+    assert needed == pytest.approx(5090 << 20, rel=0.02)
     assert faults(shape, Machine(cores=2, host_bytes=needed, gpus=0), *overrides) == []
     (fault,) = faults(shape, Machine(cores=2, host_bytes=needed - 1, gpus=0), *overrides)
-    assert fault.startswith("rollout.engines: 2 trainer ranks and 3 engines of tp=1 need at least 6.")
-    assert " GiB of memory, and this machine has 6." in fault
+    assert fault.startswith("rollout.engines: 2 trainer ranks and 3 engines of tp=1 need at least 5.")
+    assert " GiB of memory, and this machine has 5." in fault
 
 
 def parameters(shape: Shape) -> int:

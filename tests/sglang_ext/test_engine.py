@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +102,11 @@ def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
     spread = np.concatenate([rollout.temperatures for rollout in rollouts])
     assert spread.max() - spread.min() > 0.05  # otherwise the test would prove nothing
     assert_log_probs_are_at_recorded_temperatures(reference, rollouts)
+
+
+def test_an_engine_runs_no_process_that_detokenizes(engine):
+    titles = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert [title for title in titles if title.startswith("sglang::")] == ["sglang::scheduler"]
 
 
 def test_without_statistics_every_token_is_at_the_base_temperature(engine, reference):
