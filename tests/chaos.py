@@ -1,13 +1,13 @@
 """A small run that is hit at random moments, and whose metrics and weights must stay those of an undisturbed one.
 
-    python -m tests.chaos --moments 50 --seed 0 [--kinds kill_tree full_disk ...] [--folder FOLDER]
+    python -m tests.chaos --moments 50 --seed 0 [--kinds kill_tree full_disk ...] [--folder FOLDER] [--parallel 2]
 
 One engine, one trainer rank, a checkpoint every two steps, all on CPUs with real parts. A run is hit several times
 while it starts and trains; whenever its command has ended, the same command is started again. Metrics of all steps and
 the final weights are compared bit for bit with those of a run that nobody disturbed, except for times and for the
 metrics that compare the engine's log-probs with the trainer's: their last bits depend on which requests an engine
-happens to decode together, and nothing is trained on them here. Prints a table in Markdown. With `--folder` the results
-are kept, and the command continues with the moments that are missing.
+happens to decode together, and nothing is trained on them here. Prints a table in Markdown. With `--folder` the
+undisturbed run and the results are kept, and the command continues with the moments that are missing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,30 +33,26 @@ from typing import Any
 import psutil
 
 from megatron_hapo.checkpoint.manifest import write_manifest
-from megatron_hapo.config import Config, dump_config
-from tests.test_loop import is_timed, make_config
+from megatron_hapo.config import Config
+from tests.chaos_run import DEADLINE_SECONDS, VICTIMS, Run, differences, disk, last_line, rows_of, wait_until
+from tests.test_loop import make_config
 from tests.time_limits import patient
 from tests.tiny_model import write_tiny_qwen3
 
-ROOT = Path(__file__).parents[1]
 STEPS = 24
 PER_RUN = 5
 """Moments at which one run is hit; the first is drawn from its start, the others from its training."""
-DISK_BYTES = 256 << 20
-"""Size of the file system that a run writes to; a run needs a few percent of it."""
-DEADLINE_SECONDS = 600
-"""On an idle machine: a run that has not recovered by then is stuck."""
 MAX_RESTARTS = 4
 """Starts of the command after one moment; one, or two if the first finds the damage, should suffice."""
 
-VICTIMS: dict[str, Callable[[psutil.Process, str], bool]] = {
-    "rank": lambda process, command: command.startswith("ray::TrainerActor"),
-    "engine": lambda process, command: command.startswith("ray::EngineActor"),
-    "scheduler": lambda process, command: command.startswith("sglang::scheduler"),
-    "reward": lambda process, command: "megatron_hapo.reward.worker" in command,
-    "raylet": lambda process, command: process.name() == "raylet",
-    "gcs": lambda process, command: process.name() == "gcs_server",
-}
+LEARNING_RATE = 3e-4
+"""Weights move, and responses stay as varied as those of the first step: at 3e-3 all of them are alike soon."""
+SCORER = """
+def score(response, row):
+    return sum(character in "abcdefghijklmnopqrstuvwxyz" for character in response) / max(1, len(response))
+"""
+"""The reward: a random model never solves a task, but its responses differ in their letters."""
+
 KINDS = (
     *("kill_tree", "kill_driver"),
     *(f"kill_{name}" for name in VICTIMS),
@@ -104,112 +101,10 @@ HEADER = (
 )
 
 
-class Run:
-    """The command of one run, which is started as often as necessary."""
-
-    def __init__(self, config: Config, folder: Path, temporary: Path):
-        self.config, self.temporary = config, temporary
-        self._path, self._log = folder / f"{config.name}.yaml", folder / f"{config.name}.err"
-        dump_config(config, self._path)
-        self._log.write_text("")
-        self.process: subprocess.Popen[bytes] | None = None
-        self._family: set[psutil.Process] = set()
-        self._earlier: set[psutil.Process] = set()
-        self.started = 0.0
-
-    def start(self) -> None:
-        """Starts the command."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR"):
-            environment.pop(name, None)
-        command = [sys.executable, "-m", "megatron_hapo", "train", str(self._path)]
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
-        self._earlier |= self._family
-        self._family = {psutil.Process(self.process.pid)}
-        self.started = time.monotonic()
-
-    def code(self) -> int | None:
-        """The exit code of the command; None while it runs."""
-        assert self.process is not None
-        self.family()
-        return self.process.poll()
-
-    def family(self) -> list[psutil.Process]:
-        """The living processes of the command, itself first."""
-        assert self.process is not None
-        with suppress(psutil.NoSuchProcess):
-            self._family |= set(psutil.Process(self.process.pid).children(recursive=True))
-        return sorted((process for process in self._family if process.is_running()), key=lambda process: process.pid)
-
-    def signal(self, number: int) -> None:
-        """Sends a signal to every process of the command."""
-        for process in self.family():
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-    def end(self) -> None:
-        """Kills what is left of the command, and of its earlier starts."""
-        if self.process is not None:
-            self._family |= self._earlier
-            self.signal(signal.SIGKILL)
-            self.process.wait()
-
-    def left(self) -> list[str]:
-        """Names of the processes of all starts that are still running, once they have had time to end."""
-        _, alive = psutil.wait_procs(self._earlier | self._family, timeout=patient(60))
-        return [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-    def victim(self, name: str) -> psutil.Process | None:
-        """A living process of this name; None if there is none (yet)."""
-        for process in self.family():
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                command = " ".join(process.cmdline())
-                if process.status() != psutil.STATUS_ZOMBIE and VICTIMS[name](process, command):
-                    return process
-        return None
-
-    def errors(self, start: int = 0) -> str:
-        """The error output from this byte on."""
-        return self._log.read_bytes()[start:].decode(errors="replace")
-
-    def log_size(self) -> int:
-        """Bytes of error output so far."""
-        return self._log.stat().st_size
-
-    def rows(self) -> list[dict[str, float]]:
-        """The metrics of complete steps that are compared."""
-        return rows_of(self.config.run_dir)
-
-    def step(self) -> int:
-        """The last complete step; 0 if there is none."""
-        rows = self.rows()
-        return int(rows[-1]["step"]) if rows else 0
-
-
-def rows_of(run_dir: Path) -> list[dict[str, float]]:
-    """The rows of a run folder's metrics that are compared; a last one that is being written does not count."""
-    path = run_dir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{name: value for name, value in row.items() if is_compared(name)} for row in rows]
-
-
-def is_compared(metric: str) -> bool:
-    """Whether equal runs have the same bits in it."""
-    return not is_timed(metric) and not metric.startswith(("rollout/logprob_abs_diff", "rollout/mismatch_kl"))
-
-
-def differences(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> list[str]:
-    """What distinguishes these rows from the expected ones: the first step, and the metrics that differ there."""
-    if len(rows) != len(expected):
-        return [f"{len(rows)} steps instead of {len(expected)}"]
-    for row, want in zip(rows, expected, strict=True):
-        if row != want:
-            names = [name for name in row | want if row.get(name) != want.get(name)]
-            shown = ", ".join(f"{name} {row.get(name)} instead of {want.get(name)}" for name in names[:3])
-            return [f"{len(names)} other metrics in step {row['step']:g}: {shown}"]
-    return []
+def _read_results(path: Path) -> dict[int, Moment]:
+    """The kept results by number."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {moment.number: moment for moment in (Moment(**json.loads(line)) for line in lines)}
 
 
 @dataclass(kw_only=True)
@@ -221,63 +116,99 @@ class Chaos:
     seed: int
     kinds: Sequence[str]
     stop_seconds: float
+    parallel: int = 1
+    """Runs side by side; each uses about one core."""
     start_seconds: float = 0.0
     step_seconds: float = 0.0
+    _waiting: list[int] = field(default_factory=list, init=False)
+    """Numbers of the moments that no run has been hit at yet."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def run(self, moments: int) -> list[Moment]:
         """The moments' results; those that the folder already has are not repeated."""
-        results = self.folder / "results.jsonl"
-        done = [Moment(**json.loads(line)) for line in results.read_text().splitlines()] if results.exists() else []
+        path = self.folder / "results.jsonl"
+        self._prepare()
         self._reference()
-        while len(done) < moments:
-            numbers = range(len(done), min(moments, (len(done) // PER_RUN + 1) * PER_RUN))
-            new = self._hit_one_run(numbers)
-            done += new
-            with results.open("a") as file:
-                file.writelines(json.dumps(asdict(moment)) + "\n" for moment in new)
-        return done[:moments]
+        self._waiting = [number for number in range(moments) if number not in _read_results(path)]
+        with ThreadPoolExecutor(self.parallel) as threads:
+            for lane in [threads.submit(self._hit_runs, lane, path) for lane in range(self.parallel)]:
+                lane.result()
+        results = _read_results(path)
+        return [results[number] for number in range(moments)]
 
-    def config(self, name: str, output_dir: Path) -> Config:
-        """The job's config, under this name."""
-        model = self.folder / "model"
-        if not model.exists():
+    def _hit_runs(self, lane: int, path: Path) -> None:
+        """Hits run after run, until no moment is left, and keeps the results in this file."""
+        place = self.folder / str(lane)
+        place.mkdir(exist_ok=True)
+        while True:
+            with self._lock:
+                numbers = [self._waiting.pop(0) for _ in range(min(PER_RUN, len(self._waiting)))]
+            if not numbers:
+                return
+            done = self._hit_one_run(numbers, place)
+            with self._lock:
+                self._waiting = sorted({*self._waiting, *numbers} - {moment.number for moment in done})
+                with path.open("a") as file:
+                    file.writelines(json.dumps(asdict(moment)) + "\n" for moment in done)
+
+    def _prepare(self) -> None:
+        """Writes the model and the scorer, unless the folder has them."""
+        if not (model := self.folder / "model").exists():
             write_manifest(write_tiny_qwen3(self.folder / "model.new"))
             (self.folder / "model.new").rename(model)
+        (self.folder / "letters.py").write_text(SCORER)
+
+    def config(self, name: str, output_dir: Path, model: Path) -> Config:
+        """The job's config, under this name."""
         values = make_config(model, output_dir, {"tp": 1}).model_dump()
         values |= {"name": name, "steps": STEPS}
         values["eval"]["every"] = 0
         values["checkpoint"] |= {"every": 2, "keep": 3}
+        values["optimizer"]["lr"] = LEARNING_RATE
+        values["reward"]["scorer"] = f"{self.folder / 'letters.py'}:score"
         return Config.model_validate(values)
 
-    def _new_run(self, name: str, output_dir: Path) -> Run:
-        temporary = self.folder / "t"
-        temporary.mkdir(exist_ok=True)
-        return Run(self.config(name, output_dir), self.folder, temporary)
+    def _new_run(self, name: str, output_dir: Path, place: Path) -> Run:
+        """A run with temporary files and a model of its own in `place`: a bit of the model may be flipped."""
+        model, temporary = place / "model", place / "t"
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(self.folder / "model", model)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return Run(self.config(name, output_dir, model), place, temporary)
 
     def _reference(self) -> None:
         """Trains without any disturbance, unless the folder has that run already, and measures its times."""
         times = self.folder / "reference.json"
         if not times.exists():
-            run = self._new_run("reference", self.folder / "runs")
+            place = self.folder / "0"
+            place.mkdir(exist_ok=True)
+            run = self._new_run("reference", self.folder / "runs", place)
             shutil.rmtree(run.config.run_dir, ignore_errors=True)
-            run.start()
-            wait_until(lambda: run.step() > 0, run, "first step")
-            first = time.monotonic()
-            wait_until(lambda: run.step() >= STEPS, run, "last step")
-            seconds = {"start": first - run.started, "step": (time.monotonic() - first) / (STEPS - 1)}
-            wait_until(lambda: run.code() == 0, run, "end")
+            try:
+                run.start()
+                wait_until(lambda: run.step() > 0, run, "first step")
+                first = time.monotonic()
+                wait_until(lambda: run.step() >= STEPS, run, "last step")
+                seconds = {"start": first - run.started, "step": (time.monotonic() - first) / (STEPS - 1)}
+                wait_until(lambda: run.code() == 0, run, "end")
+            finally:
+                run.end()
+            rewards = [row["reward/mean"] for row in self._reference_rows()]
+            assert len(set(rewards)) == STEPS, f"the rewards teach nothing: {rewards}"
             times.write_text(json.dumps(seconds))
+            print(f"undisturbed: {seconds}, rewards {rewards}", file=sys.stderr, flush=True)
         seconds = json.loads(times.read_text())
         self.start_seconds, self.step_seconds = seconds["start"], seconds["step"]
 
     def _reference_rows(self) -> list[dict[str, float]]:
         return rows_of(self.folder / "runs" / "reference")
 
-    def _hit_one_run(self, numbers: Sequence[int]) -> list[Moment]:
+    def _hit_one_run(self, numbers: Sequence[int], place: Path) -> list[Moment]:
         """Results of these moments, or of as many as fit into one run, with the comparison at its end."""
         done: list[Moment] = []
-        with disk(self.folder / "d") as place:
-            run = self._new_run(f"run{numbers[0]}", place)
+        with disk(place / "d") as folder:
+            run = self._new_run(f"run{numbers[0]}", folder, place)
             try:
                 run.start()
                 for number in numbers:
@@ -287,15 +218,21 @@ class Chaos:
                     print(done[-1].row(), file=sys.stderr, flush=True)
                     if done[-1].faults:
                         return done
-                wait_until(lambda: run.code() is not None, run, "end")
-                faults = self._differences(run)
+                faults = self._end_and_differences(run)
                 for moment in done:
                     moment.faults += faults
-                if faults:
-                    print(f"{run.config.name}: {'; '.join(faults)}", file=sys.stderr, flush=True)
+                print(f"{run.config.name}: {'; '.join(faults) or 'equal'}", file=sys.stderr, flush=True)
                 return done
             finally:
                 run.end()
+
+    def _end_and_differences(self, run: Run) -> list[str]:
+        """What is wrong with the run at its end."""
+        try:
+            wait_until(lambda: run.code() is not None, run, "end")
+        except AssertionError as stuck:
+            return [str(stuck).splitlines()[0]]
+        return self._differences(run)
 
     def _differences(self, run: Run) -> list[str]:
         """What distinguishes a run that has ended from the reference, and what it has left behind."""
@@ -315,10 +252,11 @@ class Chaos:
         dice = random.Random(f"{self.seed}/{number}")
         order = random.Random(f"{self.seed}/kinds/{number // len(self.kinds)}").sample(self.kinds, len(self.kinds))
         moment = Moment(number=number, kind=order[number % len(self.kinds)])
-        self._wait_for_moment(moment, run, dice, is_first=is_first)
         step, log_size, begin = run.step(), run.log_size(), time.monotonic()
-        undo = HITS[moment.kind.partition("_")[0]](moment, run, dice, self.stop_seconds)
         try:
+            self._wait_for_moment(moment, run, dice, is_first=is_first)
+            step, log_size, begin = run.step(), run.log_size(), time.monotonic()
+            undo = HITS[moment.kind.partition("_")[0]](moment, run, dice, self.stop_seconds)
             self._recover(moment, run, step, log_size, undo)
         except AssertionError as stuck:
             moment.faults.append(str(stuck).splitlines()[0])
@@ -482,38 +420,6 @@ def invert(path: Path, bit: int) -> None:
 
 
 @contextmanager
-def disk(folder: Path) -> Iterator[Path]:
-    """An empty folder, on a small file system of its own if this user may mount one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(folder)]
-    is_mounted = subprocess.run(["mount", *options], check=False, capture_output=True).returncode == 0
-    try:
-        yield folder
-    finally:
-        if is_mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_until(condition: Callable[[], bool], run: Run, what: str) -> None:
-    """Returns once the condition holds; the command must not end before."""
-    deadline = time.monotonic() + patient(DEADLINE_SECONDS)
-    while not condition():
-        assert run.code() in (None, 0), f"ended with {run.code()} before its {what}: {last_line(run.errors())}"
-        assert time.monotonic() < deadline, f"no {what} within {patient(DEADLINE_SECONDS):.0f} s"
-        if run.code() == 0:
-            return
-        time.sleep(0.2)
-
-
-def last_line(text: str) -> str:
-    """The last line that is neither empty nor mere information; empty if there is none."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("INFO ")]
-    return lines[-1] if lines else ""
-
-
-@contextmanager
 def working_folder(folder: Path | None) -> Iterator[Path]:
     """This folder, which is kept, or a new one, which is removed."""
     if folder is not None:
@@ -530,11 +436,15 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs side by side")
     parser.add_argument("--stop-seconds", type=float, default=60.0)
     parser.add_argument("--folder", type=Path, help="keep model, reference and results here")
     options = parser.parse_args()
     with working_folder(options.folder) as folder:
-        chaos = Chaos(folder=folder, seed=options.seed, kinds=options.kinds, stop_seconds=options.stop_seconds)
+        chaos = Chaos(
+            folder=folder, seed=options.seed, kinds=options.kinds, stop_seconds=options.stop_seconds,
+            parallel=options.parallel,
+        )  # fmt: skip
         moments = chaos.run(options.moments)
     print(HEADER)
     for moment in moments:
