@@ -21,6 +21,8 @@ class EngineConfig:
     device: Literal["cpu", "cuda"]
     dtype: str
     """float32 or bfloat16."""
+    float32_logits: bool = False
+    """Keep the logits of 16-bit weights in float32; they are rounded to 16 bits otherwise."""
     tp: int
     ep: int = 1
     """1, or tp: each rank holds whole experts."""
@@ -77,6 +79,7 @@ def server_arguments(config: EngineConfig, *, returns_routes: bool) -> dict[str,
         "model_path": str(config.model_path),
         "skip_tokenizer_init": True,  # token ids in and out
         "dtype": config.dtype,
+        "enable_fp32_lm_head": config.float32_logits,
         "tp_size": config.tp,
         "ep_size": config.ep,
         "random_seed": config.seed,

@@ -61,7 +61,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     **dict.fromkeys(
         (
             *("trainer.max_tokens_per_microbatch", "trainer.overlap_communication", "trainer.recompute"),
-            *("trainer.output_head", "trainer.quantization", "trainer.timeout_seconds"),
+            *("trainer.output_head", "trainer.float32_logits", "trainer.quantization", "trainer.timeout_seconds"),
         ),
         "effective",
     ),

@@ -82,6 +82,10 @@ class TrainerConfig(Section):
     """`logits`: the logits of all response tokens of a micro-batch are held once, and their gradient overwrites them.
     `fused`: one chunk of tokens at a time, at the cost of a second matrix product in the backward pass; for long
     responses and large micro-batches."""
+    float32_logits: Annotated[bool, only_with("trainer.dtype", "bfloat16")] = False
+    """Keep logits in float32, in trainer and engines, as the product of bfloat16 hidden states and weights is summed
+    anyway. Rounded to bfloat16, a logit above 16 has steps of 0.125: noise in log-probs, in low entropies, and in the
+    ratio of trainer and engines. The logits take twice the memory."""
     quantization: Literal["none", "fp8"] = "none"
     """`none`: no quantization. `fp8`: quantization-aware training. Trainer and engines use linear weights rounded to
     float8 (e4m3, one scale per matrix); the optimizer keeps the exact weights. Activations and the KV cache are not

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hapo.logprobs.head_products import HeadGradients, head_product
 from megatron_hapo.logprobs.kept_tokens import Kept
 from megatron_hapo.logprobs.row_statistics import (
     RowStatistics,
@@ -32,8 +33,6 @@ from megatron_hapo.logprobs.row_statistics import (
 
 CHUNK_BYTES = 256 << 20
 """Size of the logits of a chunk: 883 tokens of a 151,936-token vocabulary in bfloat16, enough for efficient matmuls."""
-WEIGHT_BLOCKS = 16
-"""Blocks in which a gradient is converted where a matmul cannot accumulate into a wider dtype by itself."""
 
 
 def fused_log_probs_and_entropy(
@@ -47,12 +46,13 @@ def fused_log_probs_and_entropy(
     kept: Kept | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     reduce_hidden_gradient: bool = True,
+    float32_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_log_probs_and_entropy` of the logits hidden @ weight^T, without storing those logits.
 
-    Logits have the dtype of the hidden states, as those of a linear layer would. Two all-reduces, first of the maxima,
-    then of the packed sums; with `reduce_hidden_gradient` one per chunk in the backward pass; every rank of the group
-    must run both passes.
+    Logits have the dtype of the hidden states, as those of a linear layer would, unless `float32_logits`. Two
+    all-reduces, first of the maxima, then of the packed sums; with `reduce_hidden_gradient` one per chunk in the
+    backward pass; every rank of the group must run both passes.
 
     If Megatron's DistributedDataParallel manages the weight, its gradient is added straight to `main_grad`, in the
     dtype of that buffer, and marked as done; any other weight gets an ordinary gradient.
@@ -64,6 +64,8 @@ def fused_log_probs_and_entropy(
         chunk_bytes: maximum size of the logits of a chunk; a chunk has at least one token.
         reduce_hidden_gradient: sum the ranks' gradients of the hidden states. False if the caller's own gather does it
             (sequence parallelism).
+        float32_logits: keep the logits as the product has summed them, in float32. Their gradient is rounded to the
+            dtype of the hidden states for its own two products.
     Returns:
         log_probs [N] and entropies [N] (nats), both differentiable in hidden states and weight.
     Raises:
@@ -73,7 +75,7 @@ def fused_log_probs_and_entropy(
     check_kept(kept, len(hidden_NH))
     temperature_N = temperature_of_rows(temperature, hidden_NH)
     log_probs_N, entropies_N = _FusedHead.apply(  # type: ignore[misc]
-        hidden_NH, weight_VH, targets_N, temperature_N, shard, kept, chunk_bytes, reduce_hidden_gradient
+        hidden_NH, weight_VH, targets_N, temperature_N, shard, kept, chunk_bytes, reduce_hidden_gradient, float32_logits
     )
     _check_results(hidden_NH, weight_VH, targets_N, temperature_N, entropies_N, shard)
     return log_probs_N, entropies_N
@@ -90,6 +92,7 @@ def fused_scores(
     vocab_size: int | None = None,
     kept: Kept | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    float32_logits: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probs and entropies [N] at each of several temperatures from the same logits, without gradient.
 
@@ -100,7 +103,9 @@ def fused_scores(
     of_rows = [temperature_of_rows(temperature, hidden_NH) for temperature in temperatures]
     scores = []
     for temperature_N, statistics in zip(
-        of_rows, _statistics(hidden_NH, weight_VH, targets_N, of_rows, shard, kept, chunk_bytes), strict=True
+        of_rows,
+        _statistics(hidden_NH, weight_VH, targets_N, of_rows, shard, kept, chunk_bytes, float32_logits),
+        strict=True,
     ):
         scores.append((statistics.log_probs, statistics.entropies))
         _check_results(hidden_NH, weight_VH, targets_N, temperature_N, statistics.entropies, shard)
@@ -119,11 +124,15 @@ class _FusedHead(torch.autograd.Function):
         kept: Kept | None,
         chunk_bytes: int,
         reduce_hidden_gradient: bool,
+        float32_logits: bool,
     ) -> tuple[Tensor, Tensor]:
-        [statistics] = _statistics(hidden_NH, weight_VH, targets_N, [temperature_N], shard, kept, chunk_bytes)
+        [statistics] = _statistics(
+            hidden_NH, weight_VH, targets_N, [temperature_N], shard, kept, chunk_bytes, float32_logits
+        )
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, temperature_N, *statistics.tensors)
         ctx.local_kept = None if kept is None else kept.on_shard(shard.first_column)
-        ctx.shard, ctx.chunk_bytes, ctx.reduce_hidden_gradient = shard, chunk_bytes, reduce_hidden_gradient
+        ctx.shard, ctx.chunk_bytes, ctx.float32_logits = shard, chunk_bytes, float32_logits
+        ctx.reduce_hidden_gradient = reduce_hidden_gradient
         ctx.set_materialize_grads(False)
         return statistics.log_probs, statistics.entropies
 
@@ -133,29 +142,20 @@ class _FusedHead(torch.autograd.Function):
         hidden_NH, weight_VH, targets_N, temperature_N, *statistics = ctx.saved_tensors
         gradient = row_gradient(RowStatistics(*statistics), temperature_N, grad_log_probs_N, grad_entropies_N)
         shard: VocabShard = ctx.shard
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_gradient_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-        weight_gradient = _WeightGradient(weight_VH) if needs_weight else None
-
+        gradients = HeadGradients(
+            hidden_NH,
+            weight_VH,
+            needs=ctx.needs_input_grad[:2],
+            tp_group=shard.tp_group if ctx.reduce_hidden_gradient else None,
+        )
         local_targets_N = targets_N - shard.first_column
-        real_VH = weight_VH[: shard.real_columns]
-        reductions = []
-        buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, ctx.chunk_bytes)
+        buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, ctx.chunk_bytes, ctx.float32_logits)
         for rows in chunks:
-            logits_CV = _logits(hidden_NH[rows], real_VH, out=buffer_CV)
+            logits_CV = head_product(hidden_NH[rows], weight_VH[: shard.real_columns], out=buffer_CV)
             kept = None if ctx.local_kept is None else ctx.local_kept.of_rows(rows)
             overwrite_with_gradient(logits_CV, local_targets_N[rows], gradient.of_rows(rows), kept)
-            if hidden_gradient_NH is not None:
-                torch.mm(logits_CV, real_VH, out=hidden_gradient_NH[rows])
-                if ctx.reduce_hidden_gradient and shard.tp_group is not None:
-                    # Overlaps with the computation of the weight's gradient.
-                    reductions.append(dist.all_reduce(hidden_gradient_NH[rows], group=shard.tp_group, async_op=True))
-            if weight_gradient is not None:
-                weight_gradient.add(logits_CV, hidden_NH[rows])
-        for reduction in reductions:
-            reduction.wait()
-        ordinary = None if weight_gradient is None else weight_gradient.finish()
-        return hidden_gradient_NH, ordinary, None, None, None, None, None, None
+            gradients.add(rows, logits_CV)
+        return *gradients.finish(), None, None, None, None, None, None, None
 
 
 def _statistics(
@@ -166,6 +166,7 @@ def _statistics(
     shard: VocabShard,
     kept: Kept | None,
     chunk_bytes: int,
+    float32_logits: bool,
 ) -> list[RowStatistics]:
     """Statistics at each temperature; the logits of a chunk are computed once for all of them."""
     local_targets_N = targets_N - shard.first_column
@@ -173,9 +174,9 @@ def _statistics(
     # Those of the kept tokens follow those of all tokens.
     width = 4 if kept is None else 6
     found = [hidden_NH.new_empty(width, len(hidden_NH), dtype=statistics_dtype(hidden_NH.dtype)) for _ in temperatures]
-    buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, chunk_bytes)
+    buffer_CV, chunks = _chunks(hidden_NH, weight_VH, shard, chunk_bytes, float32_logits)
     for rows in chunks:
-        logits_CV = _logits(hidden_NH[rows], weight_VH[: shard.real_columns], out=buffer_CV)
+        logits_CV = head_product(hidden_NH[rows], weight_VH[: shard.real_columns], out=buffer_CV)
         for local, temperature_N in zip(found, temperatures, strict=True):
             part_C = None if temperature_N is None else temperature_N[rows]
             local[:4, rows] = local_statistics(logits_CV, local_targets_N[rows], part_C)
@@ -190,54 +191,15 @@ def _statistics(
 # ----- chunks
 
 
-def _chunks(hidden_NH: Tensor, weight_VH: Tensor, shard: VocabShard, chunk_bytes: int) -> tuple[Tensor, list[slice]]:
+def _chunks(
+    hidden_NH: Tensor, weight_VH: Tensor, shard: VocabShard, chunk_bytes: int, float32_logits: bool
+) -> tuple[Tensor, list[slice]]:
     """A buffer for the logits of the largest chunk, and the chunks: equal on all ranks, and of nearly equal size."""
-    most = max(1, chunk_bytes // (len(weight_VH) * weight_VH.element_size()))
+    dtype = statistics_dtype(hidden_NH.dtype) if float32_logits else hidden_NH.dtype
+    most = max(1, chunk_bytes // (len(weight_VH) * dtype.itemsize))
     number = max(1, -(-len(hidden_NH) // most))
     size = -(-len(hidden_NH) // number)
-    return hidden_NH.new_empty(size, shard.real_columns), list(slices(len(hidden_NH), max(1, size)))
-
-
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, *, out: Tensor) -> Tensor:
-    return torch.mm(hidden_CH, weight_VH.t(), out=out[: len(hidden_CH)])
-
-
-class _WeightGradient:
-    """The weight's gradient, summed over chunks in place: in Megatron's buffer if there is one, else in its own."""
-
-    def __init__(self, weight_VH: Tensor):
-        self._weight_VH = weight_VH
-        # DistributedDataParallel gives a parameter both attributes.
-        self._in_buffer = hasattr(weight_VH, "main_grad") and hasattr(weight_VH, "grad_added_to_main_grad")
-        if self._in_buffer:
-            self._sum_VH: Tensor = weight_VH.main_grad  # type: ignore[attr-defined]
-        else:
-            self._sum_VH = torch.zeros_like(weight_VH, dtype=statistics_dtype(weight_VH.dtype))
-
-    def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        """Adds gradient^T @ hidden to the rows that are not padding."""
-        sum_VH = self._sum_VH[: gradient_CV.shape[1]]
-        if sum_VH.dtype == gradient_CV.dtype:
-            sum_VH.addmm_(gradient_CV.t(), hidden_CH)
-        elif sum_VH.dtype == torch.float32 and sum_VH.device.type == "cuda":
-            torch.addmm(sum_VH, gradient_CV.t(), hidden_CH, out_dtype=torch.float32, out=sum_VH)
-        else:  # only CUDA has matmuls of 16-bit matrices that accumulate into a float32 one
-            wide_CH = hidden_CH.to(sum_VH.dtype)
-            for columns in slices(len(sum_VH), max(1, -(-len(sum_VH) // WEIGHT_BLOCKS))):
-                sum_VH[columns].addmm_(gradient_CV[:, columns].t().to(sum_VH.dtype), wide_CH)
-
-    def finish(self) -> Tensor | None:
-        """The gradient for autograd; None if it is in Megatron's buffer."""
-        weight: Any = self._weight_VH
-        if not self._in_buffer:
-            return self._sum_VH.to(weight.dtype)
-        weight.grad_added_to_main_grad = True
-        # With overlapped reduction the hook of Megatron 0.19 requires a gradient, though it does not read it: this one
-        # is a single number expanded to the whole shape. A weight with zero_out_wgrad is also the embedding, which
-        # gives it a real gradient.
-        if weight.grad is None and not getattr(weight, "zero_out_wgrad", False):
-            weight.grad = weight.new_zeros(()).expand_as(weight)
-        return None
+    return hidden_NH.new_empty(size, shard.real_columns, dtype=dtype), list(slices(len(hidden_NH), max(1, size)))
 
 
 # ----- arguments and results

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_hapo.logprobs import vocab_parallel_log_probs_and_entropy
 from megatron_hapo.logprobs.fused_head import CHUNK_BYTES, fused_log_probs_and_entropy, fused_scores
+from megatron_hapo.logprobs.head_products import float32_logits
 from megatron_hapo.logprobs.kept_tokens import Kept
 
 
@@ -45,6 +46,8 @@ class OutputHead(ABC):
     """Real size, without padding."""
     entropy_gradient: bool = False
     """Whether entropies are differentiable, which costs a little more in the backward pass."""
+    float32_logits: bool = False
+    """Whether logits are kept as the product has summed them, in float32, instead of rounded to the weights' dtype."""
 
     def __call__(
         self,
@@ -82,15 +85,7 @@ class LogitsHead(OutputHead):
     def _score(
         self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any, tokens: ScoredTokens
     ) -> list[tuple[Tensor, Tensor]]:
-        logits_NV = linear_with_grad_accumulation_and_async_allreduce(
-            input=hidden_NH,
-            weight=weight_VH,
-            bias=None,
-            gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion,
-            allreduce_dgrad=not output_layer.sequence_parallel and self.tp_group is not None,
-            sequence_parallel=False,
-            tp_group=output_layer.tp_group,
-        )
+        logits_NV = self._logits(hidden_NH, weight_VH, output_layer)
         return [
             vocab_parallel_log_probs_and_entropy(
                 logits_NV,
@@ -102,6 +97,21 @@ class LogitsHead(OutputHead):
             )
             for temperature in tokens.temperatures
         ]
+
+    def _logits(self, hidden_NH: Tensor, weight_VH: Tensor, output_layer: Any) -> Tensor:
+        if self.float32_logits:
+            return float32_logits(
+                hidden_NH, weight_VH, tp_group=None if output_layer.sequence_parallel else self.tp_group
+            )
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input=hidden_NH,
+            weight=weight_VH,
+            bias=None,
+            gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion,
+            allreduce_dgrad=not output_layer.sequence_parallel and self.tp_group is not None,
+            sequence_parallel=False,
+            tp_group=output_layer.tp_group,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class FusedHead(OutputHead):
                 vocab_size=self.vocab_size,
                 kept=tokens.kept,
                 chunk_bytes=self.chunk_bytes,
+                float32_logits=self.float32_logits,
             )
         [temperature] = tokens.temperatures
         scores = fused_log_probs_and_entropy(
@@ -135,6 +146,7 @@ class FusedHead(OutputHead):
             kept=tokens.kept,
             chunk_bytes=self.chunk_bytes,
             reduce_hidden_gradient=not output_layer.sequence_parallel,
+            float32_logits=self.float32_logits,
         )
         return [scores]
 

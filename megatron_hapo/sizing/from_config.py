@@ -39,6 +39,7 @@ def layout_of(config: Config) -> Layout:
         has_reference=config.algorithm.kl.enabled,
         recompute=config.trainer.recompute,
         output_head=config.trainer.output_head,
+        float32_logits=config.trainer.float32_logits,
         # A sequence that exceeds the budget gets a micro-batch of its own.
         tokens_per_microbatch=max(longest, config.trainer.max_tokens_per_microbatch),
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
@@ -71,6 +72,7 @@ def limits_of(config: Config) -> Limits:
         distributed_optimizer=config.trainer.distributed_optimizer,
         has_reference=config.algorithm.kl.enabled,
         output_head=config.trainer.output_head,
+        float32_logits=config.trainer.float32_logits,
         bytes_per_parameter=2 if config.trainer.dtype == "bfloat16" else 4,
         spec="local" if config.model.spec == "local" else "te",
         # In a colocated config, memory_fraction already excludes what a trainer rank keeps.

@@ -39,6 +39,8 @@ HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds at the same time."""
 FUSED_CHUNK_BYTES = 256 << 20
 """Bytes of the chunk of logits that megatron_hapo.logprobs.fused_head holds at a time."""
+ROUNDED_BYTES = 64 << 20
+"""Bytes of the part of a float32 gradient that megatron_hapo.logprobs.head_products has rounded to bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,23 +173,30 @@ def optimizer_bytes_per_element(layout: Layout) -> int:
 
 
 def head_bytes(shape: Shape, layout: Layout, *, rows: int) -> int:
-    """Bytes of the output head for `rows` response tokens; the logits take 2.75 bytes per element in bfloat16.
+    """Bytes of the output head for `rows` response tokens; bfloat16 logits take 2.75 bytes per element, float32 ones
+    of bfloat16 weights 4.75.
 
     The gradient overwrites the logits. Chunks of a sixteenth of the rows, at most 1,024, are processed in float32. Also
     counted are the hidden states of all tokens (gathered under sequence parallelism), those of the selected rows and
     their gradient, and the gradient of the output weight before it is added to the float32 buffer. The fused head holds
-    one chunk of logits and two float32 tiles of a sixteenth of it, and adds to that buffer directly.
+    one chunk of logits and two float32 tiles of a sixteenth of it, and adds to that buffer directly. So does
+    either head with float32 logits, whose gradient it rounds to bfloat16 for the products, a part at a time.
     """
     w, h = layout.bytes_per_parameter, shape.hidden_size
+    of_logit = 4 if layout.float32_logits else w
+    widened = of_logit > w
     columns = padded_vocab_size(shape.vocab_size, layout.sizes.tp) // layout.sizes.tp
     gathered = layout.tokens_per_rank * h * w if layout.sequence_shards > 1 else 0
     hidden = gathered + 2 * rows * h * w
     if layout.output_head == "fused":
-        chunk = min(rows * columns * w, FUSED_CHUNK_BYTES)
-        return hidden + chunk + 2 * 4 * chunk // w // 16
+        chunk = min(rows * columns * of_logit, FUSED_CHUNK_BYTES)
+        tiles = 2 * 4 * chunk // of_logit // 16
+        return hidden + chunk + max(tiles, chunk // 2 if widened else 0)
     chunk = min(1024, -(-rows // 16))
-    logits = rows * columns * w + HEAD_CHUNKS * 4 * chunk * columns
-    return hidden + logits + columns * h * w
+    logits, tiles = rows * columns * of_logit, HEAD_CHUNKS * 4 * chunk * columns
+    if widened:
+        return hidden + logits + max(tiles, min(rows * columns * w, ROUNDED_BYTES))
+    return hidden + logits + tiles + columns * h * w
 
 
 def sync_bytes(shape: Shape, layout: Layout, *, bucket_bytes: int) -> int:

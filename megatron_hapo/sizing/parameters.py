@@ -34,6 +34,7 @@ class Layout:
     """Whether a reference model's weights wait in host memory, for one more forward pass a step."""
     recompute: Recompute = "none"
     output_head: Literal["logits", "fused"] = "logits"
+    float32_logits: bool = False
     tokens_per_microbatch: int = 16384
     """Tokens of one data-parallel rank, before context parallelism splits them."""
     bytes_per_parameter: int = 2

@@ -60,6 +60,7 @@ class Limits:
 
     max_cp: int = 1
     output_head: Literal["logits", "fused"] = "logits"
+    float32_logits: bool = False
     distributed_optimizer: bool = True
     has_reference: bool = False
     bytes_per_parameter: int = 2
@@ -365,7 +366,8 @@ def _layouts(
             for etp, ep in _expert_grids(moe, tp, dp):
                 grid = Layout(
                     sizes=ParallelSizes(tp=tp, **stages, cp=cp, ep=ep, etp=etp, dp=dp),
-                    output_head=limits.output_head, bytes_per_parameter=limits.bytes_per_parameter,
+                    output_head=limits.output_head, float32_logits=limits.float32_logits,
+                    bytes_per_parameter=limits.bytes_per_parameter,
                     distributed_optimizer=limits.distributed_optimizer, has_reference=limits.has_reference,
                 )  # fmt: skip
                 for factor, recompute in itertools.product((1, 2, 4), get_args(Recompute)):

@@ -83,6 +83,7 @@ class TrainerRank:
             tp_group=layout.tp_group if layout.sizes.tp > 1 else None,
             vocab_size=self.shape.vocab_size,
             entropy_gradient=any(part.entropy_gradient for part in enabled_parts(config.algorithm)),
+            float32_logits=config.trainer.float32_logits,
         )
         self._chunks, self._optimizer = wrap_for_training(self.model, config)
         self._learning_rate = LearningRate(self._optimizer, config)

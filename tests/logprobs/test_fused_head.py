@@ -102,11 +102,11 @@ def test_it_agrees_with_the_function_on_logits(dtype):
 
 
 def test_scores_at_several_temperatures_come_from_one_product_per_chunk(monkeypatch):
-    make_logits = fused_head._logits
+    product = fused_head.head_product
     hidden_NH, weight_VH, targets_N, temperatures_N, _ = make_case(20, 300, 16, torch.float32)
     products = []
     monkeypatch.setattr(
-        fused_head, "_logits", lambda *args, **kwargs: products.append(1) or make_logits(*args, **kwargs)
+        fused_head, "head_product", lambda *args, **kwargs: products.append(1) or product(*args, **kwargs)
     )
     scores = fused_scores(hidden_NH, weight_VH, targets_N, temperatures=(1.0, temperatures_N), chunk_bytes=5 * 300 * 4)
     assert len(products) == 4

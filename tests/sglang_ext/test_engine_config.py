@@ -38,3 +38,9 @@ def test_prefills_have_no_graphs_on_a_gpu(on_gpu: EngineConfig) -> None:
     assert server_arguments(on_gpu, returns_routes=False)["disable_prefill_cuda_graph"] is True
     on_cpu = server_arguments(replace(on_gpu, device="cpu"), returns_routes=False)
     assert "disable_prefill_cuda_graph" not in on_cpu
+
+
+def test_float32_logits_are_asked_of_sglang(on_gpu: EngineConfig) -> None:
+    assert server_arguments(on_gpu, returns_routes=False)["enable_fp32_lm_head"] is False
+    wide = replace(on_gpu, float32_logits=True)
+    assert server_arguments(wide, returns_routes=False)["enable_fp32_lm_head"] is True

@@ -213,6 +213,24 @@ def test_the_fused_head_takes_one_chunk_for_any_number_of_tokens() -> None:
     assert head_bytes(QWEN3_8B, layout, rows=131_072) - around == pytest.approx(1.25 * CHUNK_BYTES)
 
 
+def test_float32_logits_take_two_more_bytes_and_no_gradient_of_the_weight() -> None:
+    from megatron_hapo.logprobs.fused_head import CHUNK_BYTES
+    from megatron_hapo.logprobs.head_products import GRADIENT_CHUNK_BYTES
+
+    rows, vocabulary = 16384, 151936
+    around = 2 * 2 * rows * 4096
+    layout = Layout(tokens_per_microbatch=rows, float32_logits=True)
+    assert head_bytes(QWEN3_8B, layout, rows=rows) - around == pytest.approx(4.75 * rows * vocabulary)
+    fused = replace(layout, output_head="fused")
+    assert head_bytes(QWEN3_8B, fused, rows=rows) - around == pytest.approx(1.5 * CHUNK_BYTES)
+    few = head_bytes(QWEN3_8B, layout, rows=512) - 2 * 2 * 512 * 4096
+    assert few == pytest.approx(4 * 512 * vocabulary + GRADIENT_CHUNK_BYTES // 2)
+    in_float32 = replace(layout, float32_logits=False, bytes_per_parameter=4)
+    assert head_bytes(QWEN3_8B, replace(in_float32, float32_logits=True), rows=rows) == head_bytes(
+        QWEN3_8B, in_float32, rows=rows
+    )
+
+
 def test_each_size_reduces_its_part() -> None:
     def parts(**settings: Any) -> Any:
         return trainer_memory(QWEN3_8B, layout_with(**settings), gpu_bytes=80 * GIB)

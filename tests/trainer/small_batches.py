@@ -22,6 +22,7 @@ def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config
         "overlap_communication": layout.pop("overlap", False),
         "distributed_optimizer": layout.pop("distributed_optimizer", True),
         "output_head": layout.pop("output_head", "logits"),
+        "float32_logits": layout.pop("float32_logits", False),
     }
     return Config.model_validate(
         {

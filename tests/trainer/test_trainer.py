@@ -54,9 +54,11 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
             {"cp": 2},
             {"cp": 2, "output_head": "fused"},
             {"tp": 2, "sequence_parallel": False, "output_head": "fused"},
+            # In float32 the same numbers by another product.
+            {"tp": 2, "sequence_parallel": False, "float32_logits": True},
         ],
         "tied": [
-            {"tp": 2, "sequence_parallel": True},
+            {"tp": 2, "sequence_parallel": True, "float32_logits": True},
             {"pp": 2},
             {"pp": 2, "vpp": 2, "recompute": "full", "output_head": "fused"},
             {"dp": 2},
@@ -73,7 +75,7 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
     4: {
         "untied": [
             {"tp": 2, "pp": 2, "sequence_parallel": True},
-            {"pp": 2, "vpp": 2, "dp": 2, "overlap": True},
+            {"pp": 2, "vpp": 2, "dp": 2, "overlap": True, "float32_logits": True},
             {"pp": 4, "max_tokens": 1},
         ],
         "moe": [{"pp": 2, "dp": 2, "ep": 2}, {"tp": 2, "etp": 2, "dp": 2, "ep": 2, "sequence_parallel": True}],
