@@ -1,4 +1,5 @@
-"""Updates of every rival do not depend on the layout or on the size of micro-batches.
+"""Updates of every rival do not depend on the layout or on the size of micro-batches, and no method's loss waits for
+the device.
 
 Metrics, sums for controllers and gradients of two updates on one batch, whose weights, per-token data and controls are
 those that the driver computes from a single rank's scores.
@@ -16,9 +17,10 @@ import pytest
 from megatron_hapo.algorithm.controllers import next_state, step_controls
 from megatron_hapo.algorithm.step_statistics import step_statistics
 from megatron_hapo.algorithm.training_batch import with_token_data
-from megatron_hapo.config import AlgorithmConfig
+from megatron_hapo.config import AlgorithmConfig, load_config
 from megatron_hapo.types import TokenScores, TrainBatch, merge_scores
 from tests.distributed import run_ranks
+from tests.host_syncs import HostSyncs
 from tests.tiny_model import write_tiny_qwen3
 from tests.trainer.test_trainer import make_batch, make_config, make_grid, update_with_gradients
 
@@ -41,6 +43,8 @@ RIVALS: dict[str, dict[str, Any]] = {
     "bapo": {"bapo": {"enabled": True, "target": 1.2}},
     "adapo": {"adapo": {"enabled": True, "target": 9.0}},
 }
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2, "max_tokens": 64},
     {"dp": 2, "max_tokens": 1, "output_head": "fused"},
@@ -53,11 +57,10 @@ def settings_of(rival: str) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate(DAPO | RIVALS[rival])
 
 
-def prepared(scores: TokenScores, rival: str, state: dict[str, float]) -> TrainBatch:
+def prepared(scores: TokenScores, algorithm: AlgorithmConfig, state: dict[str, float]) -> TrainBatch:
     """The batch as the driver hands it to the trainer; the old log-probs are off the policy, so that ratios act."""
-    algorithm = settings_of(rival)
     noise = np.random.default_rng(1).normal(0, 0.3, len(scores.log_probs)).astype(np.float32)
-    old = replace(scores, log_probs=scores.log_probs + noise)
+    old = replace(scores, log_probs=scores.log_probs + noise, reference_log_probs=scores.log_probs)
     batch = replace(
         make_batch(), old_log_probs=old.log_probs, stats=step_statistics(old, algorithm),
         controls=step_controls(state, old, algorithm),
@@ -83,13 +86,59 @@ def update_with_every_rival(rank: int, model: Path, layouts: list[dict[str, Any]
             trainer.config = config.model_copy(update={"algorithm": settings_of(rival)})
             state: dict[str, float] = {}
             for step in (1, 2):
-                batch = prepared(scores, rival, state)
+                batch = prepared(scores, settings_of(rival), state)
                 metrics, gradients = update_with_gradients(trainer, batch, step=step)
                 state = next_state(state, scores, [metrics], trainer.config.algorithm) if metrics is not None else {}
             results[rival] = (metrics, gradients, state)
         seen.append(results)
         parallel_state.destroy_model_parallel()
     return scores, seen
+
+
+def waits_of_every_method(rank: int, model: Path, layouts: list[dict[str, Any]], jobs: list[Path]) -> Any:
+    """For each layout, and each method by its name: the host waits of an update, and its micro-batches."""
+    from megatron.core import parallel_state
+
+    from megatron_hapo.trainer.trainer_rank import TrainerRank
+
+    algorithms = {job.stem: load_config(job).algorithm for job in jobs}
+    num_tokens = make_batch().num_response_tokens
+    scores = TokenScores(
+        **dict.fromkeys(
+            ("log_probs", "rollout_temperature_log_probs"), np.linspace(-6, -4, num_tokens, dtype=np.float32)
+        ),
+        entropies=np.linspace(4, 6, num_tokens, dtype=np.float32),
+    )
+    seen = []
+    for layout in layouts:
+        config = make_config(model, layout, lr=1e-6)
+        config = config.model_copy(update={"algorithm": settings_of("entropy_bonus")})  # entropies with gradient
+        trainer = TrainerRank(config, make_grid(config))
+        # The first update makes the optimizer's state.
+        trainer.update(prepared(scores, config.algorithm, {}), step=1)
+        waits = {}
+        for name, algorithm in algorithms.items():
+            trainer.config = config.model_copy(update={"algorithm": algorithm})
+            batch = prepared(scores, algorithm, {})
+            with HostSyncs() as syncs:
+                trainer.update(batch, step=2)
+            waits[name] = syncs.counts, len(trainer._microbatches(batch))
+        seen.append(waits)
+        parallel_state.destroy_model_parallel()
+    return seen
+
+
+def test_no_methods_loss_waits_for_the_device(tmp_path: Path) -> None:
+    """Of one rank, and of two that share sequences: what follows from whole responses is known to the host, or stays
+    on the device. The waits are those of any update (`test_trainer`)."""
+    model, jobs = write_tiny_qwen3(tmp_path / "model"), []
+    for path in METHODS:
+        jobs.append(tmp_path / path.name)
+        jobs[-1].write_text(f"base: [{CONFIGS}/demo_cpu.yaml, {CONFIGS}/presets/paper.yaml, {path}]\n")
+    for world_size, layout in ((1, {"tp": 1}), (2, {"cp": 2, "max_tokens": 64})):
+        for ranks in run_ranks(world_size, waits_of_every_method, model, [layout], jobs):
+            for method, (counts, microbatches) in ranks[0].items():
+                assert sum(counts.values()) <= microbatches + 7, (layout, method, counts.most_common())
 
 
 @pytest.fixture(scope="module")
