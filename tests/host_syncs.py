@@ -44,6 +44,7 @@ class HostSyncs(TorchDispatchMode):
         )
         for name in _FROM_HOST:
             self._count(torch, name, "copy from pageable memory", lambda args, kwargs: kwargs.get("device") is not None)
+        self._count(torch, "tensor", "read of a list's tensors", lambda args, kwargs: _has_tensors(args[0]))
         self._count(torch.cuda, "synchronize", "wait for all kernels", lambda args, kwargs: True)
         return super().__enter__()
 
@@ -76,6 +77,11 @@ class HostSyncs(TorchDispatchMode):
         frames = traceback.extract_stack()
         if not any(part in frame.filename for frame in frames for part in _ON_THE_HOST):
             self.counts[kind, _place(frames)] += 1
+
+
+def _has_tensors(data: Any) -> bool:
+    """Whether it is a list with tensors inside, of which torch reads one after another without an operator."""
+    return isinstance(data, list | tuple) and any(isinstance(item, torch.Tensor) or _has_tensors(item) for item in data)
 
 
 def _place(frames: traceback.StackSummary) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
 
 from megatron_hapo.checkpoint import resumable
 from megatron_hapo.config import Config
@@ -24,6 +26,7 @@ def wrap_for_training(model: Sequence[GPTModel], config: Config) -> tuple[list[A
     schedule reads.
     """
     resumable.keep_torch_adam_steps()
+    _norm_on_the_device()
     for name, parameter in named_parameters(model):
         if is_expert(name):
             # Where experts are replicated over the same ranks as all else (ep = 1, etp = tp), Megatron would put all
@@ -45,6 +48,24 @@ def wrap_for_training(model: Sequence[GPTModel], config: Config) -> tuple[list[A
         model, None, **rest
     )
     return chunks, optimizer
+
+
+def take_step(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the prepared gradients by their norm, and take the optimizer's step.
+
+    Megatron's `step` would prepare them, and read all of them for their norm, once more.
+    """
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters:
+            clip_grads.clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def wait_for_weights(chunks: Sequence[Any]) -> None:
@@ -109,3 +130,19 @@ def _gather_output_layer_in_time(chunk: GPTModel, wrapped: Any) -> None:
         wait_for = wrapped._make_forward_pre_hook()
         final_norm: Any = chunk.decoder.final_layernorm
         final_norm.register_forward_pre_hook(lambda *_: wait_for(chunk.output_layer))
+
+
+def _norm_on_the_device() -> None:
+    """Without Transformer Engine and Apex, Megatron 0.19 makes a tensor of the norms of all gradients on the host: one
+    wait for the device per parameter."""
+    module: Any = clip_grads
+    if module.l2_norm_impl is local_multi_tensor_l2_norm:
+        module.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    _chunk_size: int, _overflow: Tensor, tensor_lists: Sequence[list[Tensor]], _per_tensor: bool
+) -> tuple[Tensor, None]:
+    """L2 norm of all tensors of the first list together, [1]; the signature is Apex's `multi_tensor_l2norm`."""
+    (tensors,) = tensor_lists
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))[None], None

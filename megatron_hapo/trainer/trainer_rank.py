@@ -40,7 +40,7 @@ from megatron_hapo.resharding.transports import Sender
 from megatron_hapo.resharding.weight_buckets import BucketBuilder, EngineCut, engine_cut
 from megatron_hapo.trainer.learning_rate import LearningRate
 from megatron_hapo.trainer.offload import ReleasableMemory
-from megatron_hapo.trainer.optimizer import wait_for_weights, wrap_for_training
+from megatron_hapo.trainer.optimizer import take_step, wait_for_weights, wrap_for_training
 from megatron_hapo.trainer.reference import ReferenceWeights
 from megatron_hapo.trainer.schedule import run_microbatches, split_into_microbatches
 from megatron_hapo.types import TokenScores, TrainBatch, WeightBucket, ragged_index
@@ -186,7 +186,7 @@ class TrainerRank:
         microbatches = self._microbatches(batch)
         collected = self._run(microbatches, loss_of, forward_only=False)
         learning_rate = self._learning_rate.set(step=step)
-        # step() would clip by a NaN norm and apply the result, so check the norm first.
+        # A NaN norm would clip the gradients to NaN, so check it first.
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -194,7 +194,7 @@ class TrainerRank:
                 f"step {step}: gradient norm is {grad_norm} on rank {dist.get_rank()}; the weights were not changed. "
                 "Check loss/* and rollout/logprob_abs_diff of the last steps; a lower optimizer.lr often helps."
             )
-        self._optimizer.step()
+        take_step(self._optimizer, grad_norm)
         self._round_weights()
         if not self.layout.is_last_stage:
             return None
