@@ -3,9 +3,10 @@
     python benchmarks/float32_logits.py [--steps 2] [--model FOLDER] [--out runs/float32_logits] [key=value ...]
 
 First the head alone: random hidden states and weights with Qwen3's vocabulary, log-probs and entropies against float64
-products of the same numbers. Then `megatron-hapo train configs/demo_cpu.yaml` with engine and trainer in bfloat16, once
-with the setting and once without, from the same model (made first, a few minutes, without --model): `rollout/*` are
-differences between engine and trainer. Prints means over the steps, and the same as JSON in the last line.
+products of the same numbers. Then `megatron-hapo train examples/checked_sums/job.yaml` with engine and trainer in
+bfloat16, once with the setting and once without, from the same model (made first, a few minutes, without --model):
+`rollout/*` are differences between engine and trainer. Prints means over the steps, and the same as JSON in the last
+line.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ VOCAB, HIDDEN, ROWS = 151_936, 1024, 48
 LOGIT_DEVIATIONS = (2.0, 5.0)
 """The largest of so many normal logits is about 4.5 deviations: 9 and 22."""
 JOB = (
-    *("trainer.dtype=bfloat16", "rollout.dtype=bfloat16", "rollout.engines=1", "parallel.dp=1"),
-    *("checkpoint.hf_at_end=false", "algorithm.adaptive_temperature.enabled=false", "eval.every=20"),
+    *("trainer.dtype=bfloat16", "rollout.dtype=bfloat16", "eval.every=0"),
+    *("algorithm.adaptive_temperature.enabled=false", "batch.prompts_per_step=32", "batch.prompts_per_minibatch=32"),
 )
 METRICS = tuple(f"rollout/{name}" for name in
                 ("mismatch_kl", "mismatch_kl_p99", "logprob_abs_diff", "logprob_abs_diff_max"))  # fmt: skip
@@ -43,7 +44,7 @@ def main() -> None:
     """Measure, and print the results; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--model", type=Path, help="Hugging Face folder of a model of the demo")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder of the job's model")
     parser.add_argument("--out", type=Path, default=Path("runs/float32_logits"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for both runs")
     options = parser.parse_args()
@@ -53,12 +54,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     model = options.model or options.out / "model"
     if not (model / "tokenizer.json").exists():  # the last file that is written
-        subprocess.run([sys.executable, str(ROOT / "tools/make_demo_model.py"), str(model)], check=True)
+        command = [sys.executable, str(ROOT / "tools/make_demo_model.py"), str(model)]
+        subprocess.run([*command, "--task", "checked_sums", "--steps", "1200"], check=True)
     runs = {}
     for wide in (False, True):
         name = f"float32_logits_{str(wide).lower()}"
         settings = [f"steps={options.steps}", f"model.path={model.absolute()}", f"trainer.float32_logits={wide}"]
-        train(options.out, name, [*settings, *JOB, *options.overrides])
+        train(options.out, name, [*settings, *JOB, *options.overrides], job="examples/checked_sums/job.yaml")
         runs[wide] = measured(options.out / name)
     report_runs(console, runs)
     console.print(f"load average {os.getloadavg()[0]:.1f}")
