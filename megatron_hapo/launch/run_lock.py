@@ -28,8 +28,11 @@ from megatron_hapo.errors import HapoError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
+LONGEST_PAUSE_SECONDS = 60.0
+"""How long the Python threads of a healthy process may all stand still: while a call, such as one that page-locks
+hundreds of gigabytes, holds the interpreter's lock."""
 RENEW_SECONDS = 10.0
-WATCH_SECONDS = 30.0
+WATCH_SECONDS = 30.0 + LONGEST_PAUSE_SECONDS
 _LEASE_BYTES = 1024
 """A lease always has this size: renewing it needs no new space on a full disk."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import FileStore, HashStore
 
 from megatron_hapo.errors import HapoError, TrainingError
 from megatron_hapo.launch.torchrun import failure_detector as module
@@ -81,6 +84,50 @@ def test_a_rank_whose_heartbeat_stops_is_named(detectors) -> None:
     named = r"no heartbeat for .* from trainer rank 1 \(host, process 1\): killed"
     with pytest.raises(TrainingError, match=named), driver.raising_failures():
         threading.Event().wait(30)
+
+
+SECOND_RANK = """
+import ctypes, sys, time
+from torch.distributed import FileStore
+from megatron_hapo.launch.torchrun import failure_detector as module
+
+path, scale, pause = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+for name in ("HEARTBEAT_SECONDS", "HEARTBEAT_TIMEOUT_SECONDS", "STORE_TIMEOUT_SECONDS"):
+    setattr(module, name, getattr(module, name) * scale)
+detector = module.FailureDetector(FileStore(path, 2), rank=1, world_size=2)
+time.sleep(0.3)
+ctypes.PyDLL(None).usleep(int(1e6 * pause))  # unlike CDLL, keeps Python's lock
+time.sleep(0.3)
+assert detector.error is None, detector.error
+detector.close()
+"""
+
+
+@pytest.mark.parametrize(("share", "lost"), [(1.0, False), (2.0, True)])
+def test_a_rank_may_stand_still_for_as_long_as_a_healthy_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, lost: bool
+) -> None:
+    """Real processes, since all threads of one stand still. The times are those of a run, divided by 20 on an idle machine."""
+    scale = min(0.2, patient(0.05))
+    for name in ("HEARTBEAT_SECONDS", "HEARTBEAT_TIMEOUT_SECONDS"):
+        monkeypatch.setattr(module, name, getattr(module, name) * scale)
+    store = FileStore(str(tmp_path / "store"), 2)
+    FailureDetector.prepare(store, ["driver", "second"])
+    pause = share * module.LONGEST_PAUSE_SECONDS * scale
+    command = [sys.executable, "-c", SECOND_RANK, str(tmp_path / "store"), str(scale), str(pause)]
+    with subprocess.Popen(command) as second:
+        while store.get("heartbeat/1") == b"0":
+            assert second.poll() is None
+            time.sleep(0.01)
+        driver = FailureDetector(store, rank=0, world_size=2)
+        code = second.wait()
+        found = driver.error
+        driver.close()
+    if lost:
+        assert code != 0, "its own timer ends it as well"
+        assert "from second: killed" in str(found)
+    else:
+        assert (code, found) == (0, None)
 
 
 def test_the_other_ranks_notice_when_rank_0_is_gone(detectors) -> None:

@@ -123,6 +123,39 @@ def test_a_lease_of_another_host_is_taken_over_only_when_it_is_not_renewed(
     os.close(file)
 
 
+PAUSING_OWNER = """
+import ctypes, sys
+from pathlib import Path
+from megatron_hapo.launch import run_lock
+
+run_lock.RENEW_SECONDS = float(sys.argv[2])
+with run_lock.owned_run_folder(Path(sys.argv[1])):
+    print("owned", flush=True)
+    ctypes.PyDLL(None).usleep(int(1e6 * float(sys.argv[3])))  # unlike CDLL, keeps Python's lock
+    sys.stdin.readline()
+"""
+
+
+def test_an_owner_that_stands_still_for_as_long_as_a_healthy_one_does_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from another host, which no flock reaches; the times are those of a run, divided by 20."""
+    renew, watch, pause = (
+        seconds / 20 for seconds in (run_lock.RENEW_SECONDS, run_lock.WATCH_SECONDS, run_lock.LONGEST_PAUSE_SECONDS)
+    )
+    monkeypatch.setattr(run_lock, "WATCH_SECONDS", watch)
+    monkeypatch.setattr(run_lock, "_kernel", lambda: "another")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    command = [sys.executable, "-c", PAUSING_OWNER, str(tmp_path), str(renew), str(pause)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "owned\n"
+        with pytest.raises(HapoError, match=f"in use by process {owner.pid} on "), owned_run_folder(tmp_path):
+            pass
+        owner.communicate("\n")
+        assert owner.returncode == 0
+
+
 @pytest.mark.usefixtures("hurried")
 def test_an_owner_whose_lease_was_taken_over_ends(tmp_path: Path) -> None:
     other = {"host": "elsewhere", "kernel": "another", "pid": 7, "since": "now", "token": "x"}

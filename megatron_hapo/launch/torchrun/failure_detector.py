@@ -25,16 +25,18 @@ from torch.distributed.distributed_c10d import Store
 
 from megatron_hapo import errors
 from megatron_hapo.errors import ConfigError, HapoError, TrainingError
+from megatron_hapo.launch.run_lock import LONGEST_PAUSE_SECONDS
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNAL = signal.SIGUSR2
 """Delivers another rank's stop request to rank 0's process. Not SIGTERM, whose second arrival stops at once."""
 HEARTBEAT_SECONDS = 1.0
-HEARTBEAT_TIMEOUT_SECONDS = 30.0
+HEARTBEAT_TIMEOUT_SECONDS = 30.0 + LONGEST_PAUSE_SECONDS
 """A rank without a heartbeat for this long counts as lost."""
-_STORE_TIMEOUT_SECONDS = 45
-"""A rank whose store does not answer for this long exits: its network is gone."""
+STORE_TIMEOUT_SECONDS = 45.0 + LONGEST_PAUSE_SECONDS
+"""A rank whose store does not answer for this long exits: its network is gone. The timer runs on while the rank's
+Python stands still."""
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 5.0
 """How long a rank with an error of a library waits for the report of the rank that failed first."""
@@ -164,7 +166,7 @@ class FailureDetector:
         while not self._closed.wait(HEARTBEAT_SECONDS):
             if self._rank != 0:
                 # A store on a host that is cut off does not even refuse connections: only this timer ends the wait.
-                faulthandler.dump_traceback_later(_STORE_TIMEOUT_SECONDS, exit=True)
+                faulthandler.dump_traceback_later(STORE_TIMEOUT_SECONDS, exit=True)
             count += 1
             try:
                 error = self._beat(heartbeats, count)
