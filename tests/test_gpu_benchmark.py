@@ -1,4 +1,4 @@
-"""The suite for one GPU runs on a CPU at toy sizes, with the few packages that it is meant to need."""
+"""The suites for GPUs run on a CPU at toy sizes, the one for one GPU with the few packages that it is meant to need."""
 
 from __future__ import annotations
 
@@ -44,15 +44,28 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
     assert "no CUDA device; --toy runs the same code on a CPU" in answer.stderr
 
 
+def test_weight_transports_are_measured_on_either_device() -> None:
+    """On a CPU the same code as with `--device cuda`, which a machine without a GPU refuses."""
+    answer = run("benchmarks/weight_transport.py", "--model", "toy", "--repeats", "1", "--engine-tp", "2")
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
+    report = json.loads(answer.stdout.splitlines()[-1])
+    assert [row["transport"] for row in report["transports"]] == ["plain copy", "shared memory", "messages (gloo)"]
+    assert all(row["seconds"] > 0 for row in report["transports"])
+    answer = run("benchmarks/weight_transport.py", "--device", "cuda")
+    assert answer.returncode == 2
+    assert "no CUDA device; without --device the same code runs on a CPU" in answer.stderr
+
+
 def run_toy(packages: Path, *parts: str, toy: bool = True) -> subprocess.CompletedProcess[str]:
     """The benchmark, with these modules in front of the installed ones."""
-    command = [
-        sys.executable,
-        "benchmarks/gpu.py",
-        *(["--toy"] if toy else []),
-        *(["--parts", *parts] if parts else []),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = [*(["--toy"] if toy else []), *(["--parts", *parts] if parts else [])]
+    return run("benchmarks/gpu.py", *options, PYTHONPATH=str(packages))
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark in a process that sees no GPU."""
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(300), check=False
-    )
+        [sys.executable, *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(300), check=False,
+    )  # fmt: skip

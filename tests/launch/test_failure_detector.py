@@ -107,7 +107,7 @@ detector.close()
 def test_a_rank_may_stand_still_for_as_long_as_a_healthy_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, lost: bool
 ) -> None:
-    """Real processes, since all threads of one stand still. The times are those of a run, divided by 20 on an idle machine."""
+    """Real processes, since all threads of one stand still. On an idle machine a run's times are divided by 20."""
     scale = min(0.2, patient(0.05))
     for name in ("HEARTBEAT_SECONDS", "HEARTBEAT_TIMEOUT_SECONDS"):
         monkeypatch.setattr(module, name, getattr(module, name) * scale)
