@@ -9,17 +9,20 @@ of it as JSON. The exit code is 1 if a part failed. `--toy`: sizes for a CPU, wh
 CUDA IPC and NCCL; its times mean nothing.
 
 - kernels: the Triton kernels against their twins in torch, also beyond 2^31 logits, with GB/s next to a plain copy
-- head: the fused output head, TFLOP/s and peak memory, against the plain one
-- slots: transfers between two processes through slots of three sizes, GB/s next to a plain copy
+- head: the fused output head, TFLOP/s and peak memory, against the plain one; also with float32 logits
+- slots: transfers between two processes through slots of three sizes, GB/s next to a plain copy; with torch_memory_saver
+  installed also into memory that is paused and resumed in between
 - rank: a trainer rank: updates, checkpoint, reload, memory turns; the optimizer on the host with 1 and with all threads
 - layers: four layers of Qwen3-8B's shape on micro-batches of random lengths, by padded rectangles and without padding
-- hook: the sampler's adaptive temperature at 256 x 151,936, without one wait of the host
+- hook: the sampler's adaptive temperature at 256 x 151,936, without one wait of the host; the sort of a seeded top-p
 - bits: checksums and float8 rounding, equal to the CPU's
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -241,13 +244,15 @@ def head(sizes: Sizes) -> dict[str, Any]:
     hidden = normal(sizes.head_rows, sizes.hidden).requires_grad_()
     found: dict[str, Any] = {}
 
-    def run(rows: int, *, fused: bool) -> list[Tensor]:
+    def run(rows: int, *, fused: bool, float32_logits: bool = False) -> list[Tensor]:
         weight.grad = hidden.grad = None
         part = hidden[:rows]
         if fused:
-            log_probs, entropies = fused_log_probs_and_entropy(part, weight, targets[:rows])
+            scores = fused_log_probs_and_entropy(part, weight, targets[:rows], float32_logits=float32_logits)
         else:
-            log_probs, entropies = vocab_parallel_log_probs_and_entropy(part @ weight.t(), targets[:rows])
+            logits = part.float() @ weight.float().t() if float32_logits else part @ weight.t()
+            scores = vocab_parallel_log_probs_and_entropy(logits, targets[:rows])
+        log_probs, entropies = scores
         (log_probs.sum() + entropies.sum()).backward()
         assert hidden.grad is not None
         return [log_probs.detach(), entropies.detach(), hidden.grad[:rows].clone()]
@@ -255,6 +260,10 @@ def head(sizes: Sizes) -> dict[str, Any]:
     few = min(sizes.head_rows, 512)
     for mine, other in zip(run(few, fused=True), run(few, fused=False), strict=True):
         assert error_of(mine, other) < 0.05
+    wide = [run(few, fused=fused, float32_logits=True) for fused in (True, False)]
+    found["float32 logits error"] = error_of(wide[0][0], wide[1][0])
+    assert found["float32 logits error"] < 1e-3, found  # TF32 is off by default
+    del wide
     if sizes.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if sizes.device == "cuda" else 0
@@ -262,17 +271,25 @@ def head(sizes: Sizes) -> dict[str, Any]:
     products = 4 * 2 * sizes.head_rows * sizes.hidden * sizes.vocab  # logits twice, and the gradients of both factors
     found |= {"ms": round(1e3 * seconds, 1), "TFLOP/s": round(products / seconds / 1e12, 2)}
     found |= {"peak MiB": (peak_bytes(sizes) - held) >> 20, "chunk MiB": CHUNK_BYTES >> 20}
+    seconds = seconds_of(lambda: run(sizes.head_rows, fused=True, float32_logits=True), sizes)
+    found["float32 logits ms"] = round(1e3 * seconds, 1)
     return found
 
 
 def slots(sizes: Sizes) -> dict[str, Any]:
     """Transfers of one matrix between two processes; on one GPU by CUDA IPC, on a CPU through shared memory."""
     found: dict[str, Any] = {}
-    for mib in sizes.slots_mib:
+    kinds = [(mib, False) for mib in sizes.slots_mib]
+    if sizes.device == "cuda" and importlib.util.find_spec("torch_memory_saver"):
+        kinds.append((sizes.slots_mib[1], True))
+    else:
+        found["paused memory"] = "needs a GPU and torch_memory_saver"
+    for mib, paused in kinds:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             sender = multiprocessing.get_context("spawn").Process(target=send_slots, args=(folder, mib, sizes))
             sender.start()
-            found[f"{mib} MiB GB/s"] = receive_slots(folder, mib, sizes)
+            rate = receive_slots(folder, mib, sizes, paused=paused)
+            found[f"{mib} MiB{', into paused memory' if paused else ''} GB/s"] = rate
             sender.join(30)
             assert sender.exitcode == 0
     found["copy GB/s"] = copy_gbs(sizes, 16 * max(sizes.slots_mib) << 20)
@@ -308,14 +325,27 @@ def send_slots(folder: str, mib: int, sizes: Sizes) -> None:
         sender.send([channel], {"weight": matrix}, transfer_in(folder, sync, mib))
 
 
-def receive_slots(folder: str, mib: int, sizes: Sizes) -> float:
-    """The engine's side; the best rate after the first transfer."""
+def receive_slots(folder: str, mib: int, sizes: Sizes, *, paused: bool) -> float:
+    """The engine's side; the best rate after the first transfer.
+
+    Args:
+        paused: release and restore the engine's memory before each transfer, as a colocated trainer's turn does.
+    """
     from megatron_hapo.resharding.transports import Receiver
 
     channel, rows = one_channel(sizes, mib)
-    matrix, receiver = torch.zeros(rows, 1024, dtype=torch.bfloat16, device=sizes.device), Receiver()
-    rates = []
+    saver: Any = None
+    if paused:
+        from torch_memory_saver import torch_memory_saver as saver  # type: ignore[import-not-found]
+
+        saver.hook_mode = "torch"  # the other mode needs LD_PRELOAD
+    with saver.region() if saver else contextlib.nullcontext():
+        matrix = torch.zeros(rows, 1024, dtype=torch.bfloat16, device=sizes.device)
+    receiver, rates = Receiver(), []
     for sync in range(sizes.repeats + 1):
+        if saver:
+            saver.pause()
+            saver.resume()
         start = time.perf_counter()
         moved = receiver.receive(
             {0: channel.targets}, {"weight": matrix}, transfer_in(folder, sync, mib), engine=0, engine_rank=0
@@ -427,6 +457,7 @@ def layers(sizes: Sizes) -> dict[str, Any]:
     from megatron_hapo.model import parallel_layout
     from megatron_hapo.model.build import build_model
     from megatron_hapo.model.packed_attention import PackedFormat, packed_params
+    from megatron_hapo.sizing.from_config import peak_flops
     from megatron_hapo.sizing.memory import activation_bytes
     from megatron_hapo.sizing.parameters import Layout
     from megatron_hapo.sizing.throughput import model_flops
@@ -477,6 +508,8 @@ def layers(sizes: Sizes) -> dict[str, Any]:
         flops = model_flops(shape, tokens=sizes.tokens, length=length, response_share=0)
         found[f"{packed_format} ms"] = round(1e3 * seconds, 1)
         found[f"{packed_format} TFLOP/s"] = round(flops / seconds / 1e12, 2)
+        if peak := peak_flops(sizes.device):
+            found[f"{packed_format} MFU"] = round(flops / seconds / peak, 3)
         found[f"{packed_format} peak MiB"] = (peak_bytes(sizes) - held) >> 20
         found[f"{packed_format} host syncs"] = waits_of(lambda: run(batches[1]), sizes)
     first, second = (found[f"{form} mean square"] for form in forms)
@@ -525,7 +558,11 @@ def hook(sizes: Sizes) -> dict[str, Any]:
     finally:
         if sizes.device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    return {"entropy error": error, "ms": round(1e3 * seconds_of(step, sizes), 3)}
+    return {
+        "entropy error": error,
+        "ms": round(1e3 * seconds_of(step, sizes), 3),
+        "sort ms": round(1e3 * seconds_of(lambda: logits.sort(-1, descending=True), sizes), 3),
+    }
 
 
 def bits(sizes: Sizes) -> dict[str, Any]:

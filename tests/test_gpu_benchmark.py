@@ -26,6 +26,8 @@ def test_every_part_runs_without_the_packages_of_the_other_parts(tmp_path: Path)
     assert all(report[part]["seconds"] > 0 for part in list(report)[1:])
     assert report["rank"]["update s"] > 0
     assert report["layers"]["varlen ms"] > 0
+    assert report["head"]["float32 logits ms"] > 0
+    assert report["hook"]["sort ms"] > 0
 
 
 def test_a_part_that_fails_is_reported_and_the_next_one_still_runs(tmp_path: Path) -> None:

@@ -266,6 +266,30 @@ def test_the_gpu_set_up_resolves(tmp_path):
     assert GPU_ONLY.keys() <= resolved
 
 
+@pytest.mark.slow
+def test_the_gpu_lock_can_be_installed(tmp_path):
+    """What `make setup-gpu` asks for resolves to exactly the lock, whose GPU packages all have wheels. Reads metadata
+    only. Needs the package index."""
+    uv = Path(sys.executable).parent / "uv"
+    if not uv.is_file():
+        pytest.skip("no uv beside this Python: not set up by make")
+    lock, out, wheels = ROOT / "requirements/gpu/lock.txt", tmp_path / "resolved.txt", tmp_path / "gpu.txt"
+    asked = [ROOT / "requirements" / name for name in ("pins.txt", "dev.txt")]
+    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--constraints", lock, *asked]
+    platform = ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_34"]
+    subprocess.run(
+        [*map(str, command), *platform, "--output-file", str(out)], check=True, cwd=ROOT, timeout=patient(600)
+    )
+    assert [line for line in out.read_text().splitlines() if "==" in line] == [
+        line for line in lock.read_text().splitlines() if "==" in line
+    ]
+    wheels.write_text("".join(f"{GPU_LOCK[name]}\n" for name in sorted(GPU_LOCK.keys() - LOCK.keys())))
+    command = [uv, "pip", "install", "--dry-run", "--no-deps", "--only-binary", ":all:", "--requirements", wheels]
+    subprocess.run(
+        [*map(str, command), *platform, "--target", str(tmp_path / "packages")], check=True, timeout=patient(600)
+    )
+
+
 def test_the_project_is_installed_with_its_entry_points():
     from importlib.metadata import entry_points
 
