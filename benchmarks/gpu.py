@@ -10,8 +10,8 @@ CUDA IPC and NCCL; its times mean nothing.
 
 - kernels: the Triton kernels against their twins in torch, also beyond 2^31 logits, with GB/s next to a plain copy
 - head: the fused output head, TFLOP/s and peak memory, against the plain one; also with float32 logits
-- slots: transfers between two processes through slots of three sizes, GB/s next to a plain copy; with torch_memory_saver
-  installed also into memory that is paused and resumed in between
+- slots: transfers between two processes through slots of three sizes, GB/s next to a plain copy; where
+  torch_memory_saver is installed, also into memory that is paused and resumed in between
 - rank: a trainer rank: updates, checkpoint, reload, memory turns; the optimizer on the host with 1 and with all threads
 - layers: four layers of Qwen3-8B's shape on micro-batches of random lengths, by padded rectangles and without padding
 - hook: the sampler's adaptive temperature at 256 x 151,936, without one wait of the host; the sort of a seeded top-p
