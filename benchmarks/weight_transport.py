@@ -84,7 +84,7 @@ def main() -> int:
         host="127.0.0.1", port=port, generation=0, trainer_ranks=arguments.trainer_tp, engine_ranks=arguments.engine_tp,
         ranks_per_engine=arguments.engine_tp, backend="nccl" if on_gpu else "gloo", hosts=tuple(range(len(ranks))),
     )  # fmt: skip
-    transports = {"memory of a GPU" if on_gpu else "shared memory": None}
+    transports: dict[str, Rendezvous | None] = {"memory of a GPU" if on_gpu else "shared memory": None}
     if len(set(devices)) == len(ranks) or not on_gpu:  # NCCL refuses two ranks on one GPU
         transports[f"messages ({rendezvous.backend})"] = rendezvous
     rows = [plain_copy(num_bytes, arguments.repeats, devices[0])]
