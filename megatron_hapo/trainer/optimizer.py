@@ -145,4 +145,4 @@ def _l2_norm(
 ) -> tuple[Tensor, None]:
     """L2 norm of all tensors of the first list together, [1]; the signature is Apex's `multi_tensor_l2norm`."""
     (tensors,) = tensor_lists
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))[None], None
+    return torch.nn.utils.get_total_norm(tensors)[None], None
