@@ -89,7 +89,8 @@ class EntropyConfig(Section):
 
 
 class ImportanceCorrectionConfig(Section):
-    """Truncated importance sampling: the loss is weighted by pi_old / pi_engine."""
+    """Truncated importance sampling: the loss is weighted by pi_old / pi_engine. With stale rollouts, `token` and
+    `clip` are the decoupled PPO objective with bounded weights."""
 
     level: Literal["none", "token", "sequence"] = "none"
     """`none`: no correction. `token`: one weight for each token. `sequence`: one weight for each response."""

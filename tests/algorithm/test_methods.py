@@ -320,6 +320,38 @@ def test_the_importance_correction_weighs_the_gradient():
     assert with_scores(batch, scores, algorithm())[0].weights is None
 
 
+def test_the_token_correction_is_the_decoupled_objective():
+    """Behaviour, proximal and current policy differ; four tokens of one response, clip range 0.2, worked out by hand.
+
+    token  behaviour  proximal  current   w    u    A    w min(u A, clip(u) A)          gradient flows
+    1      0.5        0.4       0.44      0.8  1.1  +1   0.8 * 1.1           =  0.88    yes
+    2      0.2        0.3       0.39      1.5  1.3  +1   1.5 * 1.2           =  1.80    no: clipped
+    3      0.4        0.2       0.14      0.5  0.7  -1   0.5 * max(.7, .8) * -1 = -0.40 no: clipped
+    4      0.1        0.4       0.52      4.0  1.3  -1   4.0 * 1.3 * -1      = -5.20    yes
+
+    With one ratio to the behaviour policy, token 2 (1.95) would be clipped at 1.2, and token 3 (0.35) at 0.8.
+    """
+    behaviour, proximal, current = ([0.5, 0.2, 0.4, 0.1], [0.4, 0.3, 0.2, 0.4], [0.44, 0.39, 0.14, 0.52])
+    settings = algorithm(importance_correction={"level": "token", "max_weight": 1e6})
+    parts = []
+    for advantage, tokens in ((1.0, slice(0, 2)), (-1.0, slice(2, 4))):
+        batch = TrainBatch(
+            token_ids=np.zeros(3, np.int32), sequence_lengths=np.array([3]), response_lengths=np.array([2]),
+            temperatures=np.ones(2, np.float32), rollout_log_probs=np.log(behaviour[tokens], dtype=np.float32),
+            advantages=np.array([advantage], np.float32),
+        )  # fmt: skip
+        old = np.log(proximal[tokens], dtype=np.float32)
+        scores = TokenScores(log_probs=old, rollout_temperature_log_probs=old, entropies=np.ones(2, np.float32))
+        scored, _ = with_scores(batch, scores, settings)
+        log_probs = torch.tensor(current[tokens]).log().requires_grad_()
+        loss, _ = policy_loss(log_probs, torch.ones(2), as_microbatch(scored), settings, num_tokens=4)
+        loss.backward()
+        parts.append((loss.item(), log_probs.grad))
+    assert [loss for loss, _ in parts] == pytest.approx([-(0.88 + 1.8) / 4, (0.4 + 5.2) / 4], rel=1e-5)
+    expected = [-0.88 / 4, 0, 0, 5.2 / 4]
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]), torch.tensor(expected))
+
+
 def test_the_mismatch_is_measured_at_one_temperature_with_its_quantiles():
     batch, scores = scored_batch()
     difference = scores.rollout_temperature_log_probs - batch.rollout_log_probs

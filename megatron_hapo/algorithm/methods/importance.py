@@ -6,8 +6,22 @@ The numerator is at the base temperature, that of the trained policy, so w corre
 the engine's arithmetic. A response's weight is the product over its tokens. `clip` takes min(w, max_weight); `mask`
 gives weight 0 where w lies outside [1 / max_weight, max_weight], else w. The weight is a constant of the step.
 
-Source: "Your efficient RL framework secretly brings you off-policy RL training" (Yao et al. 2025, token level, clip);
-sequence level and masks as in later work on the same mismatch, "When speed kills stability" (Liu et al. 2025).
+With `level: token` and `mode: clip` this is the decoupled objective of asynchronous training, with the weight bounded:
+three policies, of which the behaviour policy pi_engine sampled the token, possibly with older weights, the proximal
+policy pi_old is the center of the trust region, and the current policy pi is trained.
+
+    J = E_engine[ sum_t  pi_old / pi_engine  min( u_t A_t, clip(u_t, 1 - low, 1 + high) A_t ) ],   u_t = pi / pi_old
+
+The weight is not negative, so multiplying A_t by it before the minimum is the same. The proximal policy is that before
+the step's first update, whose log-probs the trainer computes, as in AReaL; w is 1 where engine and trainer agree and
+nothing is stale. Without decoupling the ratio would be pi / pi_engine, and its clipping would hold the policy to the
+older weights. The objective has no bound on w; AReaL's implementation drops tokens above one, `mask` also those below
+another.
+
+Sources: "Your efficient RL framework secretly brings you off-policy RL training" (Yao et al. 2025, token level, clip);
+sequence level and masks as in later work on the same mismatch, "When speed kills stability" (Liu et al. 2025). The
+decoupled objective: "Batch size-invariance for policy optimization" (Hilton et al., arXiv:2110.00641); for asynchronous
+training of LLMs AReaL, arXiv:2505.24298, "decoupled PPO objective".
 """
 
 from __future__ import annotations
