@@ -13,7 +13,6 @@ from megatron_hapo.algorithm.step_statistics import steering, step_statistics
 from megatron_hapo.algorithm.training_batch import training_batch
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints, RunState
 from megatron_hapo.config import Config
-from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.memory_turns import MemoryTurns
 from megatron_hapo.observe.metrics import MetricsLogger, StepClock
 from megatron_hapo.observe.profiling import StepProfiler
@@ -23,7 +22,6 @@ from megatron_hapo.observe.step_metrics import step_metrics, unreplayed_metrics
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.rollout.collect import Collected, GroupSource, training_sampling
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluate
-from megatron_hapo.rollout.source import Generation, RolloutSource
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.types import EntropyStats, TokenScores, TrainBatch, pack_groups
 
@@ -53,8 +51,6 @@ class Driver:
     """Set by a signal handler: the loop ends after the current step."""
     saved_step: int = field(default=0, init=False)
     """Step of the newest checkpoint that the driver has read or written; 0: none."""
-    _prompts_after: dict[int, SamplerState] = field(default_factory=dict, init=False)
-    """Step -> state of the groups' source after that step's generation."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
@@ -64,14 +60,10 @@ class Driver:
             with stage("eval"):
                 metrics = self._evaluate(0)
             self.logger.log(0, metrics)
-        rollouts = RolloutSource(
-            self._generation, ahead=config.async_.max_staleness, last_step=config.steps,
-            is_stuck=lambda: self.pool.waits_for_sync, restore=self.turns.restore_engines,
-        )  # fmt: skip
         while step < config.steps and not self.stop_requested:
             step += 1
             with stage(f"step {step}"), self.profiler.clock(step) as clock:
-                metrics = self.train_step(step, rollouts, clock)
+                metrics = self.train_step(step, clock)
                 if self._evaluates(step):
                     with clock("eval"):
                         metrics |= self._evaluate(step)
@@ -82,9 +74,9 @@ class Driver:
         if self.saved_step != step:
             self._save(step)
 
-    def train_step(self, step: int, rollouts: RolloutSource, clock: StepClock) -> dict[str, float]:
+    def train_step(self, step: int, clock: StepClock) -> dict[str, float]:
         """One step of the paper's loop and its metrics; step counts from 1."""
-        collected = self._generate(step, rollouts, clock)
+        collected = self._generate(step, clock)
         batch, scores = self._score(collected, clock)
         route_metrics = self._route_metrics(batch, step, clock)
         algorithm = self.config.algorithm
@@ -95,10 +87,10 @@ class Driver:
         parts, updates, tokens = self._update(batch, step, clock, num_recorded)
         self.controllers = next_state(self.controllers, scores, updates, algorithm)
         if self.records is not None and num_recorded:
-            collection = collected.details | {"prompts": self._prompts_after[step]}
+            collection = collected.details | {"prompts": self.groups.state()}
             self.records.add_step(step, collected.groups, batch, scores, tokens, collection=collection)
         self._write_checkpoint(step, clock)
-        self._sync_weights(step, rollouts, clock)
+        self._sync_weights(step, clock)
         metrics = step_metrics(
             groups=collected.groups, kept_share=collected.kept_share, batch=batch, scores=scores, stats=self.stats,
             updates=updates, step=step,
@@ -111,9 +103,10 @@ class Driver:
             **self.utilization.of_batches(parts),
         }
 
-    def _generate(self, step: int, rollouts: RolloutSource, clock: StepClock) -> Collected:
+    def _generate(self, step: int, clock: StepClock) -> Collected:
         """The step's groups with their rewards; afterwards the memory is the trainer's."""
-        collected = rollouts.take(step, clock)
+        adaptive = steering(self.config.algorithm, self.stats)
+        collected = self.groups.collect(step, training_sampling(self.config, step=step, adaptive=adaptive), clock)
         with clock("memory_turn"):
             self.turns.to_trainer()
         return collected
@@ -158,24 +151,12 @@ class Driver:
                 self.trainer.replace_reference()
             return parts, *updated
 
-    def _sync_weights(self, step: int, rollouts: RolloutSource, clock: StepClock) -> None:
+    def _sync_weights(self, step: int, clock: StepClock) -> None:
         """Brings the new weights into the engines."""
-        if self.config.weight_sync.in_flight == "finish":  # otherwise the pool deals with what is being generated
-            rollouts.wait(clock)
+        if self.config.weight_sync.in_flight == "finish":  # otherwise the engines deal with what is being generated
+            self.groups.settle(clock)
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
-
-    def _generation(self, step: int) -> Generation:
-        """The function that collects a step's groups, sampled as the current statistics require."""
-        adaptive = steering(self.config.algorithm, self.stats)
-        sampling = training_sampling(self.config, step=step, adaptive=adaptive)
-
-        def collect(clock: StepClock) -> Collected:
-            collected = self.groups.collect(step, sampling, clock)
-            self._prompts_after[step] = self.groups.state()
-            return collected
-
-        return collect
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.records is None:
@@ -195,17 +176,18 @@ class Driver:
                 self.trainer.export_hf(self.config.run_dir.absolute() / "hf_steps" / f"step_{step:08d}")
 
     def _save(self, step: int) -> None:
-        # Prompts of rollouts generated ahead do not count as used: a resumed run generates them again.
-        prompts = self._prompts_after.get(step, self.groups.state())
-        self.checkpoints.save(
-            RunState(step=step, prompts=prompts, stats=self.stats, controllers=self.controllers), self.trainer
+        # The state first: what finishes in between is among the finished groups as well, which then decide.
+        prompts, finished = self.groups.state(), self.groups.finished_groups()
+        state = RunState(
+            step=step, prompts=prompts, stats=self.stats, controllers=self.controllers, finished_groups=finished
         )
+        self.checkpoints.save(state, self.trainer)
         self.saved_step = step
 
     def _resume(self) -> int:
         state = self.checkpoints.newest(self.trainer)
         if state is None:
             return 0
-        self.groups.restore(state.prompts)
+        self.groups.restore(state.prompts, state.finished_groups)
         self.stats, self.controllers, self.saved_step = state.stats, state.controllers, state.step
         return state.step

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Protocol
 
 from megatron_hapo.errors import HapoError, RolloutError, WeightSyncError
-from megatron_hapo.types import InFlight, Prompt, Rollout, Sampling, Score, TokenScores, TrainBatch, WeightBucket
+from megatron_hapo.types import (
+    GroupRequest,
+    InFlight,
+    Prompt,
+    Rollout,
+    Sampling,
+    Score,
+    TokenScores,
+    TrainBatch,
+    WeightBucket,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,13 +211,13 @@ class Trainer(Protocol):
 class RolloutEngine(Protocol):
     """The verbs of one rollout engine."""
 
-    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[Finished]:
-        """Start `sampling.samples` responses to each of these prompts, and wait until one of the call's has finished.
+    def advance(self, call: int, requests: Mapping[int, GroupRequest]) -> list[Finished]:
+        """Start the responses of these groups, and wait until one of the call's has finished.
 
         Args:
             call: the generation call to which the responses belong. It advances until it has all of them, in one
                 thread at a time.
-            prompts: by number; responses come back under the same number.
+            requests: by number; responses come back under the same number.
         Returns:
             The call's responses that have finished since it last advanced, at least one.
         """
@@ -288,6 +298,15 @@ class RolloutPool(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
         """A group of `sampling.samples` rollouts for each prompt, in the prompts' order. Survives an engine's death."""
+        ...
+
+    def stream(self, requests: Callable[[], GroupRequest | None]) -> Iterator[tuple[GroupRequest, list[Rollout]]]:
+        """Groups as they finish, in no particular order; survives an engine's death.
+
+        Args:
+            requests: asked whenever an engine has room for another group; None: there is none now. The stream ends
+                when every group has finished and there is none.
+        """
         ...
 
     def broadcast[**P, R](

@@ -71,7 +71,7 @@ class AdaptiveTemperature:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample; the same for all prompts of a call."""
+    """How to sample the responses to a prompt."""
 
     samples: int
     """Responses to each prompt."""
@@ -90,6 +90,14 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     adaptive: AdaptiveTemperature | None = None
     """None samples every token at the base temperature."""
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A group that an engine is to generate: `sampling.samples` responses to one prompt."""
+
+    prompt: Prompt
+    sampling: Sampling
 
 
 @dataclass(frozen=True)

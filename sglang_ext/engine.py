@@ -26,7 +26,7 @@ from megatron_hapo.private_folder import PrivateFolder
 from megatron_hapo.protocols import Finished
 from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.receiving import ReceiveRequest
-from megatron_hapo.types import InFlight, Prompt, Sampling, WeightBucket
+from megatron_hapo.types import GroupRequest, InFlight, WeightBucket
 from sglang_ext import receive, self_test, verify
 from sglang_ext.engine_config import EngineConfig, check_engine_config, server_arguments
 from sglang_ext.engine_state import EngineState, Verb, Weights
@@ -104,8 +104,8 @@ class Engine:
     # ----- generation
 
     @recorded
-    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[Finished]:
-        """Starts `sampling.samples` responses to each of these prompts, and waits until one of the call's has finished.
+    def advance(self, call: int, requests: Mapping[int, GroupRequest]) -> list[Finished]:
+        """Starts the responses of these groups, and waits until one of the call's has finished.
 
         A response depends on (sampling.seed, prompt.uid, sample index) and on the weights, not on the other prompts,
         except for rounding: batches of other sizes may use other matrix kernels.
@@ -113,7 +113,7 @@ class Engine:
         Args:
             call: the generation call to which the responses belong. It advances until it has all of them, in one
                 thread at a time.
-            prompts: by number; responses come back under the same number.
+            requests: by number; responses come back under the same number.
         Returns:
             The call's responses that have finished since it last advanced, at least one.
         Raises:
@@ -121,11 +121,13 @@ class Engine:
                 does not allow generation.
         """
         self._state.check("advance")
-        self._check_lengths(list(prompts.values()), sampling)
+        for request in requests.values():
+            self._check_length(request)
         state = self._calls.setdefault(call, _Call())
-        if prompts:
-            state.unfinished += sampling.samples * len(prompts)
-            state.started.append(self._loop.start(self._respond_to_all(prompts, sampling, state)))
+        if requests:
+            state.unfinished += sum(request.sampling.samples for request in requests.values())
+            started = self._loop.start(self._respond_to_all(requests, state))
+            state.started = [*(earlier for earlier in state.started if not earlier.done()), started]
         finished: list[Any] = [state.finished.get()]
         while not state.finished.empty():
             finished.append(state.finished.get())
@@ -137,27 +139,27 @@ class Engine:
                 raise response
         return finished
 
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        longest = max((len(p.token_ids) for p in prompts), default=0)
-        tokens = longest + sampling.max_response_tokens
-        if tokens > self._config.context_tokens:
+    def _check_length(self, request: GroupRequest) -> None:
+        length, longest = len(request.prompt.token_ids), request.sampling.max_response_tokens
+        if length + longest > self._config.context_tokens:
             raise RolloutError(
-                f"a prompt of {longest} tokens and max_response_tokens={sampling.max_response_tokens} need {tokens} "
-                f"tokens; the engine was started with context_tokens={self._config.context_tokens}"
+                f"a prompt of {length} tokens and max_response_tokens={longest} need {length + longest} tokens; the "
+                f"engine was started with context_tokens={self._config.context_tokens}"
             )
 
-    async def _respond_to_all(self, prompts: Mapping[int, Prompt], sampling: Sampling, call: _Call) -> None:
+    async def _respond_to_all(self, requests: Mapping[int, GroupRequest], call: _Call) -> None:
         # Samples of a prompt are adjacent: after the first prefill batch the prefix cache serves the others.
         # SGLang's own `n` would give all samples of a prompt the same seed.
         await asyncio.gather(
             *(
-                self._respond(number, prompt, index, sampling, call)
-                for number, prompt in prompts.items()
-                for index in range(sampling.samples)
+                self._respond(number, request, index, call)
+                for number, request in requests.items()
+                for index in range(request.sampling.samples)
             )
         )
 
-    async def _respond(self, number: int, prompt: Prompt, index: int, sampling: Sampling, call: _Call) -> None:
+    async def _respond(self, number: int, request: GroupRequest, index: int, call: _Call) -> None:
+        prompt, sampling = request.prompt, request.sampling
         seed = sample_seed(sampling.seed, prompt.uid, index)
         routes = self._routes if sampling.keep_routes else None
         try:

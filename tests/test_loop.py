@@ -41,10 +41,11 @@ from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.observe.record_schema import Origin, vocabulary_fingerprint
 from megatron_hapo.observe.records import open_records
 from megatron_hapo.reward.pool import ProcessRewardPool
-from megatron_hapo.rollout.collect import SampledGroups, training_sampling
+from megatron_hapo.rollout.collect import training_sampling
 from megatron_hapo.rollout.evaluation import evaluation_sets
+from megatron_hapo.rollout.group_stream import GroupStream
 from megatron_hapo.sizing.utilization import Utilization
-from megatron_hapo.types import Prompt, Sampling, Score, pack_rollouts
+from megatron_hapo.types import GroupRequest, Prompt, Sampling, Score, pack_rollouts
 from megatron_hapo.weight_sync import DirectSync, GatherSync, open_weight_sync
 from tests.observe.test_metrics import documented_metrics
 from tests.time_limits import patient
@@ -105,11 +106,29 @@ def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class Recorder:
-    """A rollout pool that records everything it generates."""
+    """A rollout pool that records everything it generates, also groups of training, in the order of their prompts."""
 
     def __init__(self, pool: RayRolloutPool):
         self._pool = pool
         self.generated: list[tuple[Sampling, list[Any]]] = []
+
+    def stream(self, requests: Any) -> Iterator[Any]:
+        """The pool's groups, which are recorded by the batches in which their prompts were drawn."""
+        asked: list[GroupRequest] = []
+        groups: dict[int, list[Any]] = {}
+
+        def next_request() -> GroupRequest | None:
+            request = requests()
+            asked.extend([] if request is None else [request])
+            return request
+
+        for request, group in self._pool.stream(next_request):
+            groups[id(request)] = group
+            yield request, group
+        for seed in dict.fromkeys(request.sampling.seed for request in asked):
+            batch = [request for request in asked if request.sampling.seed == seed]
+            rollouts = [rollout for request in batch for rollout in groups[id(request)]]
+            self.generated.append((batch[0].sampling, rollouts))
 
     def generate(self, prompts: list[Prompt], sampling: Sampling):
         """The pool's groups, which are recorded."""
@@ -147,16 +166,19 @@ def finished_run(config: Config, pool: RayRolloutPool, *, rewards: Any = None) -
         logger = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         origin = Origin(model_fingerprint(config.model.path), vocabulary_fingerprint(tokenizer))
         start_step = checkpoints.newest_step()
+        turns = MemoryTurns(config, trainer, recorder, weight_sync)
+        groups = GroupStream(
+            config, recorder, rewards, training_prompts(config, tokenizer), restore_engines=turns.restore_engines
+        )
+        stack.callback(groups.close)
         driver = Driver(
             config=config,
             records=stack.enter_context(open_records(config, tokenizer, origin, start_step=start_step)),
             trainer=trainer,
             pool=recorder,
-            turns=MemoryTurns(config, trainer, recorder, weight_sync),
+            turns=turns,
             rewards=rewards,
-            groups=SampledGroups(
-                config=config, pool=recorder, rewards=rewards, prompts=training_prompts(config, tokenizer)
-            ),
+            groups=groups,
             eval_sets=evaluation_sets(config, eval_prompts),
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
@@ -337,10 +359,9 @@ def assert_step_is_traced(folder: Path, config: Config) -> None:
     assert list(rows.values()) == ["driver", *ranks, *engines, *workers]
     spans = [(rows[e["pid"]], e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
     stages = [(name, begin, end) for row, name, begin, end in spans if row == "driver"]
-    assert {name for name, _, _ in stages} >= {"rollout", "reward", "log_probs", "update", "weight_sync"}
+    assert {name for name, _, _ in stages} >= {"rollout_wait", "log_probs", "update", "weight_sync"}
     where = {
-        "advance": ("rollout", "eval"),
-        "score": ("reward", "eval"),
+        **dict.fromkeys(("advance", "score"), ("rollout_wait", "eval")),
         **{name: (name,) for name in ("log_probs", "update")},
         "updated_tokens": ("update",),
         "save_checkpoint": ("checkpoint",),

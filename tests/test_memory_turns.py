@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -23,9 +23,9 @@ from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
 from megatron_hapo.reward.pool import Score
-from megatron_hapo.rollout.collect import SampledGroups
 from megatron_hapo.rollout.evaluation import evaluation_sets
-from megatron_hapo.types import Prompt, Rollout, Sampling, TokenScores, TrainBatch
+from megatron_hapo.rollout.group_stream import GroupStream
+from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling, TokenScores, TrainBatch
 
 SIZES = {"engine weights": 1, "engine kv_cache": 10, "trainer gradients": 4, "trainer optimizer": 8}
 
@@ -85,6 +85,13 @@ class Engines:
             * sampling.samples
             for prompt in prompts
         ]  # fmt: skip
+
+    def stream(self, requests: Callable[[], GroupRequest | None]) -> Iterator[tuple[GroupRequest, list[Rollout]]]:
+        batch = list(iter(requests, None))
+        groups = self.generate([request.prompt for request in batch], batch[0].sampling)
+        yield from zip(batch, groups, strict=True)
+
+    waits_for_sync = False
 
 
 class Ranks:
@@ -187,16 +194,14 @@ def run(config: Config) -> Books:
         profiler = StepProfiler((), config.run_dir, **parts)
         parts |= {"utilization": Shares(), "profiler": profiler}
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        with MetricsLogger(config.run_dir, total_steps=config.steps) as logger:
+        prompts = PromptSampler(PROMPTS, seed=0, shuffle=False)
+        stream = GroupStream(config, engines, parts["rewards"], prompts, restore_engines=turns.restore_engines)
+        logged = MetricsLogger(config.run_dir, total_steps=config.steps)
+        with closing(stream) as groups, logged as logger:
             Driver(
                 config=config,
                 turns=turns,
-                groups=SampledGroups(
-                    config=config,
-                    pool=engines,
-                    rewards=parts["rewards"],
-                    prompts=PromptSampler(PROMPTS, seed=0, shuffle=False),
-                ),
+                groups=groups,
                 eval_sets=evaluation_sets(config, {"": PROMPTS}),
                 logger=logger,
                 checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),

@@ -7,10 +7,12 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_hapo.checkpoint.manifest import MANIFEST, has_manifest, quick_faults
 from megatron_hapo.checkpoint.model_folder import atomic_folder, model_fingerprint, remove_partial
@@ -24,6 +26,8 @@ from megatron_hapo.types import EntropyStats
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "run_state.json"
+GROUPS_FILE = "finished_groups.npz"
+"""Groups that wait to be trained on, if there are any."""
 SETTINGS_FILE = "run_settings.json"
 """The settings that a checkpoint was written with, and a fingerprint of the model that the run started from."""
 _NAME = re.compile(r"step_(\d{8,})")
@@ -39,6 +43,8 @@ class RunState:
     stats: EntropyStats | None
     controllers: dict[str, float] = field(default_factory=dict)
     """State of the method's controllers (`Part.next_state`); checkpoints of earlier versions have none."""
+    finished_groups: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Groups that wait to be trained on (`rollout.saved_groups`)."""
 
 
 class Checkpoints:
@@ -69,7 +75,11 @@ class Checkpoints:
         hashes: dict[str, str] = {}
         with atomic_folder(final, hashes) as partial, _explain_full_disk(partial):
             hashes |= trainer.save_checkpoint(partial)
-            (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
+            values = asdict(replace(state, finished_groups={}))
+            del values["finished_groups"]
+            (partial / STATE_FILE).write_text(json.dumps(values, indent=2))
+            if state.finished_groups:
+                np.savez(partial / GROUPS_FILE, allow_pickle=False, **state.finished_groups)
             if self._config is not None:
                 (partial / SETTINGS_FILE).write_text(json.dumps(_settings(self._config), indent=2))
         self._damaged.pop(final, None)
@@ -117,7 +127,7 @@ class Checkpoints:
         stats = EntropyStats(**values.pop("stats")) if values["stats"] else None
         trainer.load_checkpoint(folder)
         logger.info("resuming from %s", folder)
-        return RunState(**{**values, "stats": stats})
+        return RunState(**{**values, "stats": stats}, finished_groups=_arrays(folder / GROUPS_FILE))
 
     def newest_step(self) -> int:
         """The step that the run continues from; 0 if it starts from the beginning."""
@@ -197,6 +207,14 @@ class Checkpoints:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file; none if it is not there."""
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a setting that was changed between a checkpoint and the run that resumes from it does: nothing is ignored.
 
 A checkpoint restores weights, optimizer state, the position in the prompts, the entropy statistics of the last step,
-the state of the method's controllers, and a reference model that was replaced. Everything else is read from the
+the state of the method's controllers, a reference model that was replaced, and groups that wait to be trained on (these
+only if they would be sampled and scored the same way now). Everything else is read from the
 settings of the resumed run, so a change has its effect from the next step on. Settings that the restored state embodies
 are refused instead.
 `tests/config/test_resumption.py` holds the table to the settings.

@@ -107,10 +107,15 @@ class DynamicSamplingConfig(Section):
 class AsyncConfig(Section):
     """Generation while the trainer trains."""
 
-    max_staleness: Literal[0, 1] = 0
-    """Number of steps by which the weights of rollouts may lag behind. `0`: strictly on-policy. `1`: the next step's
-    rollouts are generated while this step trains; needs algorithm.importance_correction. weight_sync.in_flight chooses
-    what happens to responses that are unfinished when the weights change."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Largest number of steps N by which the weights of a token may lag behind those that are trained on it. `0`:
+    strictly on-policy. Otherwise groups of the next N steps are generated while this step trains; needs
+    algorithm.importance_correction. weight_sync.in_flight chooses what happens to responses that are unfinished when
+    the weights change."""
+    stale_groups: Annotated[Literal["wait", "drop"], not_with("async.max_staleness", 0)] = "wait"
+    """What happens to groups that have not finished when they are due, max_staleness steps after the weights that they
+    were started with. `wait`: the step waits for them; none is lost. `drop`: it trains on others, and what finishes too
+    late is dropped (`rollout/dropped_groups`), which favours short responses and fast engines."""
 
     def contradictions(self, *, placement: str, correction_level: str) -> Iterator[Fault]:
         """Why rollouts cannot lag behind."""
@@ -217,8 +222,8 @@ class WeightSyncConfig(Section):
     `direct`, all buckets in flight take at most twice this size."""
     verify_every: PositiveInt = 10
     """Syncs between comparisons of the engines' checksums with the trainer's; the first sync is always compared."""
-    in_flight: Annotated[Literal["finish", "pause", "abort"], only_with("async.max_staleness", 1)] = "finish"
-    """What happens to responses of the next step that are unfinished when the weights change. `finish`: the sync waits
+    in_flight: Annotated[Literal["finish", "pause", "abort"], not_with("async.max_staleness", 0)] = "finish"
+    """What happens to responses that are unfinished when the weights change. `finish`: the sync waits
     for them. `pause`: they wait and continue with the new weights, with their prefix recomputed (partial rollouts; each
     token records the version of its weights). `abort`: they are generated again from the start."""
     timeout_seconds: Annotated[Seconds, only_with("weight_sync.method", "direct")] = 600

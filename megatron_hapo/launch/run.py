@@ -40,9 +40,10 @@ from megatron_hapo.observe.report import write_report
 from megatron_hapo.observe.token_text import decoder
 from megatron_hapo.protocols import RewardPool, RolloutPool, Trainer
 from megatron_hapo.reward.pool import ProcessRewardPool
-from megatron_hapo.rollout.collect import SampledGroups
+from megatron_hapo.rollout.collect import GroupSource
 from megatron_hapo.rollout.evaluation import EvaluationSet, evaluation_sets
 from megatron_hapo.rollout.first_samples import FirstSamples
+from megatron_hapo.rollout.group_stream import GroupStream
 from megatron_hapo.rollout.no_engines import NoEngines, NoRewards, NoWeightSync
 from megatron_hapo.rollout.replay import RecordedGroups
 from megatron_hapo.sizing.from_config import peak_flops
@@ -120,7 +121,7 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     else:
         source, eval_sets = RecordedGroups(config, origin, vocab_size=shape.vocab_size), []
         source.check(first_step=checkpoints.newest_step())
-        first = source.state()
+        first = 0
     check_disk_space(
         num_parameters(shape),
         config,
@@ -129,7 +130,8 @@ def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     )
     dump_config(config, config.run_dir / "config.yaml")
     while True:
-        source.restore(first)
+        if not isinstance(source, RecordedGroups):  # which finds a step's records by its number
+            source.restore(first)
         own = launcher or RayLauncher(config, device=resolve_device(config), advice=_CONTINUE)
         driver, death = _train(config, own, source, eval_sets, checkpoints, tokenizer, origin)
         if death is None:
@@ -191,10 +193,13 @@ def _train(
             )
         )
         records = stack.enter_context(open_records(config, tokenizer, origin, start_step=checkpoints.newest_step()))
-        groups = source
-        if not isinstance(groups, RecordedGroups):
-            groups = SampledGroups(config=config, pool=parts.pool, rewards=parts.rewards, prompts=groups)
-            groups = FirstSamples(groups, decoder(tokenizer), metrics.show_between)
+        groups: GroupSource
+        if isinstance(source, RecordedGroups):
+            groups = source
+        else:
+            stream = GroupStream(config, parts.pool, parts.rewards, source, restore_engines=parts.turns.restore_engines)
+            stack.callback(stream.close)
+            groups = FirstSamples(stream, decoder(tokenizer), metrics.show_between)
         driver = Driver(
             records=records,
             config=config, groups=groups, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,

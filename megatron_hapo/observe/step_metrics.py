@@ -38,7 +38,7 @@ def step_metrics(
     return {
         **group_metrics(groups),
         "rollout/kept_groups": kept_share,
-        "rollout/staleness": staleness(groups, step),
+        **staleness(groups, step),
         **entropy_metrics(scores, stats),
         **weight_metrics(batch),
         **cut_metrics(batch),
@@ -97,10 +97,10 @@ def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def staleness(groups: Sequence[ScoredGroup], step: int) -> float:
-    """Mean over tokens of the steps by which the weights that sampled a token lag behind those at this step's start."""
-    versions = np.concatenate([rollout.policy_versions for group in groups for rollout in group.rollouts])
-    return float(np.mean(step - 1 - versions))
+def staleness(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+    """Over tokens: the steps by which the weights that sampled a token lag behind those at this step's start."""
+    lags = step - 1 - np.concatenate([rollout.policy_versions for group in groups for rollout in group.rollouts])
+    return {"rollout/staleness": float(lags.mean()), "rollout/staleness_max": float(lags.max())}
 
 
 def entropy_metrics(scores: TokenScores, stats: EntropyStats) -> dict[str, float]:

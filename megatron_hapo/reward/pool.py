@@ -54,7 +54,7 @@ class ProcessRewardPool:
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._tokenizer = load_tokenizer(tokenizer_path)
-        self._lock = threading.Lock()  # a step generated ahead is scored beside an evaluation
+        self._lock = threading.Lock()  # training is scored beside an evaluation
         self._scorers = Scorers(config, scorers)
         try:
             isolation = self._scorers.workers.isolation()

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Group:
+    samples: int
+    response_tokens: int
 
 
 class Dispatch:
@@ -14,17 +21,29 @@ class Dispatch:
     leave no other engine idle before the groups run out.
 
     Args:
-        response_tokens: for each group, the expected number of tokens of one of its responses.
-        samples: responses of each group.
         engines: number of engines.
         room: an engine with fewer unfinished responses than this can take another group.
     """
 
-    def __init__(self, response_tokens: Sequence[int], *, samples: int, engines: int, room: int):
-        self._response_tokens, self._samples, self._room = response_tokens, samples, room
-        self._waiting = deque(range(len(response_tokens)))
+    def __init__(self, *, engines: int, room: int):
+        self._room = room
+        self._groups: dict[int, _Group] = {}
+        self._waiting: deque[int] = deque()
         self._unfinished: list[dict[int, int]] = [{} for _ in range(engines)]
         self._responses, self._tokens = [0] * engines, [0] * engines
+
+    def add(self, group: int, *, samples: int, response_tokens: int) -> None:
+        """A new group waits for an engine.
+
+        Args:
+            response_tokens: expected number of tokens of one of its responses.
+        """
+        self._groups[group] = _Group(samples, response_tokens)
+        self._waiting.append(group)
+
+    def wants_groups(self, engines: Collection[int]) -> bool:
+        """Whether one of `engines` has room and no group is waiting for it."""
+        return not self._waiting and any(self._responses[engine] < self._room for engine in engines)
 
     @property
     def done(self) -> bool:
@@ -36,22 +55,24 @@ class Dispatch:
         return self._responses[engine] > 0
 
     def assign(self, engines: Collection[int]) -> dict[int, list[int]]:
-        """New groups for each of `engines`; each goes to the one with the fewest pending tokens of those with room."""
+        """Groups for each of `engines`; each goes to the one with the fewest pending tokens of those with room."""
         assigned: dict[int, list[int]] = {engine: [] for engine in engines}
         while self._waiting and (free := [engine for engine in engines if self._responses[engine] < self._room]):
             engine = min(free, key=self._tokens.__getitem__)
             group = self._waiting.popleft()
-            self._unfinished[engine][group] = self._samples
-            self._add(engine, group, self._samples)
+            self._unfinished[engine][group] = self._groups[group].samples
+            self._add(engine, group, self._groups[group].samples)
             assigned[engine].append(group)
         return assigned
 
-    def finished(self, engine: int, group: int) -> None:
-        """Records that one response of this group has finished on this engine."""
+    def finished(self, engine: int, group: int) -> bool:
+        """Records that one response of this group has finished on this engine; whether it was the group's last."""
         self._add(engine, group, -1)
         self._unfinished[engine][group] -= 1
-        if not self._unfinished[engine][group]:
-            del self._unfinished[engine][group]
+        if self._unfinished[engine][group]:
+            return False
+        del self._unfinished[engine][group], self._groups[group]
+        return True
 
     def lost(self, engine: int) -> None:
         """Records that the engine lost its work: its unfinished groups are assigned again, before all others."""
@@ -62,4 +83,4 @@ class Dispatch:
 
     def _add(self, engine: int, group: int, responses: int) -> None:
         self._responses[engine] += responses
-        self._tokens[engine] += responses * self._response_tokens[group]
+        self._tokens[engine] += responses * self._groups[group].response_tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from megatron_hapo.data.sampling import SamplerState
 from megatron_hapo.errors import one_line
@@ -37,9 +39,17 @@ class FirstSamples:
         """The source's."""
         return self._groups.state()
 
-    def restore(self, state: SamplerState) -> None:
+    def settle(self, clock: StageClock) -> None:
+        """Settles the source."""
+        self._groups.settle(clock)
+
+    def finished_groups(self) -> dict[str, np.ndarray]:
+        """The source's."""
+        return self._groups.finished_groups()
+
+    def restore(self, state: SamplerState, finished: Mapping[str, np.ndarray]) -> None:
         """Restores the source."""
-        self._groups.restore(state)
+        self._groups.restore(state, finished)
 
 
 def _lines(group: ScoredGroup, decode: Decode) -> list[str]:

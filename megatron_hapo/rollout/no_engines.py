@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron_hapo.errors import RewardError, RolloutError
 from megatron_hapo.observe.spans import Timeline
-from megatron_hapo.types import Prompt, Rollout, Sampling, Score
+from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling, Score
 
 
 class NoEngines:
@@ -28,6 +28,10 @@ class NoEngines:
         """Nothing to wait for."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
+        """Raises RolloutError."""
+        raise RolloutError("this run has no engines")
+
+    def stream(self, requests: Callable[[], GroupRequest | None]) -> Iterator[tuple[GroupRequest, list[Rollout]]]:
         """Raises RolloutError."""
         raise RolloutError("this run has no engines")
 

@@ -7,6 +7,7 @@ method learns from the same samples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
 import numpy as np
@@ -104,7 +105,14 @@ class RecordedGroups:
         """Of the recorded run's prompts, after the last collected step: a run with engines can continue from it."""
         return self._state
 
-    def restore(self, state: SamplerState) -> None:
+    def settle(self, clock: StageClock) -> None:
+        """Nothing is generated."""
+
+    def finished_groups(self) -> dict[str, np.ndarray]:
+        """None waits."""
+        return {}
+
+    def restore(self, state: SamplerState, finished: Mapping[str, np.ndarray]) -> None:
         """Keeps the state; a step's records are found by its number."""
         self._state = state
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hapo.checkpoint import manifest
 from megatron_hapo.checkpoint.disk_space import check_disk_space
 from megatron_hapo.checkpoint.manifest import MANIFEST, damaged_files, hash_files, write_manifest
-from megatron_hapo.checkpoint.run_checkpoints import STATE_FILE, Checkpoints, RunState
+from megatron_hapo.checkpoint.run_checkpoints import GROUPS_FILE, STATE_FILE, Checkpoints, RunState
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError, HapoError
 from tests.checkpoint.test_manifest import flip
@@ -63,6 +64,20 @@ def test_the_state_of_controllers_is_restored_exactly(tmp_path: Path) -> None:
     restored = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
     assert restored is not None
     assert restored.controllers == state
+
+
+def test_groups_that_wait_to_be_trained_on_are_restored_and_guarded_by_the_manifest(tmp_path: Path) -> None:
+    checkpoints, trainer = Checkpoints(tmp_path, keep=2, resume=True), Trainer()
+    groups = {"policy_versions": np.arange(3, dtype=np.int32), "json": np.frombuffer(b"{}", np.uint8)}
+    checkpoints.save(RunState(step=5, prompts=0, stats=None, finished_groups=groups), _any(trainer))
+    restored = Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
+    assert restored is not None
+    assert restored.finished_groups.keys() == groups.keys()
+    for name, array in restored.finished_groups.items():
+        np.testing.assert_array_equal(array, groups[name], strict=True)
+    flip(tmp_path / "step_00000005" / GROUPS_FILE, 100)
+    with pytest.raises(ConfigError, match=GROUPS_FILE):
+        Checkpoints(tmp_path, keep=2, resume=True).newest(_any(trainer))
 
 
 def test_a_checkpoint_without_controllers_is_one_of_an_earlier_version(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "algorithm.dual_constraint.kl: has no effect: algorithm.dual_constraint.enabled is false",
         ),
         (["weight_sync.in_flight=pause"], "weight_sync.in_flight: has no effect: async.max_staleness is 0"),
+        (["async.stale_groups=drop"], "async.stale_groups: has no effect: async.max_staleness is 0"),
         (["parallel.vpp=2"], "parallel.vpp: needs parallel.pp of at least 2, got 2"),
         (["parallel.last_stage_layers=1"], "parallel.last_stage_layers: needs parallel.pp of at least 2, got 1"),
         (

@@ -22,7 +22,7 @@ from megatron_hapo.launch.ray import engine_pool
 from megatron_hapo.launch.ray.engine_actor import GENERATION
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
-from megatron_hapo.types import Prompt, Rollout, Sampling
+from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling
 from tests.time_limits import patient
 
 SAMPLING = Sampling(samples=2, temperature=1.0, max_response_tokens=8, seed=5)
@@ -50,12 +50,12 @@ class StandInEngine:
     def call(self, verb: str, *arguments: Any) -> Any:
         return getattr(self, verb)(*arguments)
 
-    def advance(self, call: int, prompts: Mapping[int, Prompt], sampling: Sampling) -> list[Any]:
+    def advance(self, call: int, requests: Mapping[int, GroupRequest]) -> list[Any]:
         assert self.has_weights, "generates without weights"
         responses = self.pending.setdefault(call, SimpleQueue())
-        for number, prompt in prompts.items():
-            for sample in range(sampling.samples):
-                responses.put((number, sample, self.response(prompt, sample)))
+        for number, request in requests.items():
+            for sample in range(request.sampling.samples):
+                responses.put((number, sample, self.response(request.prompt, sample)))
         finished = responses.get()
         if finished[1] == 1:  # the first sample of this group has been delivered
             self.die_if_asked()
@@ -173,7 +173,7 @@ def test_generation_in_another_thread_waits_for_the_next_sync(tmp_path, monkeypa
 
 
 def test_two_calls_survive_the_same_death(tmp_path, monkeypatch) -> None:
-    """Training's call, one step ahead, and evaluation's."""
+    """Training's stream and evaluation's call."""
     with running(monkeypatch, tmp_path, engines=2) as (pool, _), ThreadPoolExecutor(2) as threads:
         (tmp_path / "kill_0").write_text("x")
         for call in [threads.submit(pool.generate, PROMPTS, SAMPLING) for _ in range(2)]:

@@ -35,7 +35,8 @@ def make_rollout(versions: list[int]) -> Rollout:
 def test_staleness_is_a_mean_over_tokens():
     """Step 6 starts from version 5: two tokens are one version behind, of four."""
     partial, fresh = make_rollout([4, 4, 5]), make_rollout([5])
-    assert staleness([ScoredGroup([partial, fresh], [])], 6) == 0.5
+    found = staleness([ScoredGroup([partial, fresh], [])], 6)
+    assert found == {"rollout/staleness": 0.5, "rollout/staleness_max": 2}
     assert (partial.policy_version, fresh.policy_version) == (4, 5)
 
 
@@ -55,8 +56,9 @@ def test_the_metrics_of_a_step_are_documented_and_follow_from_its_data():
     assert metrics.keys() <= documented_metrics()
     expected = {
         "reward/mean": 0, "reward/failures": 1, "rollout/kept_groups": 0.5, "rollout/informative_groups": 1,
-        "rollout/staleness": 0, "num_response_tokens": 3, "response_length/mean": 1.5, "entropy/mean": 0.5,
-        "entropy/pivot": 1, "weights/mean": 1, "weights/zero_fraction": 1 / 3, "rollout/logprob_abs_diff_max": 0.75,
+        "rollout/staleness": 0, "rollout/staleness_max": 0, "num_response_tokens": 3,
+        "response_length/mean": 1.5, "entropy/mean": 0.5, "entropy/pivot": 1, "weights/mean": 1,
+        "weights/zero_fraction": 1 / 3, "rollout/logprob_abs_diff_max": 0.75,
         "grad_norm": 2,
     }  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

@@ -10,13 +10,21 @@ import pytest
 from megatron_hapo.rollout.dispatch import Dispatch
 
 
+def dispatch_of(response_tokens: list[int], *, samples: int, engines: int, room: int) -> Dispatch:
+    """A dispatch to which these groups have been added."""
+    dispatch = Dispatch(engines=engines, room=room)
+    for group, tokens in enumerate(response_tokens):
+        dispatch.add(group, samples=samples, response_tokens=tokens)
+    return dispatch
+
+
 def test_a_group_goes_to_the_engine_with_the_fewest_tokens() -> None:
-    dispatch = Dispatch([10, 3, 3, 3, 3, 1], samples=2, engines=2, room=100)
+    dispatch = dispatch_of([10, 3, 3, 3, 3, 1], samples=2, engines=2, room=100)
     assert dispatch.assign([0, 1]) == {0: [0, 5], 1: [1, 2, 3, 4]}
 
 
 def test_an_engine_with_enough_requests_gets_no_more_until_responses_finish() -> None:
-    dispatch = Dispatch([5] * 6, samples=3, engines=2, room=4)
+    dispatch = dispatch_of([5] * 6, samples=3, engines=2, room=4)
     assert dispatch.assign([0, 1]) == {0: [0, 2], 1: [1, 3]}  # 6 requests each: more than 4, by whole groups
     assert dispatch.assign([0, 1]) == {0: [], 1: []}
     for group in (1, 3):
@@ -28,26 +36,39 @@ def test_an_engine_with_enough_requests_gets_no_more_until_responses_finish() ->
 
 
 def test_a_group_larger_than_the_room_goes_to_an_engine_that_has_nothing_else() -> None:
-    dispatch = Dispatch([5, 5], samples=16, engines=1, room=4)
+    dispatch = dispatch_of([5, 5], samples=16, engines=1, room=4)
     assert dispatch.assign([0]) == {0: [0]}
 
 
 def test_done_when_every_response_has_finished() -> None:
-    dispatch = Dispatch([5, 5], samples=2, engines=2, room=4)
+    dispatch = dispatch_of([5, 5], samples=2, engines=2, room=4)
     assert not dispatch.done
     for engine, groups in dispatch.assign([0, 1]).items():
         assert dispatch.busy(engine)
         for group in groups:
             assert not dispatch.done
-            dispatch.finished(engine, group)
-            dispatch.finished(engine, group)
+            assert not dispatch.finished(engine, group)
+            assert dispatch.finished(engine, group)
         assert not dispatch.busy(engine)
     assert dispatch.done
-    assert Dispatch([], samples=2, engines=2, room=4).done
+    assert dispatch_of([], samples=2, engines=2, room=4).done
+
+
+def test_more_groups_are_wanted_while_none_waits_and_an_engine_has_room() -> None:
+    dispatch = dispatch_of([], samples=2, engines=2, room=3)
+    assert dispatch.wants_groups([0, 1])
+    dispatch.add(7, samples=2, response_tokens=5)
+    assert not dispatch.wants_groups([0, 1])
+    assert dispatch.assign([0, 1]) == {0: [7], 1: []}
+    assert dispatch.wants_groups([0])  # 2 responses; by whole groups it may have more than 3
+    dispatch.add(8, samples=4, response_tokens=1)
+    assert dispatch.assign([0]) == {0: [8]}
+    assert not dispatch.wants_groups([0])
+    assert dispatch.wants_groups([0, 1])
 
 
 def test_groups_of_a_lost_engine_are_assigned_again_first_and_in_order() -> None:
-    dispatch = Dispatch([5] * 6, samples=2, engines=2, room=4)
+    dispatch = dispatch_of([5] * 6, samples=2, engines=2, room=4)
     assert dispatch.assign([0, 1]) == {0: [0, 2], 1: [1, 3]}
     dispatch.finished(0, 0)
     dispatch.finished(0, 0)
@@ -66,7 +87,7 @@ def makespan(lengths_GS: np.ndarray, engines: int, running: int, *, dispatched: 
     """
     groups, samples = lengths_GS.shape
     room = running + running // 8 if dispatched else groups * samples
-    dispatch = Dispatch([1] * groups, samples=samples, engines=engines, room=room)
+    dispatch = dispatch_of([1] * groups, samples=samples, engines=engines, room=room)
     queues: list[list[tuple[int, int]]] = [[] for _ in range(engines)]
     slots: list[tuple[float, int, int]] = []  # end, engine, group
     in_use, now = [0] * engines, 0.0

@@ -13,6 +13,8 @@ from megatron_hapo.types import Prompt, Rollout, Sampling, Score, ScoredGroup
 
 SAMPLING = Sampling(samples=3, temperature=1.0, max_response_tokens=9, seed=0)
 
+GROUPS = {"response_ids": np.zeros(3, np.int32)}
+
 
 def group(*texts: str) -> ScoredGroup:
     """Responses whose token ids are their characters; the reward is the length."""
@@ -41,8 +43,15 @@ class Source:
     def state(self) -> int:
         return 7
 
-    def restore(self, state: object) -> None:
+    def settle(self, clock: object) -> None:
+        self.is_settled = True
+
+    def finished_groups(self) -> dict[str, np.ndarray]:
+        return GROUPS
+
+    def restore(self, state: object, finished: object) -> None:
         assert state == 7
+        assert finished is GROUPS
 
 
 def decode(ids: Any) -> str:
@@ -61,7 +70,10 @@ def test_the_best_and_the_worst_response_are_shown_once() -> None:
         "response (reward 1, 1 tokens, stop): 1",
     ]
     assert shown.state() == 7
-    shown.restore(7)
+    assert shown.finished_groups() is GROUPS
+    shown.restore(7, GROUPS)
+    shown.settle(StepClock())
+    assert source.is_settled
 
 
 def test_a_single_response_is_shown_once_and_a_long_one_in_part() -> None:

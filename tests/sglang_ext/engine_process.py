@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_hapo.types import Prompt, Rollout, Sampling
+from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling
 from sglang_ext import cpu
 from tests.time_limits import patient
 
@@ -49,10 +49,10 @@ class RemoteEngine:
 
 def generate(engine: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
     """`sampling.samples` rollouts of each prompt, in the prompts' order, from an Engine here or elsewhere."""
-    started = dict(enumerate(prompts))
+    started = {number: GroupRequest(prompt, sampling) for number, prompt in enumerate(prompts)}
     rollouts: dict[tuple[int, int], Rollout] = {}
     while len(rollouts) < len(prompts) * sampling.samples:
-        rollouts |= {(number, index): rollout for number, index, rollout in engine.advance(0, started, sampling)}
+        rollouts |= {(number, index): rollout for number, index, rollout in engine.advance(0, started)}
         started = {}
     return [[rollouts[number, index] for index in range(sampling.samples)] for number in range(len(prompts))]
 

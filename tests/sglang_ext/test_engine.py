@@ -17,7 +17,7 @@ from megatron_hapo.config import AlgorithmConfig
 from megatron_hapo.entropy import EntropyStats, adaptive_temperature, entropy_from_logits, entropy_stats
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.resharding.checksum import engine_slices, tensor_checksum
-from megatron_hapo.types import AdaptiveTemperature, Prompt, Rollout, Sampling, WeightBucket
+from megatron_hapo.types import AdaptiveTemperature, GroupRequest, Prompt, Rollout, Sampling, WeightBucket
 from sglang_ext import temperature
 from sglang_ext.engine import Engine
 from sglang_ext.engine_config import EngineConfig
@@ -348,7 +348,7 @@ def of_any_length(stats: EntropyStats) -> Sampling:
 def advance_until(engine: RemoteEngine, rollouts: dict, count: int, sampling: Sampling, *, prompts=()) -> None:
     """Adds finished responses to `rollouts`, by prompt and sample, until there are at least `count`."""
     while len(rollouts) < count:
-        finished = engine.advance(1, dict(enumerate(prompts)), sampling)
+        finished = engine.advance(1, {n: GroupRequest(prompt, sampling) for n, prompt in enumerate(prompts)})
         rollouts |= {(number, index): rollout for number, index, rollout in finished}
         prompts = ()
 

@@ -2,7 +2,7 @@
 
     L = -1/sum |o_i| sum_i sum_t min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i)
 
-with eps_low = 0.2, eps_high = 0.28. Groups whose rewards are all equal are sampled anew (`rollout.collect_groups`), and
+with eps_low = 0.2, eps_high = 0.28. Groups whose rewards are all equal are sampled anew (`rollout.group_queue`), and
 the reward falls linearly over the last tokens before the length limit (`reward.overlong`). Decided here: dual clip,
 which the authors' released code has too.
 

@@ -19,7 +19,7 @@ GENERATION = "generation"
 """Ray's concurrency group of `advance`; all other verbs share one thread."""
 _VERBS = declared_verbs(RolloutEngine)
 _GENERATIONS = 2
-"""Concurrent `generate` calls: training's, one step ahead, and evaluation's. Another one would wait."""
+"""Concurrent generation calls: training's stream and evaluation's. Another one would wait."""
 
 
 class EngineActor:

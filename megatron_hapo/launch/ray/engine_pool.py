@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate
 
 import ray
@@ -28,11 +28,13 @@ from megatron_hapo.launch.ray.remote import death, gather, result, shared
 from megatron_hapo.observe import running_stages
 from megatron_hapo.protocols import Finished, RolloutEngine, engine_failure
 from megatron_hapo.rollout.dispatch import Dispatch
-from megatron_hapo.types import Prompt, Rollout, Sampling
+from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 30
+_POLL_SECONDS = 0.1
+"""Between looks for new requests while an engine has room and others are waited for."""
 _DEATHS_PER_ENGINE = 2
 """Deaths that one generation call survives, for each engine of the pool: whatever kills engines may be in its prompts.
 """
@@ -119,71 +121,110 @@ class RayRolloutPool:
     # ----- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """A group of `sampling.samples` rollouts for each prompt, in the prompts' order.
+        """A group of `sampling.samples` rollouts for each prompt, in the prompts' order; raises as `stream` does."""
+        requests = [GroupRequest(prompt, sampling) for prompt in prompts]
+        waiting = iter(requests)
+        total = len(prompts) * sampling.samples
+        groups = {id(request): group for request, group in self._stream(lambda: next(waiting, None), total)}
+        return [groups[id(request)] for request in requests]
 
-        Groups that an engine's death leaves unfinished are generated again as a whole, from the same seeds.
+    def stream(self, requests: Callable[[], GroupRequest | None]) -> Iterator[tuple[GroupRequest, list[Rollout]]]:
+        """Groups as they finish, of requests that are asked for whenever an engine has room.
+
+        Groups that an engine's death leaves unfinished are generated again as a whole, from the same seeds. The stream
+        ends when every group has finished and there is no request.
 
         Raises:
             RolloutError: engines kept dying, one did not answer in time, or returned tokens of weights that not all
                 engines had confirmed.
         """
-        call, first_version = next(self._calls), len(self._versions) - 1
-        dispatch = Dispatch(
-            [len(prompt.token_ids) + sampling.max_response_tokens for prompt in prompts],
-            samples=sampling.samples, engines=len(self._engines), room=self._room,
-        )  # fmt: skip
-        rollouts: dict[tuple[int, int], Rollout] = {}
-        working: dict[ray.ObjectRef, tuple[int, Any]] = {}  # to the engine and its actor
+        return self._stream(requests)
+
+    def _stream(
+        self, requests: Callable[[], GroupRequest | None], total: int | None = None
+    ) -> Iterator[tuple[GroupRequest, list[Rollout]]]:
+        """`stream`; says how many responses of the `total` have finished, or of those requested so far."""
+        call, numbers = next(self._calls), itertools.count()
+        dispatch = Dispatch(engines=len(self._engines), room=self._room)
+        unfinished: dict[int, _Unfinished] = {}
+        working: dict[ray.ObjectRef, _Working] = {}
         holders: dict[int, Any] = {}  # the actor that generates an engine's groups
-        deadline, deaths = time.monotonic() + self._timeout_seconds, 0
-        while not dispatch.done:
-            running_stages.report(len(rollouts), len(prompts) * sampling.samples, "responses")
-            waited_for = {engine for engine, _ in working.values()}
+        deaths, num_versions = 0, len(self._versions)
+        num_requested = num_finished = 0
+        while True:
+            running_stages.report(num_finished, total or num_requested, "responses")
+            waited_for = {work.engine for work in working.values()}
             idle = {engine: actor for engine, actor in self._usable().items() if engine not in waited_for}
             for engine, holder in holders.items():
                 if engine not in waited_for and idle.get(engine) is not holder:
                     dispatch.lost(engine)  # another call has noticed the death
-            if not idle and not working:
-                self._wait_for_weights()
-                deadline = time.monotonic() + self._timeout_seconds
-                continue
-            for engine, groups in dispatch.assign(idle).items():
+            given: dict[int, list[int]] = {engine: [] for engine in idle}
+            while True:
+                for engine, groups in dispatch.assign(idle).items():
+                    given[engine] += groups
+                if not dispatch.wants_groups(idle) or (request := requests()) is None:
+                    break
+                unfinished[number := next(numbers)] = _Unfinished(request)
+                num_requested += request.sampling.samples
+                tokens = len(request.prompt.token_ids) + request.sampling.max_response_tokens
+                dispatch.add(number, samples=request.sampling.samples, response_tokens=tokens)
+            for engine, groups in given.items():
+                for group in groups:
+                    unfinished[group].first_version = len(self._versions) - 1
                 if dispatch.busy(engine):
                     actor = holders[engine] = idle[engine]
-                    # What engines do not need of a row can be large.
-                    given = {group: replace(prompts[group], columns={}, question="") for group in groups}
-                    working[_advance(actor, call, given, sampling)] = engine, actor
-            engine, finished = self._first_finished(working, deadline)
+                    sent = {group: unfinished[group].sent for group in groups}
+                    deadline = time.monotonic() + self._timeout_seconds
+                    working[_advance(actor, call, sent)] = _Working(engine, actor, deadline)
+            if not working:
+                if dispatch.done:
+                    return
+                self._wait_for_weights()
+                continue
+            answer = self._first_finished(working, looks_for_requests=not all(map(dispatch.busy, idle)))
+            if answer is None:
+                continue
+            engine, finished = answer
             if isinstance(finished, RayActorError):
-                deaths += 1
+                deaths = 1 if len(self._versions) > num_versions else deaths + 1
+                num_versions = len(self._versions)
                 if deaths > _DEATHS_PER_ENGINE * len(self._engines):
                     raise RolloutError(death(f"generating: death {deaths} in one step: engine {engine}", finished))
                 dispatch.lost(engine)
                 continue
-            for group, sample, rollout in finished:
-                self._check_versions(engine, rollout, self._versions[first_version:])
-                rollouts[group, sample] = replace(rollout, prompt=prompts[group])
-                dispatch.finished(engine, group)
-        return [[rollouts[group, sample] for sample in range(sampling.samples)] for group in range(len(prompts))]
+            for number, sample, rollout in finished:
+                group = unfinished[number]
+                self._check_versions(engine, rollout, self._versions[group.first_version :])
+                group.rollouts[sample] = replace(rollout, prompt=group.request.prompt)
+                num_finished += 1
+                if dispatch.finished(engine, number):
+                    del unfinished[number]
+                    yield group.request, [group.rollouts[index] for index in range(group.request.sampling.samples)]
 
     def _first_finished(
-        self, working: dict[ray.ObjectRef, tuple[int, Any]], deadline: float
-    ) -> tuple[int, list[Finished] | RayActorError]:
+        self, working: dict[ray.ObjectRef, _Working], *, looks_for_requests: bool
+    ) -> tuple[int, list[Finished] | RayActorError] | None:
         """The first engine that answers, which is then removed from `working`, and the responses that it has finished,
-        or its death."""
-        done, _ = ray.wait(list(working), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        or its death; None if none has answered in the moment after which requests are asked for again."""
+        first = min(working.values(), key=lambda work: work.deadline)
+        patience = max(0.0, first.deadline - time.monotonic())
+        wait_seconds = min(patience, _POLL_SECONDS) if looks_for_requests else patience
+        done, _ = ray.wait(list(working), num_returns=1, timeout=wait_seconds)
         if not done:
-            late = ", ".join(f"engine {engine}" for engine in sorted(engine for engine, _ in working.values()))
+            if wait_seconds < patience:
+                return None
+            now = time.monotonic()
+            late = ", ".join(f"engine {n}" for n in sorted(w.engine for w in working.values() if w.deadline <= now))
             raise RolloutError(f"generating: no answer within {self._timeout_seconds:g} s from {late}")
-        engine, actor = working.pop(done[0])
+        work = working.pop(done[0])
         try:
-            return engine, result(done[0])
+            return work.engine, result(done[0])
         except RayActorError as failure:
             self._synced.wait()  # a sync that is under way replaces the engine itself
             if self._closed:
                 raise RolloutError("generating: the engines have been closed") from None
-            self._mark_dead(engine, actor, failure)
-            return engine, failure
+            self._mark_dead(work.engine, work.actor, failure)
+            return work.engine, failure
 
     def _mark_dead(self, engine: int, actor: Any, failure: RayActorError) -> None:
         """Notes that this actor of the engine has died, unless it has been replaced already."""
@@ -294,9 +335,34 @@ class RayRolloutPool:
             ray.kill(engine)
 
 
-def _advance(actor: Any, call: int, prompts: dict[int, Prompt], sampling: Sampling) -> ray.ObjectRef:
+@dataclass
+class _Unfinished:
+    """A group that is being generated."""
+
+    request: GroupRequest
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    """By sample."""
+    first_version: int = 0
+    """Index among the pool's versions of the newest when the group went to its engine."""
+
+    @property
+    def sent(self) -> GroupRequest:
+        """What engines need: other parts of a row can be large."""
+        return replace(self.request, prompt=replace(self.request.prompt, columns={}, question=""))
+
+
+@dataclass(frozen=True)
+class _Working:
+    """An engine that is waited for."""
+
+    engine: int
+    actor: Any
+    deadline: float
+
+
+def _advance(actor: Any, call: int, requests: dict[int, GroupRequest]) -> ray.ObjectRef:
     verb = RolloutEngine.advance.__name__
-    return actor.call.options(concurrency_group=GENERATION).remote(verb, call, prompts, sampling)
+    return actor.call.options(concurrency_group=GENERATION).remote(verb, call, requests)
 
 
 def _answers_in_time(answer: ray.ObjectRef, deadline: float) -> bool:
