@@ -7,7 +7,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_hapo.algorithm.step_statistics import steering
 from megatron_hapo.checkpoint.model_folder import model_fingerprint
 from megatron_hapo.checkpoint.run_checkpoints import Checkpoints
 from megatron_hapo.checks.rehearsal import rehearse
-from megatron_hapo.config import Config, ProfileConfig, dump_config, load_config
+from megatron_hapo.config import Config, ProfileConfig
 from megatron_hapo.data.job_prompts import evaluation_prompts, training_prompts
 from megatron_hapo.data.prompts import load_tokenizer
 from megatron_hapo.driver import Driver
@@ -32,8 +31,6 @@ from megatron_hapo.entropy import adaptive_temperature
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
 from megatron_hapo.launch.ray.local_ray import local_ray
 from megatron_hapo.launch.ray.rank_actors import RankProcesses, RayTrainer
-from megatron_hapo.launch.ray.ray_launcher import RayLauncher
-from megatron_hapo.launch.run import run_training
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
 from megatron_hapo.model.families import read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
@@ -94,7 +91,14 @@ def make_config(model: Path, folder: Path, layout: dict[str, Any]) -> Config:
 @pytest.fixture(scope="module")
 def pool(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRolloutPool]:
     """One engine for all layouts. It can release its memory, and every sync pauses it, needed or not."""
-    values = make_config(tiny_qwen3, tmp_path_factory.mktemp("pool"), COLOCATED).model_dump()
+    with pausing_pool(tiny_qwen3, tmp_path_factory.mktemp("pool")) as opened:
+        yield opened
+
+
+@contextmanager
+def pausing_pool(model: Path, folder: Path) -> Iterator[RayRolloutPool]:
+    """One engine, in a Ray of its own, which every sync pauses."""
+    values = make_config(model, folder, COLOCATED).model_dump()
     values |= {"async": {"max_staleness": 1}}
     values["weight_sync"]["in_flight"] = "pause"
     config = Config.model_validate(values)
@@ -471,87 +475,6 @@ def test_a_run_resumed_within_a_mixture_and_a_curriculum_equals_the_uninterrupte
         assert {k: row[k] for k in engines} == pytest.approx({k: want[k] for k in engines}, abs=1e-6)
     expected = {"source/sums/accuracy", "curriculum/rare_share", "eval/one/pass@2", "eval/greedy/accuracy"}
     assert expected <= whole["rows"][-1].keys()
-
-
-def ahead_config(model: Path, folder: Path, in_flight: str) -> Config:
-    """A run of three steps that generates one step ahead."""
-    values = make_config(model, folder, {"tp": 1}).model_dump()
-    values |= {"steps": 3, "async": {"max_staleness": 1}, "record": {"every": 1, "groups": None}}
-    values["algorithm"]["importance_correction"] = {"level": "token"}
-    values["rollout"]["top_p"] = 0.9
-    values["weight_sync"]["in_flight"] = in_flight
-    return Config.model_validate(values)
-
-
-class LauncherInOpenRay(RayLauncher):
-    """The launcher of a run with Ray alone, in the Ray that is open already."""
-
-    @contextmanager
-    def ray_cluster(self) -> Iterator[None]:
-        self._processes = RankProcesses(self._config, device=self.device)
-        yield
-
-
-def test_rollouts_generated_one_step_ahead_are_one_version_old_and_can_be_replayed(
-    pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ahead_config(tiny_qwen3, tmp_path, "finish")
-    with finished_run(config, pool) as run:
-        run["trainer"].export_hf(config.run_dir / "hf")
-        before, *steps = metrics_of(run)
-        versions = [{rollout.policy_version for rollout in rollouts} for _, rollouts in run["recorder"].generated]
-    assert before["step"] == 0
-    assert [row["rollout/staleness"] for row in steps] == [0, 1, 1]
-    # evaluation, steps 1 and 2 from the first weights, evaluation, step 3 from the second, two evaluations
-    assert sorted(versions[:3], key=str) == [{0}, {0}, {0}]
-    assert versions[3:] == [{1}, {1}, {2}, {3}]
-    for row in steps:
-        assert row["weights/max"] <= 2
-        assert {"time/rollout", "time/rollout_wait", "time/reward"} <= row.keys()
-        assert row.keys() <= documented_metrics() | {"step"}
-
-    for part in (RayRolloutPool, ProcessRewardPool):
-        monkeypatch.setattr(part, "__init__", None)  # no engine and no reward worker can be started
-    dump_config(config, tmp_path / "run.yaml")
-    again = load_config(tmp_path / "run.yaml", [f"replay={config.run_dir / 'rollouts'}", "name=again"])
-    run_training(again, LauncherInOpenRay(again, device="cpu"))
-    assert_same_training(steps, metrics_of({"config": again}))
-    for path in (config.run_dir / "hf").glob("*.safetensors"):
-        assert (again.run_dir / "hf" / path.name).read_bytes() == path.read_bytes()
-    tables = [pq.read_table(folder / "rollouts/step_00000003.parquet") for folder in (config.run_dir, again.run_dir)]
-    assert tables[0].equals(tables[1])
-
-
-def assert_same_training(expected: list[dict[str, float]], rows: list[dict[str, float]]) -> None:
-    """The rows of a run's steps have the same numbers, bit for bit, except times and evaluations."""
-
-    def comparable(row: dict[str, float]) -> dict[str, float]:
-        return {name: value for name, value in row.items() if not is_timed(name) and not name.startswith("eval/")}
-
-    assert list(map(comparable, rows)) == list(map(comparable, expected))
-
-
-def test_unfinished_rollouts_continue_after_a_sync(pool: RayRolloutPool, tiny_qwen3: Path, tmp_path: Path) -> None:
-    with finished_run(ahead_config(tiny_qwen3, tmp_path, "pause"), pool) as run:
-        _, *steps = metrics_of(run)
-        assert steps[0]["rollout/staleness"] == 0
-        assert all(0 <= row["rollout/staleness"] <= 1 for row in steps)
-
-        # From here on all versions have the same weights, so the trainer can score tokens of several versions.
-        version, sampling = 100, replace(sampling_of(run, 4), samples=64, top_p=0.95, keep_cut=True)
-        with ThreadPoolExecutor(1) as thread:
-            generation = thread.submit(pool.generate, run["prompts"], sampling)
-            while not generation.done():
-                time.sleep(0.1)
-                version += 1
-                run["weight_sync"].sync(policy_version=version)
-        rollouts = [rollout for group in generation.result() for rollout in group]
-        scores = run["trainer"].log_probs(pack_rollouts(rollouts))
-    assert [rollout.prompt.uid for rollout in rollouts[::64]] == [prompt.uid for prompt in run["prompts"]]
-    assert len({tuple(rollout.response_ids) for rollout in rollouts}) > 250  # every response has its own seed
-    assert any(len(set(rollout.policy_versions)) > 1 for rollout in rollouts)
-    recorded = np.concatenate([rollout.rollout_log_probs for rollout in rollouts])
-    np.testing.assert_allclose(scores.rollout_temperature_log_probs, recorded, atol=2e-3)
 
 
 def test_nothing_listens_beyond_loopback(trained: dict[str, Any]) -> None:
