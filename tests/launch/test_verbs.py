@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 
 import sglang_ext.engine
 from megatron_hapo.config import load_config
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.launch.ray.engine_actor import EngineActor
 from megatron_hapo.launch.ray.engine_pool import RayRolloutPool
+from megatron_hapo.launch.ray.remote import death
 from megatron_hapo.protocols import RolloutEngine, TrainerShard, TrainerWorker, declared_verbs, engine_failure
 from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.trainer.over_ranks import RankObject
@@ -134,3 +136,20 @@ def test_a_pool_broadcasts_a_verb_by_its_name(monkeypatch: pytest.MonkeyPatch) -
         ("release_memory", RolloutError, 5.0),
         ("prepare_receiving", WeightSyncError, 5.0),
     ]
+
+
+def test_a_constructor_that_failed_is_reported_by_its_error_without_the_traceback() -> None:
+    text = (
+        "\x1b[36mray::EngineActor.__init__()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+        '  File "connection.py", line 399, in _recv\n    raise EOFError\nEOFError\n\n'
+        "During handling of the above exception, another exception occurred:\n\n"
+        "\x1b[36mray::EngineActor.__init__()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+        '  File "engine.py", line 71, in __init__\n    self._engine = TokenEngine()\n'
+        "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9).\nSee its log."
+    )
+    task = RayTaskError("EngineActor.__init__", text, RuntimeError("Rank 0 scheduler died"))
+    message = death("starting: engine 0", ActorDiedError.from_task_error(task))
+    assert message == (
+        "starting: engine 0: the process died: "
+        "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9). See its log."
+    )

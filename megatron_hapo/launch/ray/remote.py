@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ _OUT_OF_MEMORY = (
     "Ray ended it because the machine's memory was nearly full: free memory, let the run have fewer or smaller "
     "processes, or raise RAY_memory_usage_threshold (default 0.95)"
 )
+_ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception)\b", re.MULTILINE)
+"""Begins the last part of a traceback, whose other lines are indented or begin otherwise."""
 
 
 def shared(value: Any) -> Any:
@@ -116,6 +119,12 @@ def result(reference: ray.ObjectRef) -> Any:
 
 
 def death(who: str, failure: RayActorError) -> str:
-    """The message for a process that died, with Ray's reason in one line, without its general advice."""
-    reason = " ".join(str(failure).split()).partition(" Some common causes include")[0]
+    """The message for a process that died, with Ray's reason in one line, without its general advice.
+
+    If its constructor failed, Ray's reason is a traceback, of which the error's own lines are enough.
+    """
+    text = str(failure)
+    if "raised in its creation task" in text:
+        text = text[max((error.start() for error in _ERROR_LINE.finditer(text)), default=0) :]
+    reason = " ".join(text.split()).partition(" Some common causes include")[0]
     return f"{who}: the process died: {reason}"
