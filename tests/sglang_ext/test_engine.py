@@ -105,7 +105,7 @@ def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
 
 
 def test_an_engine_runs_no_process_that_detokenizes(engine):
-    titles = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    titles = [" ".join(process.cmdline()).strip() for process in psutil.Process().children(recursive=True)]
     assert [title for title in titles if title.startswith("sglang::")] == ["sglang::scheduler"]
 
 
