@@ -7,6 +7,7 @@ internals, but not from looping for hours or from filling the memory.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -110,6 +111,7 @@ def _render_and_exit(
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
+        gc.disable()  # destructors of the parent's objects may need its threads, which this process does not have
         os.close(read_end)
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
