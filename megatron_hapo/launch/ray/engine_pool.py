@@ -149,7 +149,7 @@ class RayRolloutPool:
         unfinished: dict[int, _Unfinished] = {}
         working: dict[ray.ObjectRef, _Working] = {}
         holders: dict[int, Any] = {}  # the actor that generates an engine's groups
-        deaths, num_versions = 0, len(self._versions)
+        deaths, version = 0, self._versions[-1]
         num_requested = num_finished = 0
         while True:
             running_stages.report(num_finished, total or num_requested, "responses")
@@ -186,8 +186,9 @@ class RayRolloutPool:
                 continue
             engine, finished = answer
             if isinstance(finished, RayActorError):
-                deaths = 1 if len(self._versions) > num_versions else deaths + 1
-                num_versions = len(self._versions)
+                # A new version of the weights is progress; the same weights, sent to an engine's replacement, are none.
+                deaths = 1 if self._versions[-1] != version else deaths + 1
+                version = self._versions[-1]
                 if deaths > _DEATHS_PER_ENGINE * len(self._engines):
                     raise RolloutError(death(f"generating: death {deaths} in one step: engine {engine}", finished))
                 dispatch.lost(engine)
