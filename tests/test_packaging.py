@@ -250,12 +250,17 @@ def test_only_launch_imports_ray_and_sglang_ext():
     assert not [line for line in outside_of_launch("sglang_ext") if not line.startswith("sglang_ext")]
 
 
+@pytest.fixture
+def uv() -> Path:
+    """The program with which `make setup` installs, which it leaves in the environment."""
+    program = Path(sys.executable).parent / "uv"
+    assert program.is_file(), "uv is not beside this Python: run `make setup`"
+    return program
+
+
 @pytest.mark.slow
-def test_the_gpu_set_up_resolves(tmp_path):
+def test_the_gpu_set_up_resolves(uv, tmp_path):
     """What `pip install .` takes on a GPU machine: nothing left out. Needs the package index."""
-    uv = Path(sys.executable).parent / "uv"
-    if not uv.is_file():
-        pytest.skip("no uv beside this Python: not set up by make")
     out = tmp_path / "resolved.txt"
     command = [uv, "pip", "compile", "--quiet", "setup.py", "--output-file", out]
     subprocess.run(
@@ -267,12 +272,9 @@ def test_the_gpu_set_up_resolves(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_gpu_lock_can_be_installed(tmp_path):
+def test_the_gpu_lock_can_be_installed(uv, tmp_path):
     """What `make setup-gpu` asks for resolves to exactly the lock, whose GPU packages all have wheels. Reads metadata
     only. Needs the package index."""
-    uv = Path(sys.executable).parent / "uv"
-    if not uv.is_file():
-        pytest.skip("no uv beside this Python: not set up by make")
     lock, out, wheels = ROOT / "requirements/gpu/lock.txt", tmp_path / "resolved.txt", tmp_path / "gpu.txt"
     asked = [ROOT / "requirements" / name for name in ("pins.txt", "dev.txt")]
     command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--constraints", lock, *asked]
