@@ -185,6 +185,5 @@ class AlgorithmConfig(Section):
                 "must be false with algorithm.bapo.enabled=true: both set the upper clip bound",
                 ("algorithm.bapo.enabled",),
             )
-        yield from self.adapo.contradictions(self.clip_high)
         for section in (self.kl, self.entropy_bonus, self.clip_cov, self.repo, self.bapo):
             yield from section.contradictions()

@@ -230,21 +230,9 @@ class AdapoConfig(Section):
     target: Annotated[Nats | None, _ADAPO] = None
     """Mean entropy to keep, nats. None: that of the first step."""
     factor: Annotated[float, Field(gt=1, le=10), _ADAPO] = 1.1
-    """What clip_high is multiplied with or divided by."""
-    high_min: Annotated[ClipHigh, _ADAPO] = 0.1
-    """Narrowest range upwards."""
-    high_max: Annotated[ClipHigh, _ADAPO] = 1.0
-    """Widest range upwards."""
-
-    def contradictions(self, clip_high: float) -> Iterator[Fault]:
-        """Why the range does not hold clip_high, at which it starts."""
-        if self.enabled and not self.high_min <= clip_high <= self.high_max:
-            yield Fault(
-                "algorithm.clip_high",
-                f"must be between algorithm.adapo.high_min={self.high_min:g} and algorithm.adapo.high_max="
-                f"{self.high_max:g}, got {clip_high:g}",
-                ("algorithm.adapo.high_min", "algorithm.adapo.high_max"),
-            )
+    """What clip_high is multiplied with or divided by after a step."""
+    max_change: Annotated[float, Field(gt=1, le=1e3), _ADAPO] = 4.0
+    """It stays between algorithm.clip_high / max_change and algorithm.clip_high * max_change."""
 
 
 class MultiTemperatureConfig(Section):

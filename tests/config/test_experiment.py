@@ -42,7 +42,7 @@ def test_every_method_runs_with_every_seed_under_every_setting(tmp_path: Path) -
     by_name = {run.config.name: run.config for run in runs}
     assert by_name["wide_clip__fast_seed3"].algorithm.clip_high == 0.4  # settings come after methods
     assert by_name["wide_clip__long_seed1"].algorithm.clip_high == 0.5
-    assert by_name["dapo__long_seed1"].algorithm.clip_high == 0.28  # of the job
+    assert by_name["dapo__long_seed1"].algorithm.clip_high == 0.07  # of the job
     assert by_name["dapo__fast_seed1"].optimizer.lr == 1e-3
     assert all(config.run_dir == tmp_path / "runs/small" / name for name, config in by_name.items())
     assert all(config.record.groups is None for config in by_name.values())

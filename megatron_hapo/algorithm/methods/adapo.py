@@ -3,9 +3,10 @@
 Clipping bounds the change of a token's share of the entropy from above by 1 + clip_high (the paper's theorem 2), so a
 wider range lets the entropy grow, and a narrower one holds it back. With the mean entropy H of each step:
 
-    H < target: clip_high * factor;    H > target: clip_high / factor;    kept in [high_min, high_max]
+    H < target: clip_high * factor;    H > target: clip_high / factor
 
-It starts at algorithm.clip_high. Without a target of its own, the target is the entropy of the first step, as in REPO.
+It starts at algorithm.clip_high, and moves away from it by max_change times at most. Without a target of its own, the
+target is the entropy of the first step, as in REPO.
 The source says in which direction clip_high moves, not by how much. Decided here: by a factor, which treats both
 directions alike; H is that of the policy before the step's first update, and acts from the next step on.
 
@@ -44,11 +45,11 @@ class AdaptiveClipHigh(Part):
     def next_state(
         self, state: Mapping[str, float], scores: TokenScores, updates: Sequence[Mapping[str, float]]
     ) -> dict[str, float]:
-        adapo, entropy = self.algorithm.adapo, mean_entropy(scores)
+        adapo, entropy, start = self.algorithm.adapo, mean_entropy(scores), self.algorithm.clip_high
         target = state.get(TARGET, entropy) if adapo.target is None else adapo.target
         clip_high = next_clip_high(
-            state.get(CLIP_HIGH, self.algorithm.clip_high), entropy,
-            target=target, factor=adapo.factor, high_min=adapo.high_min, high_max=adapo.high_max,
+            state.get(CLIP_HIGH, start), entropy,
+            target=target, factor=adapo.factor, low=start / adapo.max_change, high=start * adapo.max_change,
         )  # fmt: skip
         return {CLIP_HIGH: clip_high, TARGET: target}
 
@@ -56,13 +57,11 @@ class AdaptiveClipHigh(Part):
         return low_N, torch.full_like(high_N, tokens.controls["adapo_clip_high"])
 
 
-def next_clip_high(
-    clip_high: float, entropy: float, *, target: float, factor: float, high_min: float, high_max: float
-) -> float:
-    """clip_high of the next step.
+def next_clip_high(clip_high: float, entropy: float, *, target: float, factor: float, low: float, high: float) -> float:
+    """clip_high of the next step, in [low, high].
 
     Args:
         entropy: mean of the step, nats.
     """
     step = factor if entropy < target else 1 / factor if entropy > target else 1.0
-    return min(max(clip_high * step, high_min), high_max)
+    return min(max(clip_high * step, low), high)
