@@ -39,6 +39,12 @@ with MetricsLogger(Path(sys.argv[1]), 3) as logger:
 """
 
 
+@pytest.fixture(autouse=True)
+def no_earlier_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a stage took in another test of this process must not show here as remaining time."""
+    monkeypatch.setattr(running_stages, "_seconds", {})
+
+
 def test_the_innermost_stages_of_all_threads_are_shown_with_those_around_them() -> None:
     begun, end = threading.Event(), threading.Event()
 
