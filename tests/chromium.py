@@ -86,8 +86,8 @@ class Page:
         self.send("Page.navigate", url=address)
         self.wait("document.documentElement?.dataset.state === 'ready'")
 
-    def hover(self, selector: str) -> None:
-        """Moves the pointer to the middle of an element."""
+    def hover(self, selector: str) -> tuple[float, float]:
+        """Moves the pointer to the middle of an element, and returns where that is."""
         self.wait(f"document.querySelector({json.dumps(selector)})")
         x, y = self.value(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
@@ -95,6 +95,13 @@ class Page:
             "return [r.left + r.width / 2, r.top + r.height / 2]; })()"
         )
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def click(self, selector: str) -> None:
+        """Clicks on the middle of an element."""
+        x, y = self.hover(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type_into(self, selector: str, text: str) -> None:
         """Replaces the text of an input."""

@@ -20,7 +20,7 @@ from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.metrics import METRICS_FILE, read_metrics
 from megatron_hapo.observe.record_schema import FOLDER
 from megatron_hapo.observe.report import STAGES
-from megatron_hapo.observe.view.build_view import asset
+from megatron_hapo.observe.view.build_view import PLOTLY, asset
 
 PAGE = "report.html"
 METRICS = (
@@ -31,7 +31,7 @@ METRICS = (
 )  # fmt: skip
 _OF_ONE_RUN = ("name", "seed", "output_dir")
 """Settings that differ between the seeds of one experiment."""
-_SCRIPTS = ("data.js", "scales.js", "charts.js", "report.js")
+_SCRIPTS = ("data.js", "scales.js", "plots.js", "report.js")
 _WATCH_SECONDS = 3.0
 
 Rows = list[dict[str, float]]
@@ -135,8 +135,12 @@ def _view(run_dir: Path, report_folder: Path) -> dict[str, Any] | None:
 
 def _document(data: dict[str, Any]) -> str:
     script = "\n".join(map(asset, _SCRIPTS)).replace("</", "<\\/")
-    style = asset("view.css")
-    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'"
+    plotly, style = asset(PLOTLY), asset("view.css")
+    # Plotly inserts styles, and makes the pictures that its plots can be downloaded as.
+    policy = (
+        f"default-src 'none'; script-src '{_hash(plotly)}' '{_hash(script)}'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'"
+    )
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
@@ -151,6 +155,7 @@ def _document(data: dict[str, Any]) -> str:
 <main id="main"></main>
 <div id="tip" class="tip" role="tooltip" hidden></div>
 <script type="application/json" id="data">{text}</script>
+<script>{plotly}</script>
 <script>{script}</script>
 </body>
 </html>

@@ -1,5 +1,6 @@
 """Curves of one run and of several."""
 
+import html
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from megatron_hapo.errors import DataError
 from megatron_hapo.observe.report import write_report
 from megatron_hapo.observe.report_page import joined_seeds, watch, write_report_page
-from megatron_hapo.observe.view.build_view import write_view
+from megatron_hapo.observe.view.build_view import PLOTLY, asset, write_view
 from tests import chromium
 from tests.observe.recorded import some_rows, write_records
 from tests.observe.test_metrics import METRICS
@@ -82,9 +83,11 @@ def test_runs_without_a_config_are_lines_of_their_own(tmp_path):
 def test_the_page_is_one_file_and_names_nothing_outside(tmp_path):
     run = write_rows(tmp_path / "<script><b>", 2)
     text = write_report_page([run]).read_text()
-    assert "<b>" not in text
-    assert "http://www.w3.org/2000/svg" in text
-    assert text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+    own = text.replace(asset(PLOTLY), "")
+    assert len(own) < len(text)
+    assert "<b>" not in own
+    assert "://" not in own
+    assert "default-src 'none'" in html.unescape(own)
 
 
 def test_watching_draws_again_after_a_step(tmp_path, monkeypatch):
@@ -117,13 +120,14 @@ def test_the_page_shows_the_numbers_under_the_pointer_and_links_to_responses(tmp
         page.open(write_report_page(runs).as_uri())
         reward = "[...document.querySelectorAll('.panel')].find(p => p.textContent.startsWith('Reward'))"
         page.value(f"{reward}.id = 'reward'")
-        page.hover("#reward svg.chart")
-        numbers = dict(
-            page.value("[...document.querySelectorAll('#tip tr')].map(r => [...r.children].map(c => c.textContent))")
-        )
-        assert numbers["a, 2 seeds"] == "2 (1 to 3)"
-        assert numbers["b"] == "5"
-        page.value("document.querySelector('#reward svg.chart').dispatchEvent(new MouseEvent('click'))")
+        page.wait("document.querySelector('#reward .plot').dataset.state === 'drawn'")
+        page.hover("#reward .plot")
+        page.wait("document.querySelector('#reward .hoverlayer text')")
+        numbers = page.value("document.querySelector('#reward .hoverlayer').textContent")
+        assert "a, 2 seeds : 2 (1 to 3)" in numbers
+        assert "b : 5" in numbers
+        page.click("#reward .plot")
+        page.wait("document.querySelector('#links a')")
         link = page.value("document.querySelector('#links a').href")
         assert link == f"{(runs[0] / 'view/index.html').as_uri()}#/0/step_00000003"
         page.open(link)

@@ -308,7 +308,7 @@ def test_an_evaluation_is_coloured_by_what_it_has(tmp_path, page):
     assert page.value("document.querySelector('[data-control=measure]').value") == "surprisal"
     colours = page.value("[...document.querySelectorAll('[data-i]')].map(s => s.style.backgroundColor)")
     strength = [float(colour.rstrip(")").split(", ")[3]) for colour in colours]
-    assert np.argmax(strength) == np.argmin(rows[0]["rollout_log_probs"])
+    assert np.argmax(strength) == np.argmin(np.asarray(rows[0]["rollout_log_probs"]))
     assert "advantage" not in page.value("document.querySelector('.sample header').textContent")
     assert page.faults == []
 

@@ -12,16 +12,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
+from plotly.offline import get_plotlyjs
+
 from megatron_hapo.errors import DataError, one_line
 from megatron_hapo.observe.view.data_pages import DataPages
 from megatron_hapo.observe.view.record_files import recorded_runs
 
-SCRIPTS = ("data.js", "scales.js", "charts.js", "tokens.js", "lists.js", "pages.js")
+PLOTLY = "plotly.min.js"
+SCRIPTS = ("data.js", "scales.js", "plots.js", "tokens.js", "lists.js", "pages.js", PLOTLY)
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def asset(name: str) -> str:
-    """The text of one of the viewer's own files."""
+    """The text of one of the viewer's files."""
+    if name == PLOTLY:
+        return get_plotlyjs()
     return (files("megatron_hapo.observe.view") / "assets" / name).read_text(encoding="utf-8")
 
 

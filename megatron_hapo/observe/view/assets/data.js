@@ -32,6 +32,17 @@ hapo.load = (name) => {
   return promise;
 };
 
+// The plotting library is large: it is read when the first plot is drawn.
+hapo.plotly = () => {
+  hapo.library ??= new Promise((resolve, reject) => {
+    if (window.Plotly) return resolve();
+    const script = el("script", { src: "plotly.min.js", onload: resolve });
+    script.onerror = () => reject(new Error("plotly.min.js cannot be read"));
+    document.head.append(script);
+  });
+  return hapo.library;
+};
+
 hapo.bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
 hapo.floats = (text) => new Float32Array(hapo.bytes(text));
 hapo.integers = (text) => new Int32Array(hapo.bytes(text));

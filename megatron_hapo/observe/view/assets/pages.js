@@ -223,30 +223,28 @@ async function tokenPage(prefix) {
 }
 
 function distributions(data) {
-  const shareText = { title: "", height: 220 };
-  const histogram = (name, bins, text, xTitle, isRound = () => true) => {
+  const histogram = (name, bins, text, xTitle, logarithmic = false) => {
     if (!bins) return panel(name, el("p", { class: "note" }, "not recorded"));
     const [first, last] = [bins.edges[0], bins.edges.at(-1)];
     const width = (last - first) / bins.shares.length;
-    const at = (i) => text(first + (i + 0.5) * width);
-    const round = ticks(first, last, 5).filter(isRound);
-    const xTicks = round.map((value) => (value - first) / width - 0.5);
-    const xTickText = (place) => text(round[xTicks.indexOf(place)]);
+    const x = bins.shares.map((_, i) => first + (i + 0.5) * width);
     const series = [{ name: "% of tokens", values: bins.shares.map((s) => 100 * s), colour: SERIES[0] }];
-    return panel(name, barChart(series, { ...shareText, title: name, xTitle, xText: at, xTicks, xTickText }));
+    const decades = [...Array(Math.floor(last) - Math.ceil(first) + 1).keys()].map((i) => Math.ceil(first) + i);
+    const ticks = logarithmic ? { xTicks: decades, xTickText: text } : {};
+    return panel(name, barChart(x, series, { title: name, xTitle, xText: text, ...ticks }));
   };
   const parts = data.quantiles;
-  const xText = (i) => `${i + 1}`;
-  const xTicks = parts.map((_, i) => i);
-  const options = { ...shareText, xTitle: "tenth of the tokens by entropy, lowest to highest", xText, xTicks };
+  const tenths = parts.map((_, i) => i + 1);
+  const options = { xTitle: "tenth of the tokens by entropy, lowest to highest", xTicks: tenths };
   const percent = (name) => parts.map((p) => (p[name] === null ? null : 100 * p[name]));
-  const line = (name) => parts.map((p, i) => [i, p[name]]).filter((p) => p[1] !== null);
+  const line = (name) => parts.map((p, i) => [i + 1, p[name]]).filter((p) => p[1] !== null);
   return [
-    histogram("Entropy, % of tokens", data.entropy, (x) => formatted(10 ** x, 2), "nats, logarithmic", Number.isInteger),
+    histogram("Entropy, % of tokens", data.entropy, (x) => formatted(10 ** x, 2), "nats, logarithmic", true),
     histogram("h, % of tokens", data.h, (x) => formatted(x, 2), "h"),
     panel(
       "Clipped tokens, %",
       barChart(
+        tenths,
         [
           { name: "at the lower bound", values: percent("low"), colour: SERIES[0] },
           { name: "at the upper bound", values: percent("high"), colour: SERIES[1] },
@@ -257,6 +255,7 @@ function distributions(data) {
     panel(
       "Sum of |advantage|, %",
       barChart(
+        tenths,
         [
           { name: "positive advantages", values: percent("up"), colour: SERIES[0] },
           { name: "negative advantages", values: percent("down"), colour: SERIES[1] },

@@ -72,9 +72,7 @@ function stageBars(line) {
   const total = binned("step");
   const rest = total.map((seconds, k) => Math.max(0, seconds - series.reduce((sum, s) => sum + s.values[k], 0)));
   series.push({ name: "other", values: rest, colour: SERIES[7] });
-  const every = Math.max(1, Math.ceil(starts.length / 8));
-  const xTicks = starts.map((_, i) => i).filter((i) => i % every === 0);
-  return barChart(series, { title: "Seconds per step", xTicks, xText: (i) => `${starts[i]}` });
+  return barChart(starts, series, { title: "Seconds per step" });
 }
 
 // Links to the recorded responses of the step nearest to a point.
@@ -121,5 +119,5 @@ function drawReport() {
 drawReport();
 if (data.live) {
   // Not while somebody reads the numbers of a point.
-  setInterval(() => document.getElementById("tip").hidden && location.reload(), 10000);
+  setInterval(() => document.querySelector(".plot:hover") ?? location.reload(), 10000);
 }
