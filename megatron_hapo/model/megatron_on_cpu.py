@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _CPU = torch.device("cpu")
+_NEED_A_DRIVER = ("flash_mla",)
 
 
 def install() -> None:
@@ -24,6 +26,7 @@ def install() -> None:
     if getattr(torch, "_megatron_hapo_cpu", False):
         return
     torch._megatron_hapo_cpu = True  # type: ignore[attr-defined]
+    _no_driver_packages()
     _no_compilation()
     _device_queries()
     _random_state()
@@ -32,6 +35,13 @@ def install() -> None:
     _optimizer_type_names()
     _megatron_generators()
     _uneven_collectives()
+
+
+def _no_driver_packages() -> None:
+    """The GPU set-up has packages that load NVIDIA's driver when they are imported. Without one (a node that converts,
+    or the head of a cluster) that is an OSError, where Megatron expects an ImportError for what is missing."""
+    for name in _NEED_A_DRIVER:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _no_compilation() -> None:
