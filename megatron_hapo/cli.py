@@ -474,10 +474,10 @@ def _report(arguments: argparse.Namespace) -> None:
         pages = [write_report_page(arguments.run_dirs, live=live)] if arguments.html else []
         return [write_report(*arguments.run_dirs), *pages]
 
-    for path in draw(live=arguments.watch):
-        print(path, flush=True)
     if arguments.watch:
         watch(arguments.run_dirs, draw)
+    else:
+        print(*draw(live=False), sep="\n")
 
 
 def _view(arguments: argparse.Namespace) -> None:

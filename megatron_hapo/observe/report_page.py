@@ -166,16 +166,32 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def watch(run_dirs: Sequence[Path], draw: Callable[..., object]) -> None:
-    """Draws again whenever a run's metrics change, until Ctrl-C; then once more, as a page that stays as it is."""
-    drawn = _changed(run_dirs)
+def watch(run_dirs: Sequence[Path], draw: Callable[..., list[Path]]) -> None:
+    """Draws the runs and prints where, draws again whenever their metrics change, until Ctrl-C, and then once more, as
+    pages that stay as they are. Waits for runs that have made no step yet.
+
+    Raises:
+        DataError: a folder does not exist, or a run had made no step at the end.
+    """
+    for run_dir in run_dirs:
+        if not run_dir.is_dir():
+            raise DataError(f"{run_dir}: no such folder; it must be the folder of a run")
+    drawn: list[tuple[int, int]] | None = None
+    printed = False
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            time.sleep(_WATCH_SECONDS)
             if (now := _changed(run_dirs)) != drawn:
-                drawn = now
-                with contextlib.suppress(DataError):  # a run that starts again has no metrics for a moment
-                    draw(live=True)
+                first, drawn = drawn is None, now
+                try:
+                    paths = draw(live=True)
+                except DataError as error:  # also for a moment, when a run starts again
+                    if first:
+                        print(f"waiting for the first step: {error}", flush=True)
+                else:
+                    if not printed:
+                        print(*paths, sep="\n", flush=True)
+                    printed = True
+            time.sleep(_WATCH_SECONDS)
     draw(live=False)
 
 

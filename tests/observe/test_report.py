@@ -17,7 +17,7 @@ from tests.observe.test_metrics import METRICS
 
 
 def write_rows(run_dir: Path, num_steps: int, **extra: float | None) -> Path:
-    run_dir.mkdir()
+    run_dir.mkdir(exist_ok=True)
     rows = [{"step": 0, "eval/accuracy": 0.3}]
     rows += [{"step": step, **METRICS, "temperature/mean": 1.0, **extra} for step in range(1, num_steps + 1)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -90,21 +90,34 @@ def test_the_page_is_one_file_and_names_nothing_outside(tmp_path):
     assert "default-src 'none'" in html.unescape(own)
 
 
-def test_watching_draws_again_after_a_step(tmp_path, monkeypatch):
-    run, drawn = write_rows(tmp_path / "run", 1), []
-    pauses = iter(["step", "nothing", "end"])
+def test_watching_waits_for_the_first_step_and_draws_again_after_each(tmp_path, monkeypatch, capsys):
+    run, drawn = tmp_path / "run", []
+    pauses = iter(["first", "nothing", "step", "end"])
 
     def sleep(seconds: float) -> None:
         match next(pauses):
+            case "first":
+                write_rows(run, 1)
             case "step":
                 with (run / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps({"step": 2}) + "\n")
             case "end":
                 raise KeyboardInterrupt
 
+    def draw(*, live: bool) -> list[Path]:
+        path = write_report_page([run], live=live)
+        drawn.append(live)
+        return [path]
+
     monkeypatch.setattr("megatron_hapo.observe.report_page.time.sleep", sleep)
-    watch([run], lambda *, live: drawn.append(live))
-    assert drawn == [True, False]
+    with pytest.raises(DataError, match="no such folder"):
+        watch([run], draw)
+    run.mkdir()
+    watch([run], draw)
+    assert drawn == [True, True, False]
+    waiting, path = capsys.readouterr().out.splitlines()
+    assert waiting.startswith(f"waiting for the first step: {run}: no metrics")
+    assert path == str(run / "report.html")
 
 
 def test_the_page_shows_the_numbers_under_the_pointer_and_links_to_responses(tmp_path):
