@@ -87,7 +87,7 @@ function lineChart(series, options) {
     return [...band(points.filter((p) => p.length > 2), s), line];
   });
   const y = { automargin: true, exponentformat: "power", ...(options.zero && !options.logY ? { rangemode: "tozero" } : {}) };
-  if (options.logY) Object.assign(y, { type: "log", dtick: 1 });
+  if (options.logY) y.type = "log";
   if (options.max && options.zero) y.range = [0, options.max * 1.03];
   return plot(traces, { xaxis: axis(options), yaxis: y }, options);
 }
