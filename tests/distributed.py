@@ -1,17 +1,28 @@
-"""Real gloo ranks for tests; every rank is a process that can use Megatron."""
+"""Real gloo ranks for tests; every rank is a process that can use Megatron.
+
+Ranks are forked from a server that has imported torch and Megatron (`rank_imports`), one per worker of pytest: a rank
+starts in a fraction of a second, and is as fresh as a process that imports them itself, except that all ranks hash
+strings alike. Those of whole runs, in `test_loop.py`, do not.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests.time_limits import patient
+
+_AT_IMPORT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+"""Variables that torch reads once, so that they are the server's. Ranks use the CPU also on a machine with GPUs:
+`megatron_on_cpu` refuses processes that see one."""
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
@@ -23,15 +34,14 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
     timeout_seconds = patient(timeout_seconds)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
-        executor = ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn"))
+        executor = ProcessPoolExecutor(world_size, mp_context=_context())
+        environment = dict(os.environ) | _AT_IMPORT
         ended = False
         try:
-            # Ranks on the CPU, also on a machine with GPUs: `megatron_on_cpu` refuses processes that see one.
-            with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
-                futures = [
-                    executor.submit(_rank_main, rank, world_size, rendezvous, timeout_seconds, fn, args)
-                    for rank in range(world_size)
-                ]
+            futures = [
+                executor.submit(_rank_main, environment, rank, world_size, rendezvous, timeout_seconds, fn, args)
+                for rank in range(world_size)
+            ]
             done, pending = wait(futures, timeout_seconds, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
@@ -45,21 +55,33 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
             executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _context() -> Any:
+    """Starts processes by a fork of this process's server, which is started if it is not running."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rank_imports"])
+    root = str(Path(__file__).parents[1])  # where it finds `tests`, whatever the working directory
+    with mock.patch.dict(os.environ, _AT_IMPORT | {"PYTHONPATH": root}):
+        forkserver.ensure_running()
+    return context
+
+
 def _rank_main(
-    rank: int, world_size: int, rendezvous: str, timeout_seconds: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    environment: dict[str, str],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    timeout_seconds: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> Any:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from megatron_hapo.model.rank_environment import importing
+    # multiprocessing ignores a preloaded module that cannot be imported.
+    assert "tests.rank_imports" in sys.modules, "the server could not import tests.rank_imports"
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
 
-    with importing():
-        import torch
+    from megatron_hapo.model import parallel_layout
 
-        from megatron_hapo.model import megatron_on_cpu
-
-        megatron_on_cpu.install()
-        from megatron_hapo.model import parallel_layout
-
-    torch.set_num_threads(1)
     device = torch.device("cpu")
     parallel_layout.init_distributed(
         rank=rank, world_size=world_size, init_method=rendezvous, device=device, timeout_seconds=timeout_seconds
