@@ -42,6 +42,7 @@ def wrap_for_training(model: Sequence[GPTModel], config: Config) -> tuple[list[A
     optimizer = get_megatron_optimizer(
         _optimizer_config(config, params_dtype=megatron_config.params_dtype), chunks, use_gloo_process_groups=False
     )
+    _step_in_one_pass(optimizer)
     megatron_config.grad_scale_func = optimizer.scale_loss
     # Our loss is divided by the mini-batch's token count already, so Megatron gets no count to divide by.
     megatron_config.finalize_model_grads_func = lambda model, num_tokens=None, **rest: finalize_model_grads(
@@ -130,6 +131,19 @@ def _gather_output_layer_in_time(chunk: GPTModel, wrapped: Any) -> None:
         wait_for = wrapped._make_forward_pre_hook()
         final_norm: Any = chunk.decoder.final_layernorm
         final_norm.register_forward_pre_hook(lambda *_: wait_for(chunk.output_layer))
+
+
+def _step_in_one_pass(optimizer: MegatronOptimizer) -> None:
+    """torch's AdamW on a CPU: one pass over each parameter and its state in place of a dozen, five times as fast.
+
+    Megatron 0.19 asks for it only where a GPU's optimizer runs on the host. A loaded checkpoint leaves it, like all of
+    a group's settings (`resumable.load`). On GPUs nothing changes.
+    """
+    for part in resumable.chained_optimizers(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                if any(parameter.device.type == "cpu" for parameter in group["params"]):
+                    group["fused"] = True
 
 
 def _norm_on_the_device() -> None:

@@ -1,4 +1,5 @@
-"""Our own step of Megatron's optimizer: the weights of `optimizer.step()`, without a second norm."""
+"""Our own step of Megatron's optimizer: the weights of `optimizer.step()`, without a second norm, and on a CPU those of
+AdamW's many passes in one."""
 
 from __future__ import annotations
 
@@ -24,8 +25,16 @@ CASES = [
 ]
 
 
-def updated(models: Path, case: tuple[str, dict[str, Any], str, float], *, by_megatron: bool) -> tuple[Any, float]:
-    """This rank's weights after two updates, and the last norm."""
+def updated(
+    models: Path,
+    case: tuple[str, dict[str, Any], str, float],
+    *,
+    by_megatron: bool = False,
+    save_to: Path | None = None,
+    load_from: Path | None = None,
+) -> tuple[Any, float]:
+    """This rank's weights after two updates, and the last norm; a checkpoint may be written between them, or take the
+    place of the first."""
     from megatron.core import parallel_state
 
     from megatron_hapo.trainer import trainer_rank
@@ -44,19 +53,25 @@ def updated(models: Path, case: tuple[str, dict[str, Any], str, float], *, by_me
             old_log_probs=batch.rollout_log_probs - 5,
             token_data={"modulation": batch.rollout_log_probs},
         )
-        norms = [trainer.update(batch, step=step) for step in (1, 2)]
+        if load_from is None:
+            trainer.update(batch, step=1)
+        else:
+            trainer.load_checkpoint(load_from)
+        if save_to is not None:
+            trainer.save_checkpoint(save_to)
+        metrics = trainer.update(batch, step=2)
     finally:
         trainer_rank.take_step = own_step
     weights = [parameter.detach().float().numpy().copy() for chunk in trainer.model for parameter in chunk.parameters()]
     parallel_state.destroy_model_parallel()
-    assert norms[1] is not None
-    return weights, norms[1]["grad_norm"]
+    assert metrics is not None
+    return weights, metrics["grad_norm"]
 
 
 def compare(rank: int, models: Path, number: int) -> None:
     from megatron_hapo.trainer import optimizer
 
-    ours, norm = updated(models, CASES[number], by_megatron=False)
+    ours, norm = updated(models, CASES[number])
     keep, optimizer._norm_on_the_device = optimizer._norm_on_the_device, lambda: None
     clip_grads: Any = optimizer.clip_grads
     clip_grads.l2_norm_impl = optimizer.local_multi_tensor_l2_norm
@@ -75,7 +90,35 @@ def all_cases(rank: int, models: Path) -> None:
         compare(rank, models, number)
 
 
+def in_one_pass_or_many(rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    from megatron_hapo.trainer import optimizer
+
+    for number, case in enumerate(CASES):
+        checkpoint = folder / str(number)
+        if rank == 0:
+            checkpoint.mkdir()
+        dist.barrier()
+        keep, optimizer._step_in_one_pass = optimizer._step_in_one_pass, lambda optimizer: None
+        many, _ = updated(folder, case, save_to=checkpoint)
+        optimizer._step_in_one_pass = keep
+        one, _ = updated(folder, case)
+        resumed, _ = updated(folder, case, load_from=checkpoint)
+        tolerance = {"rtol": 1e-2, "atol": 1e-4} if case[2] == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+        assert any((a != b).any() for a, b in zip(many, one, strict=True)) or case[2] == "bfloat16"
+        for want, *others in zip(many, one, resumed, strict=True):
+            for got in others:
+                np.testing.assert_allclose(got, want, **tolerance)
+
+
 def test_a_step_is_megatrons_without_a_second_norm(tmp_path: Path) -> None:
     write_family(tmp_path / "dense", "qwen3")
     write_family(tmp_path / "experts", "qwen3_moe")
     run_ranks(2, all_cases, tmp_path, timeout_seconds=240)
+
+
+def test_one_pass_over_the_parameters_takes_the_step_of_many_also_after_a_checkpoint_of_theirs(tmp_path: Path) -> None:
+    write_family(tmp_path / "dense", "qwen3")
+    write_family(tmp_path / "experts", "qwen3_moe")
+    run_ranks(2, in_one_pass_or_many, tmp_path, timeout_seconds=240)
