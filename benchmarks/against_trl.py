@@ -1,13 +1,14 @@
 """A step of the demo's job here and in TRL's GRPOTrainer: the same machine, model, task and sizes, in turns.
 
-    python benchmarks/against_trl.py [--turns 3] [--sizes demo 135m] [--out runs/against_trl]
+    python benchmarks/against_trl.py [--turns 3] [--sizes demo 135m] [--steps N] [--prompts N] [--out runs/against_trl]
 
 Run it after `make demo`, which makes the starting model, on an idle machine. TRL (requirements-trl.txt) is installed
 into `OUT/trl` beside the project's own packages. Each turn runs TRL on one thread, TRL on two, and this project; the
 first two steps of each run do not count. Prints the median seconds of a step, the stages of ours, and the processor
 seconds of its processes; the last line is the same as JSON.
 
-135m: 30 layers, 576 wide, random weights, 8 prompts x 8 responses of exactly 40 tokens, two updates a step.
+135m: 30 layers, 576 wide, random weights, 8 prompts x 8 responses of 40 tokens, two updates a step. Take `--turns 1`:
+a turn takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Size:
 SIZES = {
     "demo": Size(steps=14, prompts=32, samples=8, updates=4),
     "135m": Size(
-        steps=5, prompts=8, samples=8, updates=2,
+        steps=6, prompts=8, samples=8, updates=2,
         settings=("rollout.max_running_requests=64", "rollout.kv_cache_tokens=8192"),
     ),
 }  # fmt: skip
@@ -76,6 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, help="of each run, in place of the size's own; more than two")
+    parser.add_argument("--prompts", type=int, help="of a step, in place of the size's own; a multiple of its updates")
     parser.add_argument("--out", type=Path, default=Path("runs/against_trl"))
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of our runs, e.g. rollout.engines=2"
@@ -85,7 +88,8 @@ def main() -> None:
     install_trl(options.out / "trl")
     results = {}
     for name in options.sizes:
-        size = SIZES[name]
+        given = {key: value for key in ("steps", "prompts") if (value := getattr(options, key)) is not None}
+        size = replace(SIZES[name], **given)
         model = ROOT / "runs/demo_model" if name == "demo" else make_135m(options.out / "model_135m")
         contestants = {"TRL, 1 thread": Figures(), "TRL, 2 threads": Figures(), "megatron-hapo": Figures()}
         for turn in range(options.turns):
