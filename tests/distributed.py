@@ -45,7 +45,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_secon
             done, pending = wait(futures, timeout_seconds, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            assert not pending, f"ranks {[futures.index(f) for f in pending]} did not finish within {timeout_seconds} s"
+            assert not pending, f"ranks {sorted(map(futures.index, pending))} did not finish within {timeout_seconds} s"
             ended = True
             return [future.result() for future in futures]
         finally:
