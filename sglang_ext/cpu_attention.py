@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_ext import batch_invariance
+
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -29,6 +31,9 @@ AROUND = {
     f"{_BACKEND}_run_sdpa_forward_extend": "attend_extend",
 }
 """SGLang's functions and the hooks of this module that stand after or around them."""
+
+_EXACT_PLACES = 1 << 16
+"""Most keys of an exact rectangle, in which each query has its own copies."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,37 @@ def rectangles(
     ]
 
 
-def _rectangle(places: Tensor, length_R1: Tensor, query_length_R1: Tensor, start_R1: Tensor) -> Rectangle:
-    key_K, query_Q = torch.arange(int(length_R1.max())), torch.arange(int(query_length_R1.max()))
+def exact_rectangles(
+    req_to_token: Tensor, requests: Tensor, lengths: Sequence[int], query_lengths: Sequence[int]
+) -> list[Rectangle]:
+    """The rectangles of a forward pass in deterministic mode (`batch_invariance`), from the arguments of `rectangles`.
+
+    Each query is a request of its own, whose keys are padded to the next power of two: so what is computed for a
+    position does not depend on the queries beside it, and is the same in a prefill and in a decode step.
+    """
+    ends = [end for length, new in zip(lengths, query_lengths, strict=True) for end in range(length - new + 1, length + 1)]
+    rows = requests.repeat_interleave(torch.tensor(query_lengths, device=requests.device))
+    classes: dict[int, list[int]] = {}
+    for token, end in enumerate(ends):
+        classes.setdefault(1 << end.bit_length(), []).append(token)
+    return [
+        _rectangle(
+            F.pad(req_to_token[rows[list(tokens)], :width], (0, max(0, width - req_to_token.shape[1]))),
+            torch.tensor([ends[token] for token in tokens])[:, None],
+            torch.ones(len(tokens), 1, dtype=torch.long),
+            torch.tensor(tokens)[:, None],
+            width=width,
+        )
+        for width, members in classes.items()
+        for tokens in itertools.batched(members, max(1, _EXACT_PLACES // width))
+    ]
+
+
+def _rectangle(
+    places: Tensor, length_R1: Tensor, query_length_R1: Tensor, start_R1: Tensor, *, width: int | None = None
+) -> Rectangle:
+    """`width`: number of keys, and `visible` is given even where a query attends to all; None: the longest's."""
+    key_K, query_Q = torch.arange(width or int(length_R1.max())), torch.arange(int(query_length_R1.max()))
     position_RQ = length_R1 - query_length_R1 + query_Q
     visible_RQK = key_K <= position_RQ[:, :, None]
     real_RQ = query_Q < query_length_R1
@@ -84,7 +118,7 @@ def _rectangle(places: Tensor, length_R1: Tensor, query_length_R1: Tensor, start
         query_rows=(start_R1 + query_Q).where(real_RQ, start_R1).flatten(),
         real_queries=None if bool(real_RQ.all()) else real_RQ.flatten(),
         cache_rows=cache_RK.flatten(),
-        visible=None if bool(visible_RQK.all()) else visible_RQK[:, None],
+        visible=None if width is None and bool(visible_RQK.all()) else visible_RQK[:, None],
         num_requests=len(length_R1),
     )
 
@@ -137,7 +171,8 @@ def plan_rectangles(_result: None, backend: Any, batch: ForwardBatch) -> None:
     else:
         assert batch.extend_seq_lens is not None, "a forward pass that is not a decode step extends requests"
         new = batch.extend_seq_lens.tolist()
-    backend.hapo_rectangles = rectangles(backend.req_to_token_pool.req_to_token, batch.req_pool_indices, lengths, new)
+    plan = exact_rectangles if batch_invariance.requested() else rectangles
+    backend.hapo_rectangles = plan(backend.req_to_token_pool.req_to_token, batch.req_pool_indices, lengths, new)
 
 
 def attend_decode(original: Callable[..., Tensor], backend: Any, *tensors: Any, **options: Any) -> Tensor:

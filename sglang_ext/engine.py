@@ -27,7 +27,7 @@ from megatron_hapo.protocols import Finished
 from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.types import GroupRequest, InFlight, WeightBucket
-from sglang_ext import receive, self_test, verify
+from sglang_ext import batch_invariance, receive, self_test, verify
 from sglang_ext.engine_config import EngineConfig, check_engine_config, server_arguments
 from sglang_ext.engine_state import EngineState, Verb, Weights
 from sglang_ext.responses import rollout_of, sample_seed, sampling_parameters
@@ -65,6 +65,8 @@ class Engine:
         # Ranks of one node meet through a file: torch's TCP store would listen on every interface, without a token.
         self._scratch = PrivateFolder()
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.path}/rendezvous"
+        if config.deterministic and config.device == "cpu":
+            os.environ |= batch_invariance.ENVIRONMENT  # of the processes that SGLang starts
         try:
             with self._scratch.for_temporary_files():  # SGLang's sockets, which it would leave behind
                 arguments = server_arguments(config, returns_routes=self._routes is not None)
@@ -188,6 +190,10 @@ class Engine:
         self_test.run(self._answers, vocab_size=vocab_size, dtype=self._config.dtype)
         if self._routes is not None:
             self_test.check_routes(self._answers, self._routes, vocab_size=vocab_size)
+        if self._config.deterministic:
+            self_test.check_exact(
+                self._answers, self._engine.flush_cache, vocab_size=vocab_size, prefilled=self._config.device == "cpu"
+            )
         if self._engine.flush_cache().success is not True:
             raise RolloutError("SGLang did not flush its cache after the self-test")
         self._moved("self_test")

@@ -42,6 +42,8 @@ class EngineConfig:
     """What a weight update does with unfinished responses."""
     returns_routes: bool = False
     """Whether responses can ask for the experts of their tokens; without effect for a model without experts."""
+    deterministic: bool = False
+    """Whether a response must be the same to the last bit whatever is generated beside it, and after a restart."""
     name: str = "engine"
     """The engine's name in profiles."""
 
@@ -101,6 +103,9 @@ def server_arguments(config: EngineConfig, *, returns_routes: bool) -> dict[str,
         "enable_memory_saver": config.releases_memory and config.device == "cuda",
     }
     if config.device == "cuda":
+        # With it SGLang's matrix products, norms and attention do not depend on the batch (on a CPU it is refused, and
+        # `batch_invariance` takes its place); it chooses the attention backend, and NCCL's algorithm and channels.
+        arguments["enable_deterministic_inference"] = config.deterministic
         # Graphs stay allocated while a trainer uses the GPU. Those of prefills are on by default (SGLang 0.5.23). Those
         # of decoding serve few requests each, and none more than max_running_requests.
         arguments["disable_prefill_cuda_graph"] = True

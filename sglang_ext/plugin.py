@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.private_folder import current_folder, shared_memory_prefix
-from sglang_ext import cpu_attention, float8, host_memory, temperature
+from sglang_ext import batch_invariance, cpu_attention, float8, host_memory, temperature
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -82,6 +82,9 @@ def register() -> None:
         for hook_type, hooks in ((HookType.AFTER, cpu_attention.AFTER), (HookType.AROUND, cpu_attention.AROUND)):
             for target, name in hooks.items():
                 HookRegistry.register(target, getattr(cpu_attention, name), hook_type)
+        if batch_invariance.requested():
+            for target, name in batch_invariance.AROUND.items():
+                HookRegistry.register(target, getattr(batch_invariance, name), HookType.AROUND)
 
 
 @dataclass

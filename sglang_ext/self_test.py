@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -36,6 +37,8 @@ _TEMPERATURE_TOLERANCE = 2e-3  # relative; the reference entropy comes from log-
 _LOGIT_ERROR = {"float32": 5e-3, "bfloat16": 16 * 2.0**-7}
 _CUT_TOLERANCE = 1e-3
 """Of log-probs, and of the mass and log-prob at which a cut may as well fall one token further: all from one batch."""
+_BESIDE, _EXACT_TOKENS, _EXACT_TOP = 20, 8, 20
+"""Prompts on either side of the one whose bits are compared, its tokens, and log-probs of each."""
 _NO_HOOK = (
     "SGLang did not load the plugin megatron_hapo: check that the package is installed in this environment, "
     "and that SGLANG_PLUGINS does not exclude it"
@@ -93,6 +96,42 @@ def check_routes(answers: Answer, routes: RouteFormat, *, vocab_size: int) -> No
             f"token and layer, got e.g. {experts[0, 0].tolist()}. SGLang does not record those of this model; set "
             "rollout.replay_routes=false"
         )
+
+
+def check_exact(answers: Answer, flush: Callable[[], object], *, vocab_size: int, prefilled: bool) -> None:
+    """Raises RolloutError if the bits of a response depend on what is generated beside it.
+
+    Args:
+        flush: empties the prefix cache.
+        prefilled: also compare with a response whose first tokens are computed by a prefill, as after a restart.
+    """
+    prompt = [(5 + 37 * i) * 997 % vocab_size for i in range(11)]
+    others = [[(3 + 29 * i + 13 * j) * 997 % vocab_size for j in range(1 + i)] for i in range(_BESIDE)]
+    case = _cases(0.0)[1]
+    top = min(vocab_size, _EXACT_TOP)
+
+    def answer(*beside: list[int], known: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+        prompts = [*beside, prompt + list(known), *beside]
+        own = _parameters(case) | {"max_new_tokens": _EXACT_TOKENS - len(known)}
+        reply = answers(prompts, [own] * len(prompts), top_logprobs_num=[top] * len(prompts))[len(beside)]
+        meta = reply["meta_info"]
+        return list(zip(reply["output_ids"], meta["output_top_logprobs"], meta[TEMPERATURE_KEY], strict=True))
+
+    flush()
+    alone = answer()
+    ways = {"beside others": answer(*others)}
+    flush()
+    if prefilled:
+        half = _EXACT_TOKENS // 2
+        known = [token for token, *_ in alone[:half]]
+        ways["after a prefill of its first tokens"] = alone[:half] + answer(known=known)
+    for way, tokens in ways.items():
+        if tokens != alone:
+            first = next(index for index, (one, other) in enumerate(zip(alone, tokens, strict=True)) if one != other)
+            raise RolloutError(
+                f"deterministic: true: SGLang computes token {first} of a response differently {way} than alone, so "
+                "this model cannot be trained bit for bit the same again on this machine; set deterministic: false"
+            )
 
 
 def _entropic_prompt(answers: Answer, vocab_size: int) -> tuple[list[int], Tensor]:
