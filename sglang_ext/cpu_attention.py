@@ -86,7 +86,9 @@ def exact_rectangles(
     Each query is a request of its own, whose keys are padded to the next power of two: so what is computed for a
     position does not depend on the queries beside it, and is the same in a prefill and in a decode step.
     """
-    ends = [end for length, new in zip(lengths, query_lengths, strict=True) for end in range(length - new + 1, length + 1)]
+    ends = [
+        end for length, new in zip(lengths, query_lengths, strict=True) for end in range(length - new + 1, length + 1)
+    ]
     rows = requests.repeat_interleave(torch.tensor(query_lengths, device=requests.device))
     classes: dict[int, list[int]] = {}
     for token, end in enumerate(ends):

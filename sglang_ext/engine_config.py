@@ -71,6 +71,8 @@ def check_engine_config(config: EngineConfig) -> None:
         kv_heads = json.loads(model_config.read_text()).get("num_key_value_heads", config.tp)
         if kv_heads % config.tp:
             faults.append(f"on a CPU tp={config.tp} must divide the model's {kv_heads} key/value heads")
+    if config.deterministic and config.device == "cpu" and config.tp > 2:
+        faults.append(f"tp={config.tp} must be 1 or 2 with deterministic: true on a CPU")
     if faults:
         raise RolloutError("; ".join(faults))
 

@@ -118,12 +118,12 @@ class Run:
         return int(rows[-1]["step"]) if rows else 0
 
 
-def rows_of(run_dir: Path) -> list[dict[str, float]]:
+def rows_of(run_dir: Path, compared: Callable[[str], bool] | None = None) -> list[dict[str, float]]:
     """The rows of a run folder's metrics that are compared; a last one that is being written does not count."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{name: value for name, value in row.items() if is_compared(name)} for row in rows]
+    return [{name: value for name, value in row.items() if (compared or is_compared)(name)} for row in rows]
 
 
 def is_compared(metric: str) -> bool:

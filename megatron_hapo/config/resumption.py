@@ -34,6 +34,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     # over the new number of steps, where its rate may jump.
     "steps": "effective",
     "device": "effective",
+    "deterministic": "effective",
     "replay": "effective",  # a run may continue from records, and one from records with engines
     "placement": "effective",
     # ----- what the restored state embodies

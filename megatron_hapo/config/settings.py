@@ -140,6 +140,11 @@ class Config(Section):
     """Number of steps to train."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`: everything runs on CPUs. `cuda`: on GPUs. `auto`: cuda if a GPU is visible, else cpu."""
+    deterministic: bool = False
+    """Make a run on CPUs the same to the last bit as another one with these settings, also if it was interrupted and
+    resumed, or engines were restarted, and if generation runs beside training: each step then trains on tokens that are
+    exactly async.max_staleness steps old. On GPUs it sets what SGLang, Megatron and torch offer. docs/deterministic.md
+    says what is left, and what it costs."""
     replay: FilePath | None = None
     """Folder with the records of another run, e.g. `runs/NAME/rollouts`: every step trains on the responses and rewards
     in them, without engines and reward workers, and nothing is evaluated. docs/records.md says what the recorded run
@@ -194,6 +199,38 @@ class Config(Section):
         yield from self.eval.contradictions(self.data, max_response_tokens=self.rollout.max_response_tokens)
         yield from self.launch.contradictions(placement=self.placement, num_engines=self.rollout.engines)
         yield from self._colocation_faults()
+        if self.deterministic:
+            yield from self._deterministic_faults()
+
+    def _deterministic_faults(self) -> Iterator[Fault]:
+        """What would depend on time, or on others."""
+        if self.async_.max_staleness and self.weight_sync.in_flight != "finish":
+            yield Fault(
+                "weight_sync.in_flight",
+                f"must be finish with deterministic=true, got {self.weight_sync.in_flight}: how far responses are when "
+                "the weights change depends on time",
+                ("deterministic",),
+            )
+        if self.async_.stale_groups == "drop":
+            yield Fault(
+                "async.stale_groups",
+                "must be wait with deterministic=true, got drop: which groups finish too late depends on time",
+                ("deterministic",),
+            )
+        if self.device == "cpu" and self.rollout.tp > 2:
+            yield Fault(
+                "rollout.tp",
+                f"must be 1 or 2 with deterministic=true and device=cpu, got {self.rollout.tp}: the order in which "
+                "gloo adds the numbers of more ranks depends on how many requests run together; use more engines",
+                ("deterministic", "device"),
+            )
+        if self.reward.judges:
+            yield Fault(
+                "reward.judges",
+                f"must be empty with deterministic=true, got {', '.join(self.reward.judges)}: a served model need not "
+                "answer the same twice",
+                ("deterministic",),
+            )
 
     def _colocation_faults(self) -> Iterator[Fault]:
         rollout, world_size = self.rollout, self.parallel.world_size

@@ -31,6 +31,7 @@ from megatron_hapo.launch.ray.ray_launcher import RayLauncher
 from megatron_hapo.launch.run_lock import owned_run_folder
 from megatron_hapo.launch.torchrun.failure_detector import STOP_SIGNAL
 from megatron_hapo.memory_turns import MemoryTurns, make_room_for_trainer
+from megatron_hapo.model import determinism
 from megatron_hapo.model.families import num_parameters, read_shape
 from megatron_hapo.observe.metrics import MetricsLogger
 from megatron_hapo.observe.profiling import StepProfiler
@@ -107,6 +108,8 @@ def run_training(config: Config, launcher: Launcher | None = None) -> None:
 
 def _train_with_restarts(config: Config, launcher: Launcher | None) -> None:
     """Trains, from the newest checkpoint again after the death of a trainer rank that Ray has started."""
+    if config.deterministic:
+        determinism.announce(resolve_device(config))
     shape = read_shape(config.model.path)
     tokenizer = load_tokenizer(config.model.path, vocab_size=shape.vocab_size)
     origin = Origin(model_fingerprint(config.model.path), vocabulary_fingerprint(tokenizer))

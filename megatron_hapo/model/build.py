@@ -27,7 +27,14 @@ _LAYERS = "decoder.layers."
 
 
 def transformer_config(
-    shape: Shape, layout: ParallelLayout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute, te: bool
+    shape: Shape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    te: bool,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Megatron's config for this model on this layout; `te`: with Transformer Engine's layers."""
     sizes = layout.sizes
@@ -75,6 +82,7 @@ def transformer_config(
         # and reading the bfloat16 gradients of a micro-batch, 4 bytes a parameter: 10 ms of the 2 s that 8B need for
         # 16k tokens on an H100.
         gradient_accumulation_fusion=False,
+        deterministic_mode=deterministic,
         **_recompute_options(recompute, te=te),
         **_interleaving_options(sizes),
         **_expert_options(shape, sizes, te=te),
@@ -89,6 +97,7 @@ def build_model(
     sequence_parallel: bool = True,
     recompute: Recompute = "none",
     spec: Literal["auto", "te", "local"] = "auto",
+    deterministic: bool = False,
 ) -> list[GPTModel]:
     """The model chunks of this rank, in the order of their layers, on the layout's device, with uninitialised weights.
 
@@ -96,7 +105,13 @@ def build_model(
     """
     te = _use_transformer_engine(spec, layout.device, experts=shape.moe is not None)
     config = transformer_config(
-        shape, layout, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute, te=te
+        shape,
+        layout,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        te=te,
+        deterministic=deterministic,
     )
     return [_build_chunk(shape, layout, config, te=te, chunk=chunk) for chunk in range(layout.sizes.vpp)]
 

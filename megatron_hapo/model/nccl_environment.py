@@ -29,14 +29,16 @@ _EXPANDABLE = "expandable_segments"
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def nccl_environment(*, loopback: bool) -> dict[str, str]:
+def nccl_environment(*, loopback: bool, deterministic: bool = False) -> dict[str, str]:
     """Variables for a process that uses NCCL, set before it starts; `loopback`: all processes are on this host.
 
     On one host no group joins trainer ranks and engines, so each keeps its own defaults, and NVLS where NCCL has it.
     """
+    # What SGLang's deterministic mode sets in engines of several ranks, whatever the user's environment says.
+    algorithm = {"NCCL_ALGO": "allreduce:tree"} if deterministic else {}
     if loopback:
-        return {"NCCL_SOCKET_IFNAME": "lo"}
-    return {name: os.environ.get(name, value) for name, value in SHARED.items()}
+        return {"NCCL_SOCKET_IFNAME": "lo"} | algorithm
+    return {name: os.environ.get(name, value) for name, value in SHARED.items()} | algorithm
 
 
 def without_expandable_segments() -> dict[str, str]:

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_hapo.model.determinism import rank_variables
 from megatron_hapo.model.nccl_environment import nccl_environment
 
 
-def environment(device: str, *, loopback: bool) -> dict[str, str]:
+def environment(device: str, *, loopback: bool, deterministic: bool = False) -> dict[str, str]:
     """Environment variables that a rank's process needs before it starts; `loopback`: all ranks are on this host."""
     variables = {
         # Megatron's tensor-parallel overlap relies on the launch order of kernels.
@@ -24,7 +25,9 @@ def environment(device: str, *, loopback: bool) -> dict[str, str]:
         variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
     if loopback:
         variables["GLOO_SOCKET_IFNAME"] = "lo"
-    return variables | nccl_environment(loopback=loopback)
+    if deterministic:
+        variables |= rank_variables(device)
+    return variables | nccl_environment(loopback=loopback, deterministic=deterministic)
 
 
 def quieten() -> None:

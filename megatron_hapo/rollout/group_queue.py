@@ -9,6 +9,12 @@ Groups may finish in another order than they were started in, for instance on en
 version v can be trained on up to step v + N + 1. With `wait`, a step waits until the unfinished groups of version v or
 older fit into the steps after it, up to that one, for every v; none is lost then. With `drop`, it takes the oldest that
 have finished; those that finish too late are dropped, and others are drawn in their place.
+
+With `deterministic` nothing depends on when a group finishes: a batch is drawn when nothing is in progress, accepted
+when all of it is there, in the order of its prompts, and trained on in that order. While version v is the newest, all
+is generated that steps up to v + N + 1 need; the sync, and whoever asks for the queue's state, waits for that
+(`is_settled`). So step s trains on tokens of version s - 1 - N, or of version 0 before, and what is counted for
+metrics is counted from one settled state to the next.
 """
 
 from __future__ import annotations
@@ -94,6 +100,11 @@ class GroupQueue:
         self._taken, self._version, self._num_requests = 0, 0, 0
         self._sampling: Sampling | None = None
         self._counts, self._next_draw = _Counts(), 0
+        self._exact = config.deterministic
+        self._arrived: list[tuple[GroupRequest, ScoredGroup]] = []
+        """With `deterministic`: finished groups of the batch that is in progress."""
+        self._report: dict[str, Any] | None = None
+        """With `deterministic` and staleness: what the next `take` says of the groups before it, as JSON values."""
 
     # ----- generation
 
@@ -103,6 +114,8 @@ class GroupQueue:
         Args:
             sampling: of groups that are requested from now on; batches that are drawn count on from its seed.
         """
+        if self._exact and self._bound:
+            self._report = self._report or self._new_report()
         self._taken = self._version = step - 1
         self._sampling, self._next_draw = sampling, sampling.seed
         self._drop_stale()
@@ -125,7 +138,22 @@ class GroupQueue:
 
     def finished(self, request: GroupRequest, scored: ScoredGroup) -> None:
         """A requested group has been generated and scored."""
-        place = (request.sampling.seed, request.prompt.uid)
+        if not self._exact:
+            self._accept(request, scored)
+            self._drop_stale()
+            return
+        self._arrived.append((request, scored))
+        if not self._waiting and len(self._arrived) == len(self._running):
+            arrived, self._arrived = self._arrived, []
+            for one in sorted(arrived, key=lambda one: self._running[_place(one[0])].number):
+                self._accept(*one)
+
+    def is_settled(self) -> bool:
+        """Whether nothing is in progress, and nothing may be requested before the next `begin`."""
+        return not self._running and not self.has_request()
+
+    def _accept(self, request: GroupRequest, scored: ScoredGroup) -> None:
+        place = _place(request)
         group = self._running.pop(place)
         oldest = min(rollout.policy_version for rollout in scored.rollouts)
         assert oldest >= group.version, "a group has older weights than when it was requested"
@@ -140,12 +168,12 @@ class GroupQueue:
                 number=group.number, place=place, version=oldest, statistics_step=group.statistics_step, scored=scored
             )
         )
-        self._drop_stale()
 
     def _may_draw(self) -> bool:
         """Whether another batch may be drawn.
 
         What dynamic sampling rejects or staleness drops is made up for by a whole batch, once nothing is in progress.
+        With `deterministic` every batch waits for that.
         """
         dynamic = self._config.dynamic_sampling
         if self._sampling is None:
@@ -155,7 +183,7 @@ class GroupQueue:
         newest_step = min(self._version + self._bound + 1, self._config.steps)
         in_progress = len(self._waiting) + len(self._running)
         room = (newest_step - self._taken) * self._size - in_progress - len(self._finished)
-        return room >= self._size or (room > 0 and not in_progress)
+        return (room >= self._size and not self._exact) or (room > 0 and not in_progress)
 
     def _draw(self) -> None:
         seed, before = self._next_draw, self._prompts.state()
@@ -203,19 +231,25 @@ class GroupQueue:
         self._taken += 1
         for group in taken:
             self._leaves(group.place)
-        self._drop_stale()
-        counts, self._counts = self._counts, _Counts()
+        if not self._exact:  # otherwise only `begin` does, since groups may be in progress here or not
+            self._drop_stale()
+        report, self._report = self._report or self._new_report(), None
         lags = [self._taken - 1 - group.statistics_step for group in taken]
+        queued = [group for group in self._finished if not self._exact or group.version < self._version]
         return Collected(
             groups=[group.scored for group in taken],
-            kept_share=counts.kept / counts.finished if counts.finished else 1.0,
-            metrics=self._prompts.metrics()
-            | {
-                "rollout/statistics_lag": float(np.mean(lags)),
-                "rollout/queued_groups": float(len(self._finished)),
-                "rollout/dropped_groups": float(counts.dropped),
-            },
+            kept_share=report["kept_share"],
+            metrics=report["metrics"]
+            | {"rollout/statistics_lag": float(np.mean(lags)), "rollout/queued_groups": float(len(queued))},
         )
+
+    def _new_report(self) -> dict[str, Any]:
+        """What has happened since the last one."""
+        counts, self._counts = self._counts, _Counts()
+        return {
+            "kept_share": counts.kept / counts.finished if counts.finished else 1.0,
+            "metrics": self._prompts.metrics() | {"rollout/dropped_groups": float(counts.dropped)},
+        }
 
     def _drop_stale(self) -> None:
         """Drops finished groups that are too old for the next step."""
@@ -238,11 +272,14 @@ class GroupQueue:
         after = self._prompts.state()
         if not self._draws:
             return after
+        if self._exact and self._bound:
+            assert not self._running, "what is in progress would come from other weights after a resume"
+            self._report = self._report or self._new_report()
         draws = [
             {"seed": seed, "before": draw.before, "count": draw.count, "left": sorted(draw.left)}
             for seed, draw in self._draws.items()
         ]
-        return {"after": after, "draws": draws}
+        return {"after": after, "draws": draws} | ({} if self._report is None else {"report": self._report})
 
     def finished_groups(self) -> list[FinishedGroup]:
         """Those that no step has taken."""
@@ -265,6 +302,7 @@ class GroupQueue:
         for saved in state["draws"]:
             self._restore_draw(saved, finished)
         self._prompts.restore(state["after"])
+        self._report = state.get("report") if self._exact and self._bound else None
         return len(self._waiting)
 
     def _restore_draw(self, saved: Mapping[str, Any], finished: Mapping[Place, FinishedGroup]) -> None:
@@ -281,3 +319,7 @@ class GroupQueue:
             restored = replace(group, number=self._num_requests, scored=replace(group.scored, rollouts=rollouts))
             self._finished.append(restored)
             self._num_requests += 1
+
+
+def _place(request: GroupRequest) -> Place:
+    return request.sampling.seed, request.prompt.uid

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from megatron_hapo.config import Config
 from megatron_hapo.data.sampling import PromptSource, SamplerState
+from megatron_hapo.errors import RolloutError
 from megatron_hapo.observe.running_stages import stage
 from megatron_hapo.protocols import RewardPool, RolloutPool
 from megatron_hapo.rollout.collect import Collected, StageClock
@@ -84,6 +86,7 @@ class GroupStream:
     def settle(self, clock: StageClock) -> None:
         """Starts no group before the next `collect`; returns when the engines have finished those that they had, or
         have died and wait for a sync."""
+        self._wait_until_settled(clock)
         with self._changed:
             self._is_held = True
         with clock("rollout_wait"):
@@ -92,7 +95,12 @@ class GroupStream:
                     return
 
     def state(self) -> SamplerState:
-        """Where the prompts stand, and those of groups that no step has taken."""
+        """Where the prompts stand, and those of groups that no step has taken.
+
+        With `deterministic` it first waits for the groups that belong to the current weights: a resumed run could not
+        generate them again.
+        """
+        self._wait_until_settled(lambda _: nullcontext())
         with self._changed:
             return self._queue.state()
 
@@ -116,6 +124,22 @@ class GroupStream:
             self._is_closed = True
             self._changed.notify_all()
         self._generated.put(None)
+
+    def _wait_until_settled(self, clock: StageClock) -> None:
+        """With `deterministic`: returns when all groups are there that the current weights are to generate.
+
+        Raises:
+            RolloutError: no engine is left for them, and the trainer has changed the weights already.
+        """
+        if not self._config.deterministic or not self._threads:
+            return
+        with clock("rollout_wait"):
+            while not self._wait_for(self._queue.is_settled):
+                if self._pool.waits_for_sync:
+                    raise RolloutError(
+                        "deterministic: all engines have died while they generated with weights that no rank holds any "
+                        "more; the same command continues from the newest checkpoint, and repeats what they did"
+                    )
 
     def _wait_for(self, condition: Callable[[], bool]) -> bool:
         """Waits a moment; whether the condition holds. Raises what a thread has raised."""

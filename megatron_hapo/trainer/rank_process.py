@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hapo.config import Config
 from megatron_hapo.errors import ConfigError
+from megatron_hapo.model import determinism
 from megatron_hapo.model.rank_environment import importing
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def start_rank(config: Config, *, device: str, rank: int, world_size: int, init_
             if config.optimizer.cpu_offload:
                 torch.set_num_threads(host_threads(world_size))
 
+        if config.deterministic:
+            determinism.enable()
         from megatron_hapo.model import parallel_layout
         from megatron_hapo.trainer.trainer_rank import TrainerRank
 

@@ -76,6 +76,7 @@ class TrainerRank:
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=config.trainer.recompute,
             spec=config.model.spec,
+            deterministic=config.deterministic,
         )
         self._replays = install(self.model, self.shape, layout)
         load_weights(self.model, self.shape, layout, config.model.path)

@@ -50,6 +50,7 @@ class EngineActor:
                 releases_memory=config.placement == "colocated",
                 in_flight=config.weight_sync.in_flight,
                 returns_routes=rollout.replay_routes and not read_weights,  # an evaluation has nothing to replay
+                deterministic=config.deterministic,
                 name=f"engine {index}",
             )
         )
@@ -84,7 +85,9 @@ def engine_actor() -> Any:
     return remote(concurrency_groups={GENERATION: _GENERATIONS})(EngineActor)
 
 
-def actor_options(tp: int, device: str, placement: GpuPlacement | None, *, loopback: bool) -> dict[str, Any]:
+def actor_options(
+    tp: int, device: str, placement: GpuPlacement | None, *, loopback: bool, deterministic: bool = False
+) -> dict[str, Any]:
     """Ray's options for the actor of one engine.
 
     Args:
@@ -97,7 +100,7 @@ def actor_options(tp: int, device: str, placement: GpuPlacement | None, *, loopb
 
         environment |= cpu.environment(tp)
     else:
-        environment |= nccl_environment(loopback=loopback) | without_expandable_segments()
+        environment |= nccl_environment(loopback=loopback, deterministic=deterministic) | without_expandable_segments()
     num_gpus = tp if device == "cuda" else 0
     if placement is not None and placement.gpus:
         # For Ray these GPUs belong to the trainer ranks: it must neither count them twice nor hide them.

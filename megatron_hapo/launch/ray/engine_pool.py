@@ -63,7 +63,11 @@ class RayRolloutPool:
         self._room = rollout.max_running_requests + max(1, rollout.max_running_requests // 8)
         options = [
             actor_options(
-                rollout.tp, device, None if placements is None else placements[index], loopback=_is_single_host()
+                rollout.tp,
+                device,
+                None if placements is None else placements[index],
+                loopback=_is_single_host(),
+                deterministic=config.deterministic,
             )
             for index in range(rollout.engines)
         ]

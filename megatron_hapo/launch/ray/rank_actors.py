@@ -60,7 +60,11 @@ class RankProcesses:
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
-            runtime_env={"env_vars": rank_environment.environment(device, loopback="RAY_ADDRESS" not in os.environ)},
+            runtime_env={
+                "env_vars": rank_environment.environment(
+                    device, loopback="RAY_ADDRESS" not in os.environ, deterministic=config.deterministic
+                )
+            },
         )
         self.device = device
         self.actors: list[Any] = [actor.remote() for _ in range(config.parallel.world_size)]

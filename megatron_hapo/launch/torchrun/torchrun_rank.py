@@ -413,7 +413,7 @@ def _set_environment(place: RankPlace, config: Config, device: str) -> str:
     """This host's address for the other nodes, once the environment is set up for a trainer rank."""
     single_host = is_single_host(place, config)
     address = own_address(single_host=single_host)
-    os.environ |= environment(device, loopback=single_host)
+    os.environ |= environment(device, loopback=single_host, deterministic=config.deterministic)
     interface = interface_of(address)
     if interface is not None:  # by default gloo resolves the host's own name, which is often loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
