@@ -14,6 +14,8 @@ model: {path: models/tiny}
 data: {train: {type: arithmetic, size: 100}}
 """
 
+ASYNC = ("async.max_staleness=1", "algorithm.importance_correction.level=token")
+
 
 def write(folder: Path, text: str = MINIMAL, name: str = "run.yaml") -> Path:
     path = folder / name
@@ -162,6 +164,22 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
         (
             ["trainer.quantization=fp8", "trainer.dtype=float32"],
             "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
+        ),
+        (
+            ["deterministic=true", "rollout.tp=4", "device=cpu", "rollout.kv_cache_tokens=20000"],
+            "rollout.tp: must be 1 or 2 with deterministic=true and device=cpu, got 4: the order in which gloo adds",
+        ),
+        (
+            ["deterministic=true", *ASYNC, "weight_sync.in_flight=pause"],
+            "weight_sync.in_flight: must be finish with deterministic=true, got pause: how far responses are when",
+        ),
+        (
+            ["deterministic=true", *ASYNC, "async.stale_groups=drop"],
+            "async.stale_groups: must be wait with deterministic=true, got drop: which groups finish too late",
+        ),
+        (
+            ["deterministic=true", "reward.scorer=judge/one", "reward.judges={one: {url: 'http://h/v1', model: m}}"],
+            "reward.judges: must be empty with deterministic=true, got one: a served model need not answer the same",
         ),
         (
             ["placement=colocated", "async.max_staleness=1", "algorithm.importance_correction.level=token"],

@@ -88,3 +88,13 @@ def test_members_that_disagree_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "connecting: trainer rank 0 has NCCL_CUMEM_ENABLE=, but engine 0, rank 0 has NCCL_CUMEM_ENABLE=0; members of "
         "one NCCL group need the same value: set it in the environment of every host"
     )
+
+
+def test_ranks_and_engines_use_the_algorithm_of_sglangs_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets that itself in engines of several ranks, also where the environment has another one."""
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    for loopback in (True, False):
+        rank = environment("cuda", loopback=loopback, deterministic=True)
+        options = actor_options(1, "cuda", None, loopback=loopback, deterministic=True)
+        assert rank["NCCL_ALGO"] == options["runtime_env"]["env_vars"]["NCCL_ALGO"] == "allreduce:tree"
+        assert "NCCL_ALGO" not in environment("cuda", loopback=loopback)

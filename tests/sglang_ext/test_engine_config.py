@@ -44,3 +44,17 @@ def test_float32_logits_are_asked_of_sglang(on_gpu: EngineConfig) -> None:
     assert server_arguments(on_gpu, returns_routes=False)["enable_fp32_lm_head"] is False
     wide = replace(on_gpu, float32_logits=True)
     assert server_arguments(wide, returns_routes=False)["enable_fp32_lm_head"] is True
+
+
+def test_deterministic_inference_is_asked_of_sglang_on_a_gpu(on_gpu: EngineConfig) -> None:
+    """With its own choice of the attention backend; on a CPU, where SGLang refuses it, `batch_invariance` is used."""
+    assert server_arguments(on_gpu, returns_routes=False)["enable_deterministic_inference"] is False
+    exact = replace(on_gpu, deterministic=True)
+    arguments = server_arguments(exact, returns_routes=False)
+    assert arguments["enable_deterministic_inference"] is True
+    assert "attention_backend" not in arguments
+    on_cpu = replace(exact, device="cpu", kv_cache_tokens=4096, tp=2)
+    assert "enable_deterministic_inference" not in server_arguments(on_cpu, returns_routes=False)
+    check_engine_config(on_cpu)
+    with pytest.raises(RolloutError, match=r"tp=4 must be 1 or 2 with deterministic: true on a CPU"):
+        check_engine_config(replace(on_cpu, tp=4))

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_hapo.errors import RolloutError
 from megatron_hapo.types import RouteFormat
-from sglang_ext.self_test import _Case, _check_cut, check_routes
+from sglang_ext.plugin import TEMPERATURE_KEY
+from sglang_ext.self_test import _Case, _check_cut, check_exact, check_routes
 
 PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]
 
@@ -87,3 +88,33 @@ def test_experts_that_the_model_does_not_choose_are_refused(first: list[int]):
 def test_an_engine_that_does_not_return_experts_is_refused(experts: np.ndarray | None):
     with pytest.raises(RolloutError, match=r"6 positions, 3 layers and 2 experts .*set rollout.replay_routes=false"):
         check(experts)
+
+
+@pytest.mark.parametrize(
+    ("together", "prefilled", "prefill_matters", "way"),
+    [
+        (0.0, True, False, None),
+        (1e-9, True, False, "beside others"),
+        (0.0, True, True, "after a prefill of its first tokens"),
+        (0.0, False, True, None),  # a GPU is not asked for that
+    ],
+)
+def test_a_response_whose_bits_depend_on_others_or_on_a_prefill_is_refused(
+    together: float, prefilled: bool, prefill_matters: bool, way: str | None
+) -> None:
+    def answers(prompts: list[list[int]], parameters: list[dict], **_: Any) -> list[dict]:
+        replies = []
+        for prompt, parameter in zip(prompts, parameters, strict=True):
+            count = parameter["max_new_tokens"]
+            moved = together * (len(prompts) > 1) + 1e-9 * (prefill_matters and len(prompts) == 1 and count < 8)
+            ids = [(len(prompt) + token) % 5 for token in range(count)]
+            top = [[(-1.0 - moved, token_id, None)] for token_id in ids]
+            meta = {"output_top_logprobs": top, TEMPERATURE_KEY: [1.3] * count}
+            replies.append({"output_ids": ids, "meta_info": meta})
+        return replies
+
+    if way is None:
+        check_exact(answers, lambda: None, vocab_size=100, prefilled=prefilled)
+        return
+    with pytest.raises(RolloutError, match=f"^deterministic: true: .* {way} than alone.*; set deterministic: false$"):
+        check_exact(answers, lambda: None, vocab_size=100, prefilled=prefilled)
