@@ -18,7 +18,7 @@ from tests.tiny_model import write_tiny_qwen3
 pytestmark = pytest.mark.needs("sglang", "sgl_kernel")
 
 
-def run_engine(model: Path, tp: int = 1) -> dict[str, list[Rollout]]:
+def run_engine(model: Path, tp: int = 1, *, deterministic: bool = False) -> dict[str, list[Rollout]]:
     from sglang_ext.engine import Engine
     from sglang_ext.engine_config import EngineConfig
 
@@ -33,6 +33,7 @@ def run_engine(model: Path, tp: int = 1) -> dict[str, list[Rollout]]:
             kv_cache_tokens=None,
             context_tokens=256,
             seed=0,
+            deterministic=deterministic,
         )
     )
     try:
@@ -69,3 +70,15 @@ def test_an_engine_passes_its_self_test_and_repeats_its_seeds(tmp_path: Path) ->
     assert np.mean(same) > 0.9  # rounding depends on the batch shape
     temperatures = np.concatenate([rollout.temperatures for rollout in rollouts["adaptive"]])
     assert 0.7 - 1e-6 <= temperatures.min() < temperatures.max() <= 1.3 + 1e-6
+
+
+def test_deterministic_mode_repeats_every_bit(tmp_path: Path) -> None:
+    """Also behind hits in the prefix cache, which the second time serves every prompt; and in another engine."""
+    model = write_tiny_qwen3(tmp_path / "model", hidden=256, heads=4, kv_heads=2, head_dim=64)
+    bits = []
+    for _ in range(2):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            rollouts = executor.submit(run_engine, model, deterministic=True).result(timeout=600)
+        for name in ("first", "again"):
+            bits.append([(r.response_ids.tobytes(), r.rollout_log_probs.tobytes()) for r in rollouts[name]])
+    assert bits[0] == bits[1] == bits[2] == bits[3]
