@@ -13,8 +13,8 @@ have finished; those that finish too late are dropped, and others are drawn in t
 With `deterministic` nothing depends on when a group finishes: a batch is drawn when nothing is in progress, accepted
 when all of it is there, in the order of its prompts, and trained on in that order. While version v is the newest, all
 is generated that steps up to v + N + 1 need; the sync, and whoever asks for the queue's state, waits for that
-(`is_settled`). So step s trains on tokens of version s - 1 - N, or of version 0 before, and what is counted for
-metrics is counted from one settled state to the next.
+(`is_settled`). So step s trains on tokens of version s - 1 - N, or of version 0 before; dynamic sampling may replace
+some of them by newer ones. What is counted for metrics is counted from one settled state to the next.
 """
 
 from __future__ import annotations
