@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayTaskError
 
 import sglang_ext.engine
@@ -152,4 +153,15 @@ def test_a_constructor_that_failed_is_reported_by_its_error_without_the_tracebac
     assert message == (
         "starting: engine 0: the process died: "
         "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9). See its log."
+    )
+
+
+def test_a_process_that_was_killed_is_reported_without_ray_s_ids() -> None:
+    context = ActorDiedErrorContext(
+        error_message="The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
+        **{"class_name": "EngineActor", "actor_id": b"a" * 16, "pid": 3, "ray_namespace": "n", "node_ip_address": "1"},
+    )
+    assert death("engine 0", ActorDiedError(context)) == (
+        "engine 0: the process died: The actor died unexpectedly before finishing this task. "
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
     )

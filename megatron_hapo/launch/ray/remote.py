@@ -19,6 +19,8 @@ _OUT_OF_MEMORY = (
 )
 _ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception)\b", re.MULTILINE)
 """Begins the last part of a traceback, whose other lines are indented or begin otherwise."""
+_RAY_ID = re.compile(r"\t(class_name|actor_id|pid|name|namespace|ip): ")
+"""A line of Ray's about the actor, which the message names already."""
 
 
 def shared(value: Any) -> Any:
@@ -119,12 +121,13 @@ def result(reference: ray.ObjectRef) -> Any:
 
 
 def death(who: str, failure: RayActorError) -> str:
-    """The message for a process that died, with Ray's reason in one line, without its general advice.
+    """The message for a process that died, with Ray's reason in one line, without its ids and general advice.
 
     If its constructor failed, Ray's reason is a traceback, of which the error's own lines are enough.
     """
     text = str(failure)
     if "raised in its creation task" in text:
         text = text[max((error.start() for error in _ERROR_LINE.finditer(text)), default=0) :]
-    reason = " ".join(text.split()).partition(" Some common causes include")[0]
+    sentences = [line for line in text.splitlines() if not _RAY_ID.match(line)]
+    reason = " ".join(" ".join(sentences).split()).partition(" Some common causes include")[0]
     return f"{who}: the process died: {reason}"
