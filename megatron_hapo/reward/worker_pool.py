@@ -9,6 +9,7 @@ module again, which may import torch.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -27,6 +28,8 @@ from megatron_hapo.reward.frames import FrameReader, encode_frame
 from megatron_hapo.reward.sandbox import EXIT_OUT_OF_MEMORY, Isolation
 from megatron_hapo.reward.worker import Job, Outcome, WorkerSettings, encode_jobs, parse_outcome
 from megatron_hapo.types import ScoringFailure
+
+logger = logging.getLogger(__name__)
 
 MAX_CHUNK = 64
 START_SECONDS = 120.0
@@ -165,6 +168,10 @@ class WorkerPool:
         if worker.scoring and worker.rows and failure == "crash" and worker.rows[0] not in self._suspects:
             # Responses crash in forks, not in the worker, so something else may have killed it: try once more.
             self._suspects.add(worker.rows[0])
+            logger.warning(
+                "a reward worker ended while it scored (exit code %s) and is replaced; its response is scored again",
+                exit_code,
+            )
         elif worker.scoring and worker.rows:
             reason = {
                 "timeout": f"no result within {self._timeout_seconds:g} s",
@@ -173,6 +180,9 @@ class WorkerPool:
             outcomes[worker.rows.popleft()] = Outcome(0.0, failure, reason)
         else:
             self._failed_starts += 1
+            logger.warning(
+                "a reward worker ended outside scoring (%s, exit code %s) and is replaced", failure, exit_code
+            )
             if self._failed_starts > MAX_FAILED_STARTS:
                 raise RewardError(
                     f"reward workers do not start (last failure: {failure}, exit code {exit_code}); if they run out "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -72,9 +70,7 @@ def test_tokens_have_their_positions_and_places(cp_size: int) -> None:
 def test_transformer_engine_gets_boundaries_alone() -> None:
     """Masks of 32k tokens at cp 4 would take half a minute and a gigabyte; it has its own."""
     lengths = [32768]
-    start = time.perf_counter()
     params = packed_params(lengths, CPU, packed_format="thd", cp_size=4)
-    assert time.perf_counter() - start < 0.5
     assert params.qkv_format == "thd"
     assert params.cu_seqlens_q.tolist() == [0, 32768]
     assert not hasattr(params, "sequences")
