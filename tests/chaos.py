@@ -280,7 +280,7 @@ class Chaos:
             seconds = dice.uniform(0, self.start_seconds)
             time.sleep(max(0.0, run.started + seconds - time.monotonic()))
         else:
-            target, seconds = run.step() + dice.randint(0, 2), dice.uniform(0, self.step_seconds)
+            target, seconds = min(STEPS, run.step() + dice.randint(0, 2)), dice.uniform(0, self.step_seconds)
             wait_until(lambda: run.step() >= target, run, f"step {target}")
             time.sleep(seconds)
         name = moment.kind.partition("_")[2]
@@ -298,11 +298,10 @@ class Chaos:
         """
 
         def recovered() -> bool:
-            code = run.code()
-            if code is None or (code == 0 and run.step() == STEPS):
-                # A step may have been complete before anything noticed the disturbance, so one does not count.
-                return undo is None and (code == 0 or run.step() >= min(step + 2, STEPS))
-            return False
+            # A step may have been complete before anything noticed the disturbance, so one does not count. A run that
+            # was hit at its last steps has recovered when it has ended.
+            done = run.step() == STEPS if run.code() == 0 else run.code() is None and run.step() >= step + 2
+            return undo is None and done
 
         deadline = time.monotonic() + patient(DEADLINE_SECONDS)
         while not recovered():
