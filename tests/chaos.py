@@ -351,9 +351,9 @@ def stop(moment: Moment, run: Run, dice: random.Random, stop_seconds: float) -> 
     assert run.process is not None
     victim = victims.get(name) or psutil.Process(run.process.pid)
     moment.how = f"{name}, {moment.how}"
-    victim.suspend()
-    time.sleep(stop_seconds)
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess):  # the run is about to end
+        victim.suspend()
+        time.sleep(stop_seconds)
         victim.resume()
 
 
