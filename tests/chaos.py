@@ -278,7 +278,8 @@ class Chaos:
         """Sleeps until the moment has come, and until the process to hit exists."""
         if is_first:
             seconds = dice.uniform(0, self.start_seconds)
-            time.sleep(max(0.0, run.started + seconds - time.monotonic()))
+            while time.monotonic() < run.started + seconds and run.step() == 0:  # it may start faster than the first
+                time.sleep(0.2)
         else:
             target, seconds = min(STEPS, run.step() + dice.randint(0, 2)), dice.uniform(0, self.step_seconds)
             wait_until(lambda: run.step() >= target, run, f"step {target}")
@@ -332,6 +333,9 @@ def kill(moment: Moment, run: Run, dice: random.Random, stop_seconds: float) -> 
     else:
         while True:  # a start of Ray that is repeated replaces its processes
             wait_until(lambda: run.victim(name) is not None, run, name)
+            if run.code() == 0:
+                moment.how = "the run had ended"
+                return
             with suppress(psutil.NoSuchProcess):
                 if (victim := run.victim(name)) is not None:
                     victim.kill()
