@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--every", type=int, default=500, help="steps between two rows")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     metrics = load_config(options.config, options.overrides).run_dir / METRICS_FILE
     command = [sys.executable, "-m", "megatron_hapo", "train", str(options.config), *options.overrides]
     rows: dict[int, dict[str, float]] = {}
