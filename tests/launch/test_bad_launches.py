@@ -20,6 +20,7 @@ LAUNCHERS = ("ray", "torchrun")
 PATIENCE_SECONDS = 300
 """Generous, for a busy machine."""
 NO_GPU: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
+ON_GPUS = ("device=cuda", "rollout.dtype=bfloat16", "trainer.dtype=bfloat16")
 
 
 def fault(folder: Path, model: Path, launcher: str, *overrides: str, ranks: int = 1, **environment: str | None) -> str:
@@ -54,7 +55,7 @@ def closed_port() -> Iterator[int]:
 
 @pytest.mark.slow
 def test_a_node_with_fewer_gpus_than_ranks_is_reported(tiny_qwen3: Path, tmp_path: Path) -> None:
-    assert fault(tmp_path, tiny_qwen3, "torchrun", "device=cuda", ranks=2, **NO_GPU) == (
+    assert fault(tmp_path, tiny_qwen3, "torchrun", *ON_GPUS, ranks=2, **NO_GPU) == (
         f"{socket.gethostname()}: 0 GPUs for 2 trainer ranks; start torchrun there with --nproc-per-node 1 and "
         "device=cpu everywhere"
     )
@@ -63,7 +64,7 @@ def test_a_node_with_fewer_gpus_than_ranks_is_reported(tiny_qwen3: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_model_that_does_not_fit_is_reported(tiny_qwen3: Path, tmp_path: Path, launcher: str) -> None:
-    overrides = ["device=cuda", "parallel.gpu_memory=3GiB", "parallel.dp=1"]
+    overrides = [*ON_GPUS, "parallel.gpu_memory=3GiB", "parallel.dp=1"]
     line = fault(tmp_path, tiny_qwen3, launcher, *overrides, **NO_GPU)
     assert re.fullmatch(
         r"command line: parallel: does not fit: a trainer rank.* needs .* GiB, but a GPU has 3.0 GiB; .*", line
@@ -84,11 +85,13 @@ def test_a_port_in_use_is_reported(tiny_qwen3: Path, tmp_path: Path, closed_port
 
 
 @pytest.mark.slow
-def test_a_wrong_token_is_reported(tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_is_reported(
+    tiny_qwen3: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     settings = LaunchConfig(start_timeout_seconds=patient(600))
-    head = RayNode(settings, folder=tmp_path / "node", ip="127.0.0.1", head_address=None)
+    head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
     try:
         for launcher in LAUNCHERS:
             # Otherwise Ray would look for the head, which is on loopback, at this host's other address.

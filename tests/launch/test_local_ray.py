@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -133,8 +134,12 @@ def test_the_head_keeps_no_event_of_a_call() -> None:
 
 
 @pytest.mark.slow
-def test_the_head_under_torchrun_keeps_no_event_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = RayNode(LaunchConfig(start_timeout_seconds=patient(600)), ip="127.0.0.1", head_address=None)
+def test_the_head_under_torchrun_keeps_no_event_of_a_call(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    # One node on loopback, for this process and for Ray's.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    settings = LaunchConfig(start_timeout_seconds=patient(600))
+    head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
     try:
         with connected(head.address, ip="127.0.0.1"):
             assert events_of_calls() == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,6 @@ from megatron_hapo.launch.ray.cluster import (
     connected,
     prepare_environment,
 )
-from megatron_hapo.private_folder import run_time_folder
 from tests.time_limits import patient
 
 
@@ -64,12 +62,6 @@ def test_an_address_that_ranks_cannot_join_is_refused(monkeypatch: pytest.Monkey
         address_to_join()
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with run_time_folder() as path:
-        yield path
-
-
 @pytest.mark.slow
 def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -77,10 +69,8 @@ def test_a_node_accepts_only_its_token_and_ends_with_its_owner(monkeypatch: pyte
     # What `prepare_environment` sets for one node on loopback; Ray may have been imported before.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
-    settings = LaunchConfig(start_timeout_seconds=600)
-    head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
     settings = LaunchConfig(start_timeout_seconds=patient(600))
-    head = RayNode(settings, ip="127.0.0.1", head_address=None)
+    head = RayNode(settings, folder=folder, ip="127.0.0.1", head_address=None)
     try:
         monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
         with pytest.raises(RolloutError, match="token"):
