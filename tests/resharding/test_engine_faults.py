@@ -248,7 +248,8 @@ class WholeTensors:
         for number, (name, tensor) in enumerate(load_file(self.folder / "model.safetensors").items()):
             self.on_bucket(number)
             data = tensor.contiguous().view(torch.uint8).flatten().numpy()
-            yield WeightBucket((name,), (tuple(tensor.shape),), (str(tensor.dtype).removeprefix("torch."),), data)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield WeightBucket(names=(name,), shapes=(tuple(tensor.shape),), dtypes=(dtype,), data=data)
 
 
 def test_an_engine_killed_in_a_gathered_sync_is_replaced_and_gets_everything(tmp_path: Path, caplog) -> None:
