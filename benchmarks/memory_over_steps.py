@@ -80,9 +80,8 @@ def print_table(rows: dict[int, dict[str, float]]) -> None:
     print(f"| step | {' | '.join(kinds)} |\n| ---: |{' ---: |' * len(kinds)}")
     for step, row in rows.items():
         print(f"| {step} | {' | '.join(f'{row.get(kind, 0):.1f}' for kind in kinds)} |")
-    steps = list(rows)
-    first, last = steps[len(steps) // 2], steps[-1]
-    if last > first:
+    if len(steps := list(rows)) > 1:
+        first, last = steps[len(steps) // 2 - 1], steps[-1]
         growth = [(rows[last].get(kind, 0) - rows[first].get(kind, 0)) * 1e3 / (last - first) for kind in kinds]
         print(f"| kB a step from {first} on | {' | '.join(f'{value:.2f}' for value in growth)} |")
 

@@ -153,7 +153,6 @@ def _document(data: dict[str, Any]) -> str:
 </head>
 <body>
 <main id="main"></main>
-<div id="tip" class="tip" role="tooltip" hidden></div>
 <script type="application/json" id="data">{text}</script>
 <script>{plotly}</script>
 <script>{script}</script>

@@ -227,6 +227,8 @@ def test_every_page_loads_without_a_fault_and_text_stays_text(page, address):
     )
     for place in (address, step, *(f"{step}{other}" for other in others)):
         page.open(place)
+        page.wait("[...document.querySelectorAll('.plot')].every(plot => plot.dataset.state === 'drawn')")
+        assert page.value("document.querySelectorAll('.plot').length") == (5 if place.endswith("/tokens") else 0)
         assert page.value("document.querySelectorAll('.fault').length") == 0, place
         assert page.value("document.title") == "Responses"
     page.open(f"{step}/group/1")
