@@ -86,6 +86,12 @@ def test_rays_ways_to_say_that_it_was_late(error: Exception) -> None:
     assert timed_out(error)
 
 
+def test_a_head_with_another_token_is_not_late() -> None:
+    assert not timed_out(
+        RuntimeError("Failed to connect to GCS. Last connection error: RPC error: InvalidAuthToken: ...")
+    )
+
+
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_the_death_of_ray_is_one_line(name: str) -> None:
     code = (

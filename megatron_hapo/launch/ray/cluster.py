@@ -19,7 +19,7 @@ from typing import Any
 from megatron_hapo.config import Config, LaunchConfig
 from megatron_hapo.errors import ConfigError, RolloutError
 from megatron_hapo.launch.places import GpuPlacement, spread
-from megatron_hapo.launch.ray.node import FaultError, check_reachable
+from megatron_hapo.launch.ray.node import FaultError, check_reachable, other_token, refuses_token
 
 _SHUTDOWN_SECONDS = 20.0
 _HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
@@ -176,6 +176,8 @@ def connected(address: str, *, ip: str | None = None) -> Iterator[None]:
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray raises many types
+        if refuses_token(error):
+            raise RolloutError(other_token(address)) from error
         reason = " ".join(str(error).split())
         raise RolloutError(
             f"cannot join Ray at {address}: {type(error).__name__}: {reason}; this process must have the cluster's "

@@ -41,12 +41,24 @@ def system_config(timeout_seconds: float) -> dict[str, Any]:
     }
 
 
+def refuses_token(error: Exception) -> bool:
+    """Whether Ray failed because the head has another token. Ray (2.60) may wrap that into an error of its start."""
+    return "InvalidAuthToken" in str(error)
+
+
+def other_token(address: str) -> str:
+    """The message for a head that refuses this process."""
+    return f"the Ray head at {address} refuses this process's token; RAY_AUTH_TOKEN must be the same on all nodes"
+
+
 def timed_out(error: Exception) -> bool:
     """Whether a start of Ray failed because its processes were not up in time, so that another one may succeed.
 
     Ray (2.60) has no type for that. Its messages: "The current node timed out during startup", "Failed to start GCS",
     "Failed to get node info", "Head node temp_dir not found in NodeInfo".
     """
+    if refuses_token(error):
+        return False
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     signs = ("timed out", "timeout", "failed to start gcs", "failed to connect to gcs", "node info", "nodeinfo")
@@ -149,8 +161,8 @@ def main() -> int:
         print(json.dumps({"fault": str(fault)}), file=answer, flush=True)
         return 1
     except Exception as error:  # any error is reported to the rank
-        reason = " ".join(str(error).split())
-        fault = {"fault": f"Ray did not start: {type(error).__name__}: {reason}", "late": timed_out(error)}
+        reason = f"Ray did not start: {type(error).__name__}: {' '.join(str(error).split())}"
+        fault = {"fault": other_token(request["address"]) if refuses_token(error) else reason, "late": timed_out(error)}
         print(json.dumps(fault), file=answer, flush=True)
         return 1
     print(json.dumps({"address": node.gcs_address, "node_id": node.node_id}), file=answer, flush=True)
