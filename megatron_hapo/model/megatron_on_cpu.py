@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_NEED_A_DRIVER = ("flash_mla",)
 
 
 def install() -> None:
@@ -26,7 +25,7 @@ def install() -> None:
     if getattr(torch, "_megatron_hapo_cpu", False):
         return
     torch._megatron_hapo_cpu = True  # type: ignore[attr-defined]
-    _no_driver_packages()
+    _no_flash_mla()
     _no_compilation()
     _device_queries()
     _random_state()
@@ -37,11 +36,10 @@ def install() -> None:
     _uneven_collectives()
 
 
-def _no_driver_packages() -> None:
-    """The GPU set-up has packages that load NVIDIA's driver when they are imported. Without one (a node that converts,
-    or the head of a cluster) that is an OSError, where Megatron expects an ImportError for what is missing."""
-    for name in _NEED_A_DRIVER:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+def _no_flash_mla() -> None:
+    """The GPU set-up has this package, which loads NVIDIA's driver when it is imported. Without one (a node that
+    converts, or the head of a cluster) that is an OSError, where Megatron expects an ImportError."""
+    sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
 
 
 def _no_compilation() -> None:
