@@ -153,7 +153,7 @@ def test_two_hosts_give_the_same_metrics_and_survive_the_loss_of_one(
                 one.until(lambda: num_rows(config) >= 3, "second step", START_SECONDS)
                 two.note()
                 assert_same(metrics_of(config)[:3], ray_metrics[:3], SAME)
-                assert "weights go directly, by messages (gloo)" in one.text + two.text
+                assert "direct weight sync by messages (gloo)" in one.text + two.text
                 kill_hard(two.process)
                 report = "the torchrun agent of trainer rank 1 ("
                 one.until(lambda: report in one.text, "report of the lost host", 60)
@@ -182,7 +182,7 @@ def test_a_run_that_was_asked_to_stop_ends_with_a_checkpoint(tiny_qwen3: Path, f
         launch.process.terminate()
         launch.until(lambda: launch.process.poll() is not None, "end", 600)
         launch.until_gone(60)
-        assert "the same command goes on" in launch.text
+        assert "the same command continues" in launch.text
     newest = sorted((config.run_dir / "checkpoints").glob("step_*"))[-1]
     assert int(newest.name.removeprefix("step_")) == metrics_of(config)[-1]["step"]
 
