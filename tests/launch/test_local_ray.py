@@ -92,21 +92,36 @@ def test_a_head_with_another_token_is_not_late() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_the_death_of_ray_is_one_line(name: str) -> None:
-    code = (
-        "import os, signal, time, ray\n"
-        "from megatron_hapo.launch.ray import local_ray as module\n"
-        "with module.local_ray(advice='start it again'):\n"
-        "    actor = ray.remote(type('Idle', (), {'ready': lambda self: None})).options(num_cpus=0).remote()\n"
-        "    ray.get(actor.ready.remote())\n"
-        f"    os.kill(module._core_processes()['{name}'], signal.SIGKILL)\n"
-        "    while True:\n"
-        "        ray.get(actor.ready.remote())\n"
-    )
+KILLED_IN_A_CALL = """
+with module.local_ray(advice='start it again'):
+    actor = ray.remote(type('Idle', (), {'ready': lambda self: None})).options(num_cpus=0).remote()
+    ray.get(actor.ready.remote())
+    os.kill(module._core_processes()[name], signal.SIGKILL)
+    while True:
+        ray.get(actor.ready.remote())
+"""
+KILLED_IN_THE_START = """
+def kill():
+    while module.worker._global_node is None:
+        time.sleep(0.001)
+    os.kill(module._core_processes()[name], signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+with module.local_ray(advice='start it again'):
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(KILLED_IN_A_CALL, "raylet"), (KILLED_IN_A_CALL, "gcs_server"), (KILLED_IN_THE_START, "gcs_server")],
+    ids=["raylet", "gcs_server", "starting_gcs_server"],
+)
+def test_the_death_of_ray_is_one_line(code: str, name: str) -> None:
+    imports = "import os, signal, threading, time, ray\nfrom megatron_hapo.launch.ray import local_ray as module\n"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
+        [sys.executable, "-c", f"{imports}name = {name!r}{code}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
         started: set[psutil.Process] = set()
         while run.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):

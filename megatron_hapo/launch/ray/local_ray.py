@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 5
 """Starts of Ray that time out before the run fails."""
+_POLL_SECONDS = 0.05
+"""Between looks whether Ray's processes run."""
 _AGAIN = "run the same command again"
 
 
@@ -80,6 +82,7 @@ def _own_ray(folder: Path, start_timeout_seconds: float, advice: str) -> Iterato
             "_system_config": system_config(start_timeout_seconds),
         },
         start_timeout_seconds,
+        advice,
     )  # fmt: skip
     try:
         with exit_with_ray(_core_processes(), _other_processes(), advice=advice):
@@ -100,7 +103,28 @@ def _other_processes() -> list[psutil.Process]:
     return [agent for pid in _core_processes().values() for agent in psutil.Process(pid).children(recursive=True)]
 
 
-def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
+@contextlib.contextmanager
+def _exit_with_starting_ray(advice: str) -> Iterator[None]:
+    """`exit_with_ray` as soon as Ray's processes run: a driver that connects to them cannot be interrupted."""
+    has_started = threading.Event()
+
+    def watch() -> None:
+        while worker._global_node is None:
+            if has_started.wait(_POLL_SECONDS):
+                return
+        with exit_with_ray(_core_processes(), _other_processes(), advice=advice):
+            has_started.wait()
+
+    thread = threading.Thread(target=watch, name="Ray's start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_started.set()
+        thread.join()
+
+
+def _start_ray(options: dict[str, Any], start_timeout_seconds: float, advice: str) -> None:
     """Starts Ray. Its processes wait half a minute for each other, which a busy machine may exceed: so it tries again.
 
     Raises:
@@ -109,7 +133,8 @@ def _start_ray(options: dict[str, Any], start_timeout_seconds: float) -> None:
     deadline = time.monotonic() + start_timeout_seconds
     for attempt in range(1, _TRIES + 1):
         try:
-            ray.init(**options)
+            with _exit_with_starting_ray(advice):
+                ray.init(**options)
             return
         except Exception as error:  # Ray raises many types, for timeouts a bare Exception
             reason, is_late = f"{type(error).__name__}: {' '.join(str(error).split())}", timed_out(error)
