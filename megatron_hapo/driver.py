@@ -51,31 +51,27 @@ class Driver:
     """Set by a signal handler: the loop ends after the current step."""
     saved_step: int = field(default=0, init=False)
     """Step of the newest checkpoint that the driver has read or written; 0: none."""
+    training_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    """Those of the previous step as far as its checkpoint has them: without evaluation and the stages after it."""
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step or until a stop is requested."""
         config, step = self.config, self._resume()
         self.turns.to_engines(policy_version=step)
-        if step == 0 and self._evaluates(0):
-            with stage("eval"):
-                metrics = self._evaluate(0)
-            self.logger.log(0, metrics)
+        if self.logger.last_step < step:  # the run is new, or was killed between a checkpoint and its step's row
+            self._log(step, self.training_metrics | self._evaluate(step, StepClock()))
         while step < config.steps and not self.stop_requested:
             step += 1
             with stage(f"step {step}"), self.profiler.clock(step) as clock:
-                metrics = self.train_step(step, clock)
-                if self._evaluates(step):
-                    with clock("eval"):
-                        metrics |= self._evaluate(step)
-                metrics |= clock.metrics()
-            metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
-            self.logger.log(step, metrics | self.utilization.of_step(metrics))
+                self.train_step(step, clock)
+                evaluation = self._evaluate(step, clock)
+            self._log(step, self.training_metrics | evaluation | clock.metrics())
         self.turns.to_trainer()
         if self.saved_step != step:
             self._save(step)
 
-    def train_step(self, step: int, clock: StepClock) -> dict[str, float]:
-        """One step of the paper's loop and its metrics; step counts from 1."""
+    def train_step(self, step: int, clock: StepClock) -> None:
+        """One step of the paper's loop; step counts from 1."""
         collected = self._generate(step, clock)
         batch, scores = self._score(collected, clock)
         route_metrics = self._route_metrics(batch, step, clock)
@@ -89,19 +85,20 @@ class Driver:
         if self.records is not None and num_recorded:
             collection = collected.details | {"prompts": self.groups.state()}
             self.records.add_step(step, collected.groups, batch, scores, tokens, collection=collection)
-        self._write_checkpoint(step, clock)
-        self._sync_weights(step, clock)
         metrics = step_metrics(
             groups=collected.groups, kept_share=collected.kept_share, batch=batch, scores=scores, stats=self.stats,
             updates=updates, step=step,
         )  # fmt: skip
-        return {
+        self.training_metrics = {
             **metrics,
             **route_metrics,
             **collected.metrics,
             **collected.seconds,
             **self.utilization.of_batches(parts),
+            **clock.metrics(),
         }
+        self._write_checkpoint(step, clock)
+        self._sync_weights(step, clock)
 
     def _generate(self, step: int, clock: StepClock) -> Collected:
         """The step's groups with their rewards; afterwards the memory is the trainer's."""
@@ -158,15 +155,22 @@ class Driver:
         with clock("weight_sync"):
             self.turns.to_engines(policy_version=step)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        if self.records is None:
-            return evaluate(self.pool, self.rewards, self.eval_sets)
-        record = partial(self.records.add_evaluation, step)
-        return evaluate(self.pool, self.rewards, self.eval_sets, record=record)
-
-    def _evaluates(self, step: int) -> bool:
+    def _evaluate(self, step: int, clock: StepClock) -> dict[str, float]:
+        """The evaluation's metrics; none after a step that is not evaluated."""
         every = self.config.eval.every
-        return bool(self.eval_sets and every) and (step % every == 0 or step == self.config.steps)
+        if not self.eval_sets or not every or (step % every and step != self.config.steps):
+            return {}
+        record = None if self.records is None else partial(self.records.add_evaluation, step)
+        with clock("eval"):
+            return evaluate(self.pool, self.rewards, self.eval_sets, record=record)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the row of a step, or of the model before the first, if there is anything to write."""
+        if "time/step" in metrics:
+            metrics["tokens_per_second"] = metrics["num_response_tokens"] / metrics["time/step"]
+            metrics |= self.utilization.of_step(metrics)
+        if metrics:
+            self.logger.log(step, metrics)
 
     def _write_checkpoint(self, step: int, clock: StepClock) -> None:
         with clock("checkpoint"):
@@ -179,8 +183,9 @@ class Driver:
         # The state first: what finishes in between is among the finished groups as well, which then decide.
         prompts, finished = self.groups.state(), self.groups.finished_groups()
         state = RunState(
-            step=step, prompts=prompts, stats=self.stats, controllers=self.controllers, finished_groups=finished
-        )
+            step=step, prompts=prompts, stats=self.stats, controllers=self.controllers, finished_groups=finished,
+            metrics=self.training_metrics,
+        )  # fmt: skip
         self.checkpoints.save(state, self.trainer)
         self.saved_step = step
 
@@ -190,4 +195,5 @@ class Driver:
             return 0
         self.groups.restore(state.prompts, state.finished_groups)
         self.stats, self.controllers, self.saved_step = state.stats, state.controllers, state.step
+        self.training_metrics = dict(state.metrics)
         return state.step

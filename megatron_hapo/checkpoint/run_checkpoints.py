@@ -43,6 +43,8 @@ class RunState:
     stats: EntropyStats | None
     controllers: dict[str, float] = field(default_factory=dict)
     """State of the method's controllers (`Part.next_state`); checkpoints of earlier versions have none."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The step's, for its row if the run ends before it is written; checkpoints of earlier versions have none."""
     finished_groups: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Groups that wait to be trained on (`rollout.saved_groups`)."""
 

@@ -90,6 +90,8 @@ class MetricsLogger:
         self._tensorboard_folder = run_dir / TENSORBOARD_FOLDER
         self._total_steps = total_steps
         self._start_step = start_step
+        self.last_step = -1
+        """Step of the newest row; -1: there is none."""
         self._console = console or Console(highlight=False)
         self._exit = ExitStack()
         self._bars: ProgressBars | None = None
@@ -101,6 +103,7 @@ class MetricsLogger:
         rows = [row for row in read_metrics(self._path) if row["step"] <= self._start_step] if self._start_step else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._accuracy = next((row["eval/accuracy"] for row in reversed(rows) if "eval/accuracy" in row), None)
+        self.last_step = int(rows[-1]["step"]) if rows else -1
         for row in rows:  # told before the run was interrupted
             self._warnings.of_step(int(row["step"]), row)
         # Complete rows go to a new file that then replaces the old one: a kill here must not lose them.
@@ -129,6 +132,7 @@ class MetricsLogger:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
+        self.last_step = step
         self._tensorboard.add(step, metrics)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
