@@ -103,8 +103,9 @@ class GroupQueue:
         self._exact = config.deterministic
         self._arrived: list[tuple[GroupRequest, ScoredGroup]] = []
         """With `deterministic`: finished groups of the batch that is in progress."""
+        self._reports_when_settled = self._exact and self._bound > 0
         self._report: dict[str, Any] | None = None
-        """With `deterministic` and staleness: what the next `take` says of the groups before it, as JSON values."""
+        """If it reports when settled: what the next `take` says of the groups before it, as JSON values."""
 
     # ----- generation
 
@@ -114,7 +115,7 @@ class GroupQueue:
         Args:
             sampling: of groups that are requested from now on; batches that are drawn count on from its seed.
         """
-        if self._exact and self._bound:
+        if self._reports_when_settled:
             self._report = self._report or self._new_report()
         self._taken = self._version = step - 1
         self._sampling, self._next_draw = sampling, sampling.seed
@@ -272,7 +273,7 @@ class GroupQueue:
         after = self._prompts.state()
         if not self._draws:
             return after
-        if self._exact and self._bound:
+        if self._reports_when_settled:
             assert not self._running, "what is in progress would come from other weights after a resume"
             self._report = self._report or self._new_report()
         draws = [
@@ -302,7 +303,7 @@ class GroupQueue:
         for saved in state["draws"]:
             self._restore_draw(saved, finished)
         self._prompts.restore(state["after"])
-        self._report = state.get("report") if self._exact and self._bound else None
+        self._report = state.get("report") if self._reports_when_settled else None
         return len(self._waiting)
 
     def _restore_draw(self, saved: Mapping[str, Any], finished: Mapping[Place, FinishedGroup]) -> None:
