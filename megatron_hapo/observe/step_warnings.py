@@ -57,7 +57,9 @@ class StepWarnings:
         entropy, before = self._since_start("entropy/mean", metrics)
         if entropy is not None and before is not None and entropy < 0.1 * before:
             yield "entropy", _ENTROPY.format(now=entropy, before=before)
-        mismatch, before = self._since_start("rollout/mismatch_kl", metrics)
+        # Tokens of older weights differ by what has been learned since.
+        same_weights = not metrics.get("rollout/staleness_max")
+        mismatch, before = self._since_start("rollout/mismatch_kl", metrics if same_weights else {})
         if mismatch is not None and before is not None and mismatch > max(10 * before, 1e-3):
             yield "mismatch", _MISMATCH.format(now=mismatch, before=before)
         truncated = metrics.get("response_length/truncated")

@@ -39,8 +39,9 @@ def test_small_changes_and_missing_values_are_no_conditions() -> None:
     rows: list[dict[str, float | None]] = [
         {"entropy/mean": 0.051}, {"rollout/mismatch_kl": 9e-4}, {"response_length/truncated": 0.2},
         {"entropy/mean": None, "rollout/informative_groups": None, "time/step": None},
+        {"rollout/mismatch_kl": 2e-2, "rollout/staleness_max": 1.0},
     ]  # fmt: skip
-    assert warnings_of(*rows) == [[], [], [], []]
+    assert warnings_of(*rows) == [[], [], [], [], []]
 
 
 def test_a_slow_step_names_the_stage_every_time() -> None:
