@@ -150,15 +150,23 @@ class Engine:
             )
 
     async def _respond_to_all(self, requests: Mapping[int, GroupRequest], call: _Call) -> None:
-        # Samples of a prompt are adjacent: after the first prefill batch the prefix cache serves the others.
-        # SGLang's own `n` would give all samples of a prompt the same seed.
+        await asyncio.gather(*(self._respond_to_group(number, requests[number], call) for number in requests))
+
+    async def _respond_to_group(self, number: int, request: GroupRequest, call: _Call) -> None:
+        # The prompt goes through the model once; then the samples find it in the prefix cache. SGLang's own `n` does
+        # the same, but gives all samples one seed.
+        if request.sampling.samples > 1:
+            await self._prefill(request, call)
         await asyncio.gather(
-            *(
-                self._respond(number, request, index, call)
-                for number, request in requests.items()
-                for index in range(request.sampling.samples)
-            )
+            *(self._respond(number, request, index, call) for index in range(request.sampling.samples))
         )
+
+    async def _prefill(self, request: GroupRequest, call: _Call) -> None:
+        parameters = sampling_parameters(request.sampling, seed=0) | {"max_new_tokens": 0}
+        try:
+            await self._answer(input_ids=request.prompt.token_ids.tolist(), sampling_params=parameters)
+        except Exception as error:  # any error is raised in the caller of `advance`
+            call.finished.put(error)
 
     async def _respond(self, number: int, request: GroupRequest, index: int, call: _Call) -> None:
         prompt, sampling = request.prompt, request.sampling

@@ -97,8 +97,22 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     from sglang_ext.engine import Engine
     from sglang_ext.engine_config import EngineConfig
 
+    class CountingEngine(Engine):
+        """Notes how many tokens of each prompt were in the prefix cache."""
+
+        async def _answer(self, **request: Any) -> Any:
+            answer = await super()._answer(**request)
+            if isinstance(answer, dict) and "cached_tokens" in answer["meta_info"]:  # an aborted one has none
+                self.noted = [*getattr(self, "noted", ()), answer["meta_info"]["cached_tokens"]]
+            return answer
+
+        def cached_tokens(self) -> list[int]:
+            """Of the answers since the last call, in their order."""
+            noted, self.noted = self.noted, []
+            return noted
+
     try:
-        engine = Engine(EngineConfig(**settings))
+        engine = CountingEngine(EngineConfig(**settings))
     except BaseException as error:
         connection.send((error, None))
         raise

@@ -82,6 +82,16 @@ TWO_TEMPERATURES = AlgorithmConfig.model_validate(
 )
 
 
+def test_the_prompt_of_a_group_goes_through_the_model_once(engine: RemoteEngine) -> None:
+    engine.generate(make_prompts(1), Sampling(samples=1, temperature=1.0, max_response_tokens=1, seed=0))
+    engine.cached_tokens()
+    sampling = Sampling(samples=4, temperature=1.0, max_response_tokens=2, seed=0)
+    groups = engine.generate(make_prompts(2, length=40), sampling)
+    assert [len(group) for group in groups] == [4, 4]
+    # The last token of a prompt is always computed: the first token of the response follows from it.
+    assert sorted(engine.cached_tokens()) == [0, 0, *[39] * 8]
+
+
 @pytest.mark.parametrize("sign", ["signed", "reference", "two temperatures"])
 def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
     if sign == "two temperatures":
