@@ -7,8 +7,8 @@ into `OUT/trl` beside the project's own packages. Each turn runs TRL on one thre
 first two steps of each run do not count. Prints the median seconds of a step, the stages of ours, and the processor
 seconds of its processes; the last line is the same as JSON.
 
-135m: 30 layers, 576 wide, random weights, 8 prompts x 8 responses of 40 tokens, two updates a step. `--turns 1 --steps 5`
-takes 36 minutes on two cores of 33 GFLOPS each.
+135m: 30 layers, 576 wide, random weights, 8 prompts x 8 responses of 40 tokens, two updates a step. `--turns 1
+--steps 5` takes 36 minutes on two cores of 33 GFLOPS each.
 """
 
 from __future__ import annotations
