@@ -47,6 +47,8 @@ def open_weight_sync(
 
     Args:
         address: of this host, for ranks on other hosts.
+    Raises:
+        WeightSyncError: only `direct` works with these settings, and it does not know the engines' layout.
     """
     settings = config.weight_sync
     if settings.method == "gather":
@@ -58,6 +60,11 @@ def open_weight_sync(
         try:
             weight_sync: WeightSync = DirectSync(config, trainer, pool, folder=Path(folder), address=address)
         except ValueError as reason:  # a layout that direct does not know
+            if config.rollout.quantization != "none":
+                raise WeightSyncError(
+                    f"rollout.quantization={config.rollout.quantization} needs weight_sync.method=direct, which does "
+                    f"not know the engines' layout of this model: {reason}; set rollout.quantization=none"
+                ) from reason
             logger.warning("weight_sync.method: gather is used instead of direct: %s", reason)
             weight_sync = GatherSync(
                 trainer, pool, num_engines=config.rollout.engines, verify_every=settings.verify_every

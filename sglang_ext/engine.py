@@ -27,7 +27,7 @@ from megatron_hapo.protocols import Finished
 from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.receiving import ReceiveRequest
 from megatron_hapo.types import GroupRequest, InFlight, WeightBucket
-from sglang_ext import batch_invariance, receive, self_test, verify
+from sglang_ext import batch_invariance, online_quantization, receive, self_test, verify
 from sglang_ext.engine_config import EngineConfig, check_engine_config, server_arguments
 from sglang_ext.engine_state import EngineState, Verb, Weights
 from sglang_ext.responses import rollout_of, sample_seed, sampling_parameters
@@ -67,6 +67,8 @@ class Engine:
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self._scratch.path}/rendezvous"
         if config.deterministic and config.device == "cpu":
             os.environ |= batch_invariance.ENVIRONMENT  # of the processes that SGLang starts
+        if config.quantization == "fp8":
+            os.environ |= online_quantization.ENVIRONMENT
         try:
             with self._scratch.for_temporary_files():  # SGLang's sockets, which it would leave behind
                 arguments = server_arguments(config, returns_routes=self._routes is not None)
@@ -195,7 +197,8 @@ class Engine:
         """
         self._state.check("self_test")
         vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
-        self_test.run(self._answers, vocab_size=vocab_size, dtype=self._config.dtype)
+        dtype = "fp8" if self._config.quantization == "fp8" else self._config.dtype
+        self_test.run(self._answers, vocab_size=vocab_size, dtype=dtype)
         if self._routes is not None:
             self_test.check_routes(self._answers, self._routes, vocab_size=vocab_size)
         if self._config.deterministic:

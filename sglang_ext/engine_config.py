@@ -21,6 +21,8 @@ class EngineConfig:
     device: Literal["cpu", "cuda"]
     dtype: str
     """float32 or bfloat16."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: linear weights in float8 with a scale a row, quantized after loading and at each sync."""
     float32_logits: bool = False
     """Keep the logits of 16-bit weights in float32; they are rounded to 16 bits otherwise."""
     tp: int
@@ -61,6 +63,11 @@ def check_engine_config(config: EngineConfig) -> None:
     if config.device == "cuda" and config.dtype == "float32":
         faults.append(
             "dtype=float32 is for CPUs: SGLang's attention on a GPU needs 16 bits; set rollout.dtype: bfloat16"
+        )
+    if config.quantization == "fp8" and config.dtype != "bfloat16":
+        faults.append(
+            f"quantization=fp8 needs dtype=bfloat16, got {config.dtype}; set rollout.dtype: bfloat16, or "
+            "rollout.quantization: none"
         )
     model_config = config.model_path / "config.json"
     if not model_config.is_file():
@@ -111,8 +118,13 @@ def server_arguments(config: EngineConfig, *, returns_routes: bool) -> dict[str,
         # Graphs stay allocated while a trainer uses the GPU. Those of prefills are on by default (SGLang 0.5.23). Those
         # of decoding serve few requests each, and none more than max_running_requests.
         arguments["disable_prefill_cuda_graph"] = True
+    if config.quantization == "fp8":
+        arguments["quantization"] = "w8a8_fp8"
     if not config.read_weights:
         arguments["load_format"] = "dummy"
+        if config.quantization == "fp8":
+            # As if the folder held float8: SGLang would otherwise allocate the whole model in 16 bits first.
+            arguments["json_model_override_args"] = json.dumps({"quantization_config": {"quant_method": "w8a8_fp8"}})
     if config.device == "cpu":
         arguments |= {
             "device": "cpu",

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.private_folder import current_folder, shared_memory_prefix
-from sglang_ext import batch_invariance, cpu_attention, float8, host_memory, temperature
+from sglang_ext import batch_invariance, cpu_attention, float8, host_memory, online_quantization, temperature
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -75,6 +75,9 @@ def register() -> None:
         ),
     ):
         HookRegistry.register(target, hook, hook_type)
+    if online_quantization.requested():
+        for target, name in online_quantization.AROUND.items():
+            HookRegistry.register(target, getattr(online_quantization, name), HookType.AROUND)
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         for module in (float8, host_memory):
             for target, name in module.TARGETS.items():

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hapo.errors import WeightSyncError
+from megatron_hapo.resharding.float8_rows import Float8Rows
 from megatron_hapo.resharding.plan import Piece
 from megatron_hapo.resharding.receiving import ReceiveRequest
-from megatron_hapo.resharding.transfer import Rendezvous, Transfer, as_matrix
+from megatron_hapo.resharding.staging import StagedMatrices
+from megatron_hapo.resharding.transfer import Rendezvous, Transfer
 from megatron_hapo.resharding.transports import Receiver
+from sglang_ext.online_quantization import served_matrices
 
 RECEIVE = "sglang_ext.receive.receive"
 
@@ -54,8 +57,10 @@ def receive(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
     except BaseException:
         transfer.abort()
         raise
+    matrices = StagedMatrices(prepared.parameters, getattr(torch, transfer.dtype))
     with torch.no_grad():
-        prepared.receiver.receive(prepared.sources, prepared.matrices, transfer, engine=engine, engine_rank=rank)
+        prepared.receiver.receive(prepared.sources, matrices, transfer, engine=engine, engine_rank=rank)
+    assert not matrices.staged_bytes, "the plan writes every element"
 
 
 def _transfer(fields: dict[str, Any]) -> Transfer:
@@ -72,7 +77,8 @@ class _Prepared:
     plan: str
     """Fingerprint of the plan."""
     sources: dict[int, list[Piece]]
-    matrices: dict[str, Tensor]
+    parameters: dict[str, Tensor | Float8Rows]
+    """In the plan's order."""
     receiver: Receiver
 
 
@@ -83,9 +89,8 @@ def _plan_path(folder: Path, rank: int) -> Path:
 def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
     """This rank's part of the plan, checked against the model."""
     plan = json.loads(path.read_text())
-    # named_parameters names a shared parameter once: an output head tied to the embedding is left out
-    matrices = {name: as_matrix(parameter) for name, parameter in model.named_parameters()}
-    found = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+    served = served_matrices(model)
+    found = {name: tuple(_weight(matrix).shape) for name, matrix in served.items()}
     planned = {name: (rows, columns) for name, rows, columns in plan["parameters"]}
     faults = [
         f"{name}: the plan has {planned.get(name, 'nothing')}, the model {found.get(name, 'nothing')}"
@@ -94,8 +99,8 @@ def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
     ]
     faults += [
         f"{name}: is {matrix.dtype}, but weights are sent as {transfer.dtype}"
-        for name, matrix in matrices.items()
-        if matrix.dtype != getattr(torch, transfer.dtype)
+        for name, matrix in served.items()
+        if isinstance(matrix, Tensor) and matrix.dtype != getattr(torch, transfer.dtype)
     ]
     if faults:
         raise WeightSyncError("; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
@@ -104,4 +109,8 @@ def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
         int(source): [Piece(names[index], *place) for index, *place in pieces]
         for source, pieces in plan["sources"].items()
     }
-    return _Prepared(transfer.plan, sources, matrices, Receiver())
+    return _Prepared(transfer.plan, sources, {name: served[name] for name in names}, Receiver())
+
+
+def _weight(matrix: Tensor | Float8Rows) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.resharding.checksum import tensor_checksum
+from megatron_hapo.resharding.float8_rows import DTYPE
 
 VERIFY = "sglang_ext.verify.verify"
 _MAX_SHOWN = 5  # mismatches in one error
@@ -53,14 +54,20 @@ def verify(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> Non
 
 
 def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of an SGLang model as (Hugging Face name, this rank's slice); fused parameters are split."""
+    """Every parameter of an SGLang model as (Hugging Face name, this rank's slice); fused parameters are split.
+
+    A weight in float8 is followed by its scales, [rows, 1], under its name with the suffix `_scale`.
+    """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:  # an output head tied to the embedding
                 continue
             seen.add(id(parameter))
-            yield from _parts(module_name, module, name, parameter.data)
+            data = parameter.data
+            if data.dtype == DTYPE and name == "weight" and "weight_scale" in module._parameters:
+                data = data.t()  # SGLang holds it transposed
+            yield from _parts(module_name, module, name, data)
 
 
 def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -214,6 +214,9 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
             f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron requires it",
             ("model.path", "parallel.tp"),
         )
+    if shape.moe is not None and rollout.quantization != "none":
+        message = f"must be none for a model with experts, got {rollout.quantization}: only dense layers are quantized"
+        yield Fault("rollout.quantization", message, ("model.path",))
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         yield Fault(
@@ -245,6 +248,7 @@ def _memory_faults(config: Config, shape: Shape) -> Iterator[Fault]:
         num_parameters=model_parameters(shape),
         max_running_requests=rollout.max_running_requests,
         bytes_per_element=2 if rollout.dtype == "bfloat16" else 4,
+        quantization=rollout.quantization,
     )
     match config.placement:
         case "colocated":

@@ -24,9 +24,9 @@ from megatron_hapo.types import Prompt, ScoredGroup, TokenScores, pack_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05}
-"""Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by dtype; at bfloat16 the kernels
-of the two sides round differently."""
+LARGEST_LOGPROB_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.05, "fp8": 0.2}
+"""Largest accepted mean of |engine - trainer| over the log-probs of sampled tokens, by the engines' precision; at
+bfloat16 the kernels of the two sides round differently, at fp8 only the engine rounds to three bits."""
 SHOWN_RESPONSES = 8
 
 Verdict = Literal["ok", "warning", "fault", "response"]
@@ -69,7 +69,7 @@ def rehearse(
     stats = step_statistics(scores, config.algorithm)
     controls = step_controls({}, scores, config.algorithm)
     training_batch(batch, groups, scores, stats, config.algorithm, controls)  # the method's parts work on these scores
-    findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.dtype)
+    findings += logprob_findings(mismatch_metrics(batch, scores), config.rollout.precision)
     if batch.routes is not None:
         share = trainer.route_agreement()
         findings.append(Finding("ok", f"engine and trainer would choose {share:.1%} of the experts alike; replayed"))
@@ -86,7 +86,7 @@ def rehearse(
         batch = pack_groups(groups)
         low, high = batch.temperatures.min(), batch.temperatures.max()
         findings.append(Finding("ok", f"adaptive temperature: tokens were sampled at {low:.3f} to {high:.3f}"))
-        steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.dtype)
+        steered_findings = logprob_findings(mismatch_metrics(batch, trainer.log_probs(batch)), config.rollout.precision)
         findings += [Finding(f.verdict, f"at the adaptive temperature, {f.message}") for f in steered_findings]
     return findings
 

@@ -32,6 +32,11 @@ class RolloutConfig(Section):
     dtype: Annotated[Literal["float32", "bfloat16"], SAMPLES] = "bfloat16"
     """Data type of weights, activations and KV cache. `float32`: for CPUs and tests. `bfloat16`: for GPUs, which
     take nothing else."""
+    quantization: Annotated[Literal["none", "fp8"], SAMPLES] = "none"
+    """`none`: engines hold the weights in dtype. `fp8`: they hold linear weights in float8 (e4m3, one scale per row),
+    quantized on their devices at each sync, and round the inputs of linear layers to float8, one scale per token.
+    Embedding, norms, output head and KV cache keep dtype. The trainer stays as it is, so engine and trainer differ more
+    (`rollout/mismatch_kl`): set algorithm.importance_correction. docs/quantization.md has figures."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are dropped, counted and reported."""
     max_response_tokens: PositiveInt = 10240
@@ -64,6 +69,11 @@ class RolloutConfig(Section):
     """A generation call that takes longer fails the run with the name of the engine."""
 
     @property
+    def precision(self) -> str:
+        """The coarsest type of the engines' arithmetic: float32, bfloat16 or fp8."""
+        return self.dtype if self.quantization == "none" else self.quantization
+
+    @property
     def cuts(self) -> bool:
         """Whether the choice of training tokens is cut."""
         return self.top_p < 1 or self.top_k is not None
@@ -82,6 +92,12 @@ class RolloutConfig(Section):
                 "must be bfloat16 with device=cuda, got float32: SGLang's attention on a GPU (Flash Attention 3) takes "
                 "16-bit types only",
                 ("device",),
+            )
+        if self.quantization == "fp8" and self.dtype != "bfloat16":
+            yield Fault(
+                "rollout.quantization",
+                f"fp8 needs rollout.dtype=bfloat16, got {self.dtype}: SGLang's float8 layers take 16-bit inputs only",
+                ("rollout.dtype",),
             )
         longest = self.max_prompt_tokens + self.max_response_tokens
         if self.kv_cache_tokens is None and device == "cpu":

@@ -199,8 +199,27 @@ class Config(Section):
         yield from self.eval.contradictions(self.data, max_response_tokens=self.rollout.max_response_tokens)
         yield from self.launch.contradictions(placement=self.placement, num_engines=self.rollout.engines)
         yield from self._colocation_faults()
+        if self.rollout.quantization != "none":
+            yield from self._quantization_faults()
         if self.deterministic:
             yield from self._deterministic_faults()
+
+    def _quantization_faults(self) -> Iterator[Fault]:
+        """What does not work with engines that quantize the weights."""
+        given = f"rollout.quantization={self.rollout.quantization}"
+        if self.weight_sync.method == "gather":
+            yield Fault(
+                "weight_sync.method",
+                f"must be direct with {given}, got gather: SGLang cannot load whole tensors over quantized ones",
+                ("rollout.quantization",),
+            )
+        if self.trainer.quantization != "none":
+            yield Fault(
+                "trainer.quantization",
+                f"must be none with {given}, got {self.trainer.quantization}: the engines would round its weights, "
+                "which have one scale per matrix, a second time",
+                ("rollout.quantization",),
+            )
 
     def _deterministic_faults(self) -> Iterator[Fault]:
         """What would depend on time, or on others."""

@@ -104,6 +104,7 @@ def _settings(config: Config, part: EvaluationSet) -> dict[str, Any]:
         "chat_template": config.data.chat_template,
         "max_prompt_tokens": config.rollout.max_prompt_tokens,
         "dtype": config.rollout.dtype,
+        "quantization": config.rollout.quantization,
         "reward": config.reward.model_dump(mode="json", exclude=_NOT_OF_SCORES),
     }
 

@@ -28,6 +28,7 @@ _OF_THE_CHOICE = (
     "max_response_tokens",
     "stop_token_ids",
     "dtype",
+    "quantization",
 )
 """Settings of `rollout` on which responses depend."""
 

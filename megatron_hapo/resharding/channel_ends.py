@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hapo.resharding.plan import Channel, Piece
+from megatron_hapo.resharding.staging import StagedMatrices
 from megatron_hapo.resharding.transfer import Transfer
 
 _ALIGNMENT = 64  # bytes
@@ -63,7 +64,8 @@ class ChannelEnd:
     Args:
         channel: which ranks the channel connects.
         pieces: rectangles of this rank's parameters, in the plan's order.
-        matrices: this rank's parameters, each [rows, columns]; any float dtype on a trainer rank.
+        matrices: this rank's parameters, each [rows, columns]; any float dtype on a trainer rank. `StagedMatrices` on
+            an engine rank that quantizes what it receives.
         engine_pieces: the same pieces of the engine rank's parameters, whose names appear in errors.
     """
 
@@ -88,7 +90,10 @@ class ChannelEnd:
     @property
     def device(self) -> torch.device:
         """The device of this rank's parameters."""
-        return self._matrices[self._pieces[0].parameter].device
+        name = self._pieces[0].parameter
+        if isinstance(self._matrices, StagedMatrices):
+            return self._matrices.device_of(name)
+        return self._matrices[name].device
 
     def describe(self, number: int) -> str:
         """The channel's ranks and the first parameter of a bucket, for errors."""
@@ -101,27 +106,36 @@ class ChannelEnd:
         Args:
             buffer: [at least `buffer_bytes`] uint8.
         """
-        for parameter, packed in self._pairs(number, buffer):
+        for _, parameter, packed in self._places(number, buffer):
             packed.copy_(parameter)
         if self._on_bucket is not None:
             self._on_bucket(self.channel, number, buffer[: self.buckets[number].num_bytes])
 
     def unpack(self, number: int, buffer: Tensor) -> None:
-        """Copy a bucket's pieces from the buffer into the parameters; the inverse of `pack`."""
+        """Copy a bucket's pieces from the buffer into the parameters; the inverse of `pack`.
+
+        A parameter that is served in float8 is quantized after its last piece.
+        """
         if self._on_bucket is not None:
             self._on_bucket(self.channel, number, buffer[: self.buckets[number].num_bytes])
-        for parameter, packed in self._pairs(number, buffer):
+        for piece, parameter, packed in self._places(number, buffer):
             parameter.copy_(packed)
+            if isinstance(self._matrices, StagedMatrices):
+                self._matrices.written(piece)
 
-    def _pairs(self, number: int, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each piece of the bucket two [rows, columns] views: of the parameter, and of the buffer."""
-        bucket, itemsize = self.buckets[number], self._dtype.itemsize
-        pieces = self._pieces[bucket.first : bucket.first + len(bucket.offsets)]
-        for piece, offset in zip(pieces, bucket.offsets, strict=True):
+    def pieces_of(self, number: int) -> Sequence[Piece]:
+        """The pieces of a bucket."""
+        bucket = self.buckets[number]
+        return self._pieces[bucket.first : bucket.first + len(bucket.offsets)]
+
+    def _places(self, number: int, buffer: Tensor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Each piece of the bucket, with two [rows, columns] views: of the parameter, and of the buffer."""
+        itemsize = self._dtype.itemsize
+        for piece, offset in zip(self.pieces_of(number), self.buckets[number].offsets, strict=True):
             num_bytes = piece.rows * piece.columns * itemsize
             packed = buffer[offset : offset + num_bytes].view(self._dtype).view(piece.rows, piece.columns)
             rows = slice(piece.row, piece.row + piece.rows)
-            yield self._matrices[piece.parameter][rows, piece.column : piece.column + piece.columns], packed
+            yield piece, self._matrices[piece.parameter][rows, piece.column : piece.column + piece.columns], packed
 
 
 def cut_buckets(pieces: Sequence[Piece], itemsize: int, slot_bytes: int) -> list[Bucket]:

@@ -1,4 +1,4 @@
-"""Checksums of what the engines should hold, computed without whole tensors: each rank contributes its owned blocks.
+"""Checksums of what the engines should hold: each trainer rank contributes its blocks, for float8 whole tensors.
 
 The slices come from `checksum.engine_slices`, not from the plan, and the engine derives its own from its layers
 (`sglang_ext.verify`). So an error in the plan cannot go unnoticed because both sides repeat it.
@@ -7,12 +7,13 @@ The slices come from `checksum.engine_slices`, not from the plan, and the engine
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_hapo.resharding.checksum import add_checksums, block_checksum
+from megatron_hapo.resharding.checksum import add_checksums, block_checksum, tensor_checksum
+from megatron_hapo.resharding.float8_rows import quantize_rows
 from megatron_hapo.resharding.layouts import matrix_size
 from megatron_hapo.resharding.plan import OwnedBlock
 from megatron_hapo.resharding.weight_buckets import EngineCut
@@ -48,6 +49,31 @@ def partial_checksums(
                 known[rectangle] = _contribution(values, block, rectangle)
             parts.append(known[rectangle])
         sums[name] = [add_checksums(pair) for pair in zip(sums.get(name, [0] * cut.tp), parts, strict=True)]
+    return sums
+
+
+def float8_checksums(
+    tensors: Iterable[tuple[str, Tensor]], *, linear: Collection[str], cut: EngineCut, dtype: torch.dtype
+) -> dict[str, list[int]]:
+    """This rank's contribution where engines serve linear weights in float8, which needs whole tensors.
+
+    A scale belongs to a row of an engine rank's slice, which may lie on several trainer ranks.
+
+    Args:
+        tensors: the whole HF tensors that this trainer rank owns (`hf_weights.owned_tensors`).
+        linear: names of those that are quantized; their scales have the suffix `_scale`.
+        cut: how an engine slices the tensors over its ranks.
+        dtype: of the transfer, to which values are converted first.
+    """
+    sums: dict[str, list[int]] = {}
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(dtype)
+        if name not in linear:
+            sums[name] = cut.checksums(name, tensor)
+            continue
+        served = [quantize_rows(part) for part in cut.slices(name, tensor)]
+        sums[name] = [tensor_checksum(rows.weight) for rows in served]
+        sums[f"{name}_scale"] = [tensor_checksum(rows.scale) for rows in served]
     return sums
 
 

@@ -43,6 +43,7 @@ from megatron_hapo.resharding.gpu_slots import (
     visible_gpu,
 )
 from megatron_hapo.resharding.plan import Channel, Piece
+from megatron_hapo.resharding.staging import StagedMatrices
 from megatron_hapo.resharding.transfer import Transfer, TransferStoppedError
 
 _SLOTS = 2
@@ -174,6 +175,7 @@ def receive(
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         by_socket: dict[int, SharedMemoryReceiver] = {}
+        waiting: set[int] = set()
         while pending:
             for number, _ in _wait(poll, transfer, deadline, "receiving weights", pending.values()):
                 if number == listener.fileno():
@@ -181,9 +183,16 @@ def receive(
                     receiver = _accept(connection, pending, f"engine {engine}, rank {engine_rank}", deadline, opened)
                     by_socket[connection.fileno()] = receiver
                     poll.register(connection, select.POLLIN)
-                elif by_socket[number].unpack_next():
+                    continue
+                if _runs_ahead(by_socket[number], pending.values(), matrices):
+                    waiting.add(number)
+                    poll.unregister(number)
+                    continue
+                if by_socket[number].unpack_next():
                     poll.unregister(number)
                     del pending[by_socket.pop(number).channel.source_rank]
+                while waiting:
+                    poll.register(waiting.pop(), select.POLLIN)
     return received_bytes(sources, transfer)
 
 
@@ -286,6 +295,11 @@ class SharedMemoryReceiver(ChannelEnd):
         self.connection: socket.socket | None = None
         self._unpacked = 0
 
+    @property
+    def next_pieces(self) -> Sequence[Piece]:
+        """The pieces of the bucket that comes next."""
+        return self.pieces_of(self._unpacked)
+
     def __str__(self) -> str:
         return self.describe(self._unpacked)
 
@@ -339,6 +353,19 @@ class SharedMemoryReceiver(ChannelEnd):
             raise WeightSyncError(f"receiving weights: {self}: {error}") from error
         self._unpacked += 1
         return self._unpacked == len(self.buckets)
+
+
+def _runs_ahead(
+    receiver: SharedMemoryReceiver, pending: Collection[SharedMemoryReceiver], matrices: Mapping[str, Tensor]
+) -> bool:
+    """Whether a channel's next bucket has to wait for those of others, so that little is staged.
+
+    The channel that is furthest behind never waits. It has what the first of the staged parameters lacks, because every
+    channel follows the plan's order, so that something is always quantized.
+    """
+    if not isinstance(matrices, StagedMatrices) or matrices.admits(receiver.next_pieces):
+        return False
+    return matrices.position(receiver.next_pieces) > min(matrices.position(other.next_pieces) for other in pending)
 
 
 def _accept(

@@ -78,6 +78,7 @@ def limits_of(config: Config) -> Limits:
         # In a colocated config, memory_fraction already excludes what a trainer rank keeps.
         memory_fraction=(config.rollout if config.placement == "disaggregated" else RolloutConfig()).memory_fraction,
         max_running_requests=config.rollout.max_running_requests,
+        rollout_quantization=config.rollout.quantization,
         bucket_bytes=config.weight_sync.bucket_bytes,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
-from megatron_hapo.sizing.parameters import Layout, experts, stage_layers, stage_parameters
+from megatron_hapo.sizing.parameters import Layout, experts, linear_weights, stage_layers, stage_parameters
 
 GIB = 1 << 30
 
@@ -35,6 +35,8 @@ MAX_GRAPH_REQUESTS = 256
 """Largest decoding batch for which SGLang (0.5.23) captures a CUDA graph at tp below 4 on a GPU of 60 to 160 GB."""
 GRAPH_BYTES_PER_LAYER = 256 << 10
 """Memory of a CUDA graph's kernels for one layer. An estimate."""
+ENGINE_STAGED_BYTES = 1 << 30
+"""16-bit matrices on an engine rank that quantizes, before a channel waits (`resharding.staging.STAGED_BYTES`)."""
 HEAD_CHUNKS = 3
 """Float32 copies of a chunk of logits rows that megatron_hapo.logprobs holds at the same time."""
 FUSED_CHUNK_BYTES = 256 << 20
@@ -331,6 +333,8 @@ class EngineMemory:
     what a resting trainer rank holds."""
     graphs: int = 0
     """CUDA graphs of decoding, part of `runtime`; an engine cannot release them."""
+    staged: int = 0
+    """During a weight sync, in place of activations: 16-bit matrices whose last piece has not arrived (`fp8`)."""
 
     @property
     def total(self) -> int:
@@ -344,16 +348,21 @@ class EngineMemory:
 
 def engine_memory(
     shape: Shape, *, tp: int, gpu_bytes: int, memory_fraction: float, num_parameters: int, bytes_per_element: int = 2,
-    beside: int = 0, max_running_requests: int = MAX_GRAPH_REQUESTS,
+    quantization: Literal["none", "fp8"] = "none", beside: int = 0, max_running_requests: int = MAX_GRAPH_REQUESTS,
 ) -> EngineMemory:  # fmt: skip
     """Bytes on an engine rank.
 
     SGLang uses `memory_fraction` of the GPU for weights and KV cache, and the rest for activations and graphs.
 
     Args:
+        bytes_per_element: of the KV cache, and of weights that are not quantized.
         beside: bytes that a resting trainer rank holds on the same GPU.
     """
     weights = bytes_per_element * num_parameters // tp
+    staged = 0
+    if quantization == "fp8":
+        weights -= saved_by_float8(shape, tp=tp, bytes_per_element=bytes_per_element)
+        staged = staged_bytes(shape, tp=tp)
     share = round(memory_fraction * gpu_bytes)
     per_token = kv_bytes_per_token(shape, tp=tp, bytes_per_element=bytes_per_element)
     room = share - weights
@@ -363,7 +372,21 @@ def engine_memory(
         kv_tokens=room // per_token,
         runtime=gpu_bytes - max(share, weights) - beside,
         graphs=decode_graph_bytes(shape, tp=tp, max_running_requests=max_running_requests),
+        staged=staged,
     )
+
+
+def saved_by_float8(shape: Shape, *, tp: int, bytes_per_element: int = 2) -> int:
+    """Bytes that float8 saves on an engine rank: a linear weight takes one byte, and each row a float32 scale."""
+    linear = linear_weights(shape)
+    scales = 4 * (linear.cut_rows // tp + linear.whole_rows)
+    return (bytes_per_element - 1) * linear.elements // tp - scales
+
+
+def staged_bytes(shape: Shape, *, tp: int) -> int:
+    """Most bytes in 16 bits on an engine rank that quantizes at a sync; never more than all of its linear weights."""
+    linear = linear_weights(shape)
+    return min(2 * linear.elements, ENGINE_STAGED_BYTES * tp + 2 * linear.largest) // tp
 
 
 def decode_graph_bytes(shape: Shape, *, tp: int, max_running_requests: int) -> int:
@@ -387,7 +410,7 @@ def turns_on_shared_gpu(
     rest = trainer.resting(keeps_optimizer=keeps_optimizer)
     return {
         "training": trainer.total + engine.resting(keeps_weights=keeps_weights),
-        "weight sync": rest + trainer.sync_buckets + engine.resting(keeps_weights=True),
+        "weight sync": rest + trainer.sync_buckets + engine.resting(keeps_weights=True) + engine.staged,
         "generation": rest + engine.resting(keeps_weights=True) + engine.kv_cache,
     }
 

@@ -120,6 +120,32 @@ def model_parameters(shape: Shape) -> int:
     return stage_parameters(shape, Layout(), 0).total
 
 
+@dataclass(frozen=True)
+class LinearWeights:
+    """The weights of a model that engines can hold in float8, with one scale a row."""
+
+    elements: int
+    largest: int
+    """Elements of the largest matrix as an engine stacks it, e.g. gate and up."""
+    cut_rows: int
+    """Rows of matrices that tensor parallelism cuts by rows."""
+    whole_rows: int
+    """Rows of matrices that it cuts by columns: every rank has all of them."""
+
+
+@lru_cache(maxsize=64)
+def linear_weights(shape: Shape) -> LinearWeights:
+    """The linear weights of a dense model."""
+    found = [p for layer in range(shape.num_layers) for p in layer_parameters(shape, layer) if p.is_linear]
+    rows = [(sum(size[0] for size in p.tensors.values()), p.cut == "columns") for p in found]
+    return LinearWeights(
+        elements=_num_elements(found),
+        largest=max(p.num_elements for p in found),
+        cut_rows=sum(count for count, by_columns in rows if not by_columns),
+        whole_rows=sum(count for count, by_columns in rows if by_columns),
+    )
+
+
 def experts(shape: Shape, layer: int) -> MoeShape | None:
     """The experts of a layer, or None if it has a dense feed-forward block."""
     return None if shape.moe is None or layer in shape.moe.dense_layers else shape.moe

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from megatron_hapo.config import Config
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing import from_config
-from megatron_hapo.sizing.memory import GIB, TrainerMemory, engine_memory, kv_bytes_per_token, trainer_memory
+from megatron_hapo.sizing.memory import (
+    GIB,
+    TrainerMemory,
+    engine_memory,
+    kv_bytes_per_token,
+    saved_by_float8,
+    trainer_memory,
+)
 from megatron_hapo.sizing.parameters import model_parameters
 
 _MIB = 1 << 20
@@ -90,6 +97,8 @@ def _engine_ranks(config: Config, shape: Shape, *, device: str) -> ProcessKind:
     element = 2 if rollout.dtype == "bfloat16" else 4
     on_cpu, gpu_bytes = device == "cpu", from_config.gpu_memory(config)
     weights = element * model_parameters(shape) // rollout.tp
+    if rollout.quantization == "fp8":
+        weights -= saved_by_float8(shape, tp=rollout.tp, bytes_per_element=element)
     parts = {"weights": weights}
     if rollout.kv_cache_tokens is not None:
         per_token = kv_bytes_per_token(shape, tp=rollout.tp, bytes_per_element=element)
@@ -97,7 +106,7 @@ def _engine_ranks(config: Config, shape: Shape, *, device: str) -> ProcessKind:
     if not on_cpu and gpu_bytes is not None:
         memory = engine_memory(
             shape, tp=rollout.tp, gpu_bytes=gpu_bytes, memory_fraction=rollout.memory_fraction,
-            num_parameters=model_parameters(shape), bytes_per_element=element,
+            num_parameters=model_parameters(shape), bytes_per_element=element, quantization=rollout.quantization,
         )  # fmt: skip
         parts = {"kv_cache": memory.kv_cache} | parts | {"runtime": memory.runtime}
     total = sum(parts.values())

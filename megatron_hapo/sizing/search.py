@@ -68,6 +68,7 @@ class Limits:
     memory_fraction: float = 0.8
     """Share of a GPU for an engine that has its GPUs to itself; the planner subtracts what a trainer rank keeps."""
     max_running_requests: int = 256
+    rollout_quantization: Literal["none", "fp8"] = "none"
     bucket_bytes: int = 512 << 20
 
 
@@ -159,7 +160,9 @@ class _Search:
                 reason = f"only {engine_gpus} GPUs remain for engines when the trainer has {sizes.world_size}"
                 self.engines.reject(choice.tp, reason)
                 continue
-            plan = _plan(shape, workload, cluster, layout, memory, training, choice, engine_gpus // choice.tp)
+            engines = engine_gpus // choice.tp
+            quantization = self.limits.rollout_quantization
+            plan = _plan(shape, workload, cluster, layout, memory, training, choice, engines, quantization)
             key = (sizes.tp, sizes.pp, sizes.cp, sizes.etp, sizes.ep, choice.tp)
             if key not in self.best or plan.rank < self.best[key].rank:
                 self.best[key] = plan
@@ -236,6 +239,7 @@ def _plan(
     training: tuple[float, float, float],
     choice: _EngineChoice,
     engines: int,
+    quantization: Literal["none", "fp8"],
 ) -> LayoutPlan:
     """The plan of a layout whose trainer and engines fit.
 
@@ -253,7 +257,15 @@ def _plan(
         response_share=workload.mean_response_tokens / workload.mean_tokens,
     )
     time = StepTime(
-        generate=generate_seconds(shape, workload, gpu, tp=choice.tp, engines=engines, running=choice.running),
+        generate=generate_seconds(
+            shape,
+            workload,
+            gpu,
+            tp=choice.tp,
+            engines=engines,
+            running=choice.running,
+            bytes_per_linear_weight=1 if quantization == "fp8" else 2,
+        ),
         log_probs=score,
         update=update,
         sync=sync_seconds(shape, layout, gpu, num_parameters=model_parameters(shape)) + turns,
@@ -327,7 +339,7 @@ class _Engines:
         fraction = limits.memory_fraction if rest == 0 else int(100 * (limits.memory_fraction - rest / gpu_bytes)) / 100
         memory = engine_memory(
             shape, tp=tp, gpu_bytes=gpu_bytes, memory_fraction=fraction,
-            num_parameters=model_parameters(shape), beside=rest,
+            num_parameters=model_parameters(shape), beside=rest, quantization=limits.rollout_quantization,
             max_running_requests=limits.max_running_requests,
         )  # fmt: skip
         if memory.kv_tokens < workload.longest:

@@ -259,7 +259,16 @@ def _link(gpu: Gpu, ranks: int, nvlink_size: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, engines: int, running: int) -> float:
+def generate_seconds(
+    shape: Shape,
+    workload: Workload,
+    gpu: Gpu,
+    *,
+    tp: int,
+    engines: int,
+    running: int,
+    bytes_per_linear_weight: int = 2,
+) -> float:
     """Seconds until the last response is finished.
 
     A decode iteration reads every weight that is active for one of its tokens, and each running response reads its own
@@ -270,13 +279,16 @@ def generate_seconds(shape: Shape, workload: Workload, gpu: Gpu, *, tp: int, eng
 
     Args:
         running: most responses that an engine decodes concurrently (B).
+        bytes_per_linear_weight: 1 in float8. Products are counted at the rate of bfloat16 all the same.
     """
     responses = workload.responses / engines
     batch = min(responses, running)
     bandwidth = MEMORY_EFFICIENCY * gpu.memory_bandwidth
     iterations = workload.max_response_tokens + max(0.0, responses / batch - 1) * workload.mean_response_tokens
     mean_batch = responses * workload.mean_response_tokens / iterations
-    weights = 2 * decode_parameters(shape, tokens=mean_batch) / tp
+    head = shape.hidden_size * shape.vocab_size
+    linear = decode_parameters(shape, tokens=mean_batch) - head
+    weights = (2 * head + bytes_per_linear_weight * linear) / tp
     overhead = DECODE_STEP_SECONDS + (DECODE_LAYER_SECONDS * shape.num_layers if tp > 1 else 0)
     context = workload.mean_prompt_tokens + workload.token_mean_length / 2
     tokens = responses * workload.mean_response_tokens

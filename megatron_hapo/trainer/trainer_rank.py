@@ -28,11 +28,11 @@ from megatron_hapo.logprobs.kept_tokens import Kept
 from megatron_hapo.logprobs.output_head import OUTPUT_HEADS, ScoredTokens
 from megatron_hapo.model.build import build_model, named_parameters, packed_format
 from megatron_hapo.model.fake_quantization import round_to_float8
-from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.model.families import hf_tensor_shapes, linear_tensors, read_shape
 from megatron_hapo.model.parallel_layout import ParallelLayout
 from megatron_hapo.model.route_replay import install
 from megatron_hapo.observe.running_stages import WorkCount
-from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.expected import float8_checksums, partial_checksums
 from megatron_hapo.resharding.layouts import rank_parameters
 from megatron_hapo.resharding.plan import Parameter, SendingTask
 from megatron_hapo.resharding.transfer import Transfer, as_matrix
@@ -299,23 +299,27 @@ class TrainerRank:
     def send_weights(self, transfer: Transfer, *, verify: bool) -> dict[str, list[int]] | None:
         """Send this rank's pieces to every engine rank. All ranks call it, in any order.
 
+        With rollout.quantization and `verify`, the ranks of a tp group first gather whole tensors: before they send, so
+        that a rank whose engine dies keeps no other waiting.
+
         Returns:
             This rank's contribution to the checksums of the engines' slices if `verify`, else None.
         """
         assert self._sending is not None, "call prepare_sending first"
         wait_for_weights(self._chunks)
         matrices = {name: as_matrix(parameter) for name, parameter in self._named_parameters()}
+        cut, dtype = self._engine_cut(), getattr(torch, transfer.dtype)
+        quantized = self.config.rollout.quantization == "fp8"
+        sums = None
         with torch.no_grad():
+            if verify and quantized:
+                tensors = owned_tensors(self.model, self.shape, self.layout)
+                sums = float8_checksums(tensors, linear=linear_tensors(self.shape), cut=cut, dtype=dtype)
             self._sender.send(self._sending.channels, matrices, transfer)
-            if not verify:
-                return None
-            return partial_checksums(
-                self._sending.owned_blocks,
-                matrices,
-                shapes=hf_tensor_shapes(self.shape),
-                cut=self._engine_cut(),
-                dtype=getattr(torch, transfer.dtype),
-            )
+            if verify and not quantized:
+                shapes = hf_tensor_shapes(self.shape)
+                sums = partial_checksums(self._sending.owned_blocks, matrices, shapes=shapes, cut=cut, dtype=dtype)
+        return sums
 
     def _engine_cut(self) -> EngineCut:
         return engine_cut(self.shape, tp=self.config.rollout.tp, ep=self.config.rollout.ep)

@@ -38,6 +38,7 @@ class EngineActor:
                 model_path=config.model.path.absolute(),
                 device=device,  # type: ignore[arg-type]  # "cpu" or "cuda"
                 dtype=rollout.dtype,
+                quantization=rollout.quantization,
                 float32_logits=config.trainer.float32_logits,
                 tp=rollout.tp,
                 ep=rollout.ep,

@@ -26,6 +26,7 @@ from megatron_hapo.model.families.table import is_expert as is_expert
 from megatron_hapo.model.families.table import is_hf_expert as is_hf_expert
 from megatron_hapo.model.families.table import last_parameters as last_parameters
 from megatron_hapo.model.families.table import layer_parameters as layer_parameters
+from megatron_hapo.model.families.table import linear_tensors as linear_tensors
 from megatron_hapo.model.families.table import num_parameters as num_parameters
 from megatron_hapo.model.families.table import placement as placement
 from megatron_hapo.model.families.table import table_parameters as table_parameters

@@ -87,6 +87,14 @@ class TableParameter:
         """Elements of all its HF tensors, without vocabulary padding."""
         return sum(math.prod(shape) for shape in self.tensors.values())
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer of attention, of a feed-forward block or of an expert.
+
+        That is what engines can hold in float8; router, embedding and output head stay as they are.
+        """
+        return self.cut in ("rows", "columns", "kv_heads") and all(len(size) == 2 for size in self.tensors.values())
+
     def num_local_elements(self, num_ranks: int) -> int:
         """Elements on one of the ranks that cut it (tp ranks; etp ranks for an expert), vocabulary padding included."""
         match self.cut:
@@ -281,6 +289,13 @@ def placement(
 def hf_tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the HF checkpoint, in checkpoint order; each expert has its own tensors."""
     return dict(_hf_tensor_shapes(shape))
+
+
+@lru_cache(maxsize=8)
+def linear_tensors(shape: Shape) -> frozenset[str]:
+    """Names of the HF tensors of all parameters that are `TableParameter.is_linear`."""
+    parameters = table_parameters(shape, range(shape.num_layers), first=True, last=True)
+    return frozenset(name for parameter in parameters if parameter.is_linear for name in parameter.tensors)
 
 
 def num_parameters(shape: Shape) -> int:
