@@ -1,10 +1,12 @@
 """SGLang's float8 arithmetic (0.5.23) for a machine without a GPU; its own needs Triton. Never used on a GPU.
 
 It lets an engine on a CPU serve dense models that `megatron-hapo quantize --format fp8` has written, with a bfloat16 KV
-cache, and those that it quantizes itself (`rollout.quantization: fp8`).
+cache, and any that it quantizes itself (`rollout.quantization: fp8`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ TARGETS = {
     "sglang.srt.layers.quantization.fp8_utils.static_quant_fp8": "static_quant_fp8",
     "sglang.srt.layers.quantization.fp8_utils.per_token_group_quant_fp8": "per_token_quant_fp8",
     "sglang.srt.layers.quantization.fp8_utils._apply_fallback_scaled_mm": "scaled_product",
+    "sglang.srt.layers.quantization.w8a8_fp8.W8A8FP8MoEMethod.apply": "apply_experts",
 }
 """Each name under which SGLang looks a function up, and the function of this module that replaces it."""
 
@@ -55,10 +58,35 @@ def scaled_product(
         weight: [features, outputs]. weight_scale: [outputs, 1].
     """
     assert len(qinput) == input_2d_shape[0], "padding is for torch's own products"
-    products = F.linear(qinput.float(), weight.t().float()) * x_scale * weight_scale.t()
+    products = _product(qinput, x_scale, weight.t(), weight_scale)
     if bias is not None:
         products += bias
     return products.to(input_dtype).view(output_shape)
+
+
+def apply_experts(_method: Any, layer: Any, dispatch_output: Any) -> Any:
+    """The chosen experts' outputs, weighted and added in the order of choice, so that rows do not depend on each other.
+
+    As SGLang's Triton kernel rounds: the inputs of both products to float8, what they return to the input's dtype.
+    """
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    x = dispatch_output.hidden_states
+    weights, experts, _ = dispatch_output.topk_output
+    outputs = x.new_zeros((*experts.shape, x.shape[1]))  # [tokens, choices, features]
+    for expert in experts.unique().tolist():
+        tokens, choices = (experts == expert).nonzero(as_tuple=True)
+        stacked = _product(*quantize_rows(x[tokens]), layer.w13_weight[expert], layer.w13_weight_scale[expert])
+        gate, up = stacked.to(x.dtype).float().chunk(2, dim=1)
+        hidden = (F.silu(gate) * up).to(x.dtype)
+        down = _product(*quantize_rows(hidden), layer.w2_weight[expert], layer.w2_weight_scale[expert])
+        outputs[tokens, choices] = (down * weights[tokens, choices, None]).to(x.dtype)
+    return StandardCombineInput(hidden_states=outputs.float().sum(dim=1).to(x.dtype))
+
+
+def _product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """[tokens, outputs] float32, from float8 inputs [tokens, features] and weights [outputs, features]."""
+    return F.linear(x.float(), weight.float()) * x_scale * weight_scale.t()
 
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:

@@ -20,12 +20,15 @@ from megatron_hapo.resharding.transfer import as_matrix
 
 ENVIRONMENT = {"HAPO_FLOAT8_ROWS": "1"}
 """Variables of such an engine's scheduler processes, set before they start."""
+_METHODS = "sglang.srt.layers.quantization.w8a8_fp8."
 AROUND = {
-    "sglang.srt.layers.quantization.w8a8_fp8.W8A8Fp8LinearMethod.process_weights_after_loading": (
-        "quantize_after_loading"
-    )
+    f"{_METHODS}W8A8Fp8LinearMethod.process_weights_after_loading": "quantize_linear",
+    f"{_METHODS}W8A8FP8MoEMethod.create_weights": "create_experts",
+    f"{_METHODS}W8A8FP8MoEMethod.process_weights_after_loading": "quantize_experts",
 }
-"""SGLang's function and the hook of this module around it."""
+"""SGLang's functions and the hooks of this module around them."""
+_EXPERTS = ("w13_weight", "w2_weight")
+"""SGLang's parameters of a layer's experts, [experts, rows, columns]; their scales have the suffix `_scale`."""
 _RANDOM_LIMIT = 1e-3
 """Magnitude of SGLang's random weights (`load_format=dummy`)."""
 
@@ -35,11 +38,9 @@ def requested() -> bool:
     return os.environ.get("HAPO_FLOAT8_ROWS") == "1"
 
 
-def quantize_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
+def quantize_linear(original: Callable[..., None], method: Any, layer: Any) -> None:
     """Replaces a linear layer's weight by its float8 rows, transposed as SGLang's products take it."""
-    if method.quantization_config.is_checkpoint_fp8_serialized:
-        # An engine without weights: SGLang's random numbers are 0 in float8, and its kernel divides by a token's
-        # largest activation, which must not be 0.
+    if _holds_float8(method.quantization_config):
         _fill_randomly(Float8Rows(layer.weight.data, layer.weight_scale.data))
         original(method, layer)
         return
@@ -49,7 +50,40 @@ def quantize_after_loading(original: Callable[..., None], method: Any, layer: An
     layer.input_scale = None
 
 
+def create_experts(
+    original: Callable[..., None], method: Any, layer: Any, *, params_dtype: torch.dtype, **sizes: Any
+) -> None:
+    """Allocates experts that will be read from a folder in its 16 bits: SGLang would cut them to float8 unscaled."""
+    original(method, layer, params_dtype=params_dtype, **sizes)
+    if _holds_float8(method.quant_config):
+        return
+    for name in _EXPERTS:
+        float8 = getattr(layer, name)
+        wide = Parameter(torch.empty_like(float8, dtype=params_dtype), requires_grad=False)
+        wide.__dict__.update(float8.__dict__)  # how SGLang loads it
+        setattr(layer, name, wide)
+
+
+def quantize_experts(original: Callable[..., None], method: Any, layer: Any) -> None:
+    """Replaces the experts by their float8 rows."""
+    for name in _EXPERTS:
+        weight, scale = getattr(layer, name), getattr(layer, f"{name}_scale")
+        if _holds_float8(method.quant_config):
+            _fill_randomly(Float8Rows(as_matrix(weight), scale.data.view(-1, 1)))
+            continue
+        rows = quantize_rows(as_matrix(weight))
+        setattr(layer, name, Parameter(rows.weight.view(weight.shape), requires_grad=False))
+        scale.data.copy_(rows.scale.view(scale.shape))
+    original(method, layer)
+
+
+def _holds_float8(config: Any) -> bool:
+    """Whether memory was allocated for float8: in an engine that starts without weights (`engine_config`)."""
+    return config.is_checkpoint_fp8_serialized
+
+
 def _fill_randomly(rows: Float8Rows) -> None:
+    """Random weights. SGLang's own are 0 in float8, so that activations would be, by which its kernel divides."""
     generator = torch.Generator(rows.weight.device).manual_seed(0)
     for part in rows.weight.split(1024):
         values = torch.empty(part.shape, dtype=torch.float32, device=part.device)
@@ -64,11 +98,15 @@ def served_matrices(model: nn.Module) -> dict[str, Tensor | Float8Rows]:
     """
     served: dict[str, Tensor | Float8Rows] = {}
     parameters = dict(model.named_parameters())
+    scales = {f"{name}_scale" for name, parameter in parameters.items() if parameter.dtype == DTYPE}
     for name, parameter in parameters.items():
-        if name.removesuffix("_scale") != name and parameters[name.removesuffix("_scale")].dtype == DTYPE:
+        if name in scales:
             continue
-        if parameter.dtype == DTYPE and (scale := parameters.get(f"{name}_scale")) is not None:
-            served[name] = Float8Rows(as_matrix(parameter.t()), scale.detach())
-        else:
+        scale = parameters.get(f"{name}_scale")
+        if parameter.dtype != DTYPE or scale is None:
             served[name] = as_matrix(parameter)
+            continue
+        # Experts are as they came, and other weights transposed.
+        weight = as_matrix(parameter if parameter.ndim == 3 else parameter.t())
+        served[name] = Float8Rows(weight, scale.detach().view(-1, 1))
     return served

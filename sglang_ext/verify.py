@@ -72,7 +72,7 @@ def hugging_face_slices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
     parent, _, leaf = module_name.rpartition(".")
-    if name in ("w13_weight", "w2_weight"):
+    if name.removesuffix("_scale") in ("w13_weight", "w2_weight"):
         yield from _experts(module_name, module, name, data)
         return
     if leaf == "qkv_proj":
@@ -94,17 +94,20 @@ def _parts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[t
 
 
 def _experts(module_name: str, module: Any, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a FusedMoE layer's stacked experts; the order of gate and up in w13 depends on the layer."""
+    """The tensors, or their scales, of a FusedMoE layer's stacked experts.
+
+    The order of gate and up in w13 depends on the layer.
+    """
     if len(data) != module.num_local_experts:
         raise WeightSyncError(
             f"{module_name}.{name}: holds {len(data)} experts, but the layer has {module.num_local_experts}"
         )
-    names = ["down_proj"]
-    if name == "w13_weight":
+    names, suffix = ["down_proj"], "_scale" if name.endswith("_scale") else ""
+    if name.startswith("w13_weight"):
         method = getattr(module, "weight_load_method", None) or module.quant_method
         up_first = getattr(method, "load_up_proj_weight_first", False)
         names = ["up_proj", "gate_proj"] if up_first else ["gate_proj", "up_proj"]
     first = module.moe_ep_rank * module.num_local_experts
     for index, expert in enumerate(data):
         for part_name, part in zip(names, expert.chunk(len(names)), strict=True):
-            yield f"{module_name}.{first + index}.{part_name}.weight", part
+            yield f"{module_name}.{first + index}.{part_name}.weight{suffix}", part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,45 @@ def quantized_logits(
         module.register_forward_pre_hook(round_input)
     with torch.no_grad():
         return [model(torch.tensor([list(tokens)]), use_cache=False).logits[0] for tokens in sequences]
+
+
+def float8_row_model(source: Path, *, quantized: bool) -> Any:
+    """The model in bfloat16, and if `quantized` with the arithmetic of engines with `rollout.quantization: fp8`.
+
+    A second implementation: weights on one scale a row, inputs of linear layers on one scale a token. The experts of a
+    layer are those of transformers 5, stacked.
+    """
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    def float8(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.float().abs().amax(-1, keepdim=True) / 448
+        return (x.float() / scale).to(torch.float8_e4m3fn).float(), scale
+
+    def product(x: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
+        rounded, scale = float8(x)
+        return (F.linear(rounded, weight[0]) * scale * weight[1].t()).bfloat16()
+
+    def experts_forward(module: Any) -> Any:
+        up = [float8(weight) for weight in module.gate_up_proj.detach()]
+        down = [float8(weight) for weight in module.down_proj.detach()]
+
+        def forward(hidden_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            total_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+            for token, (ids, weights) in enumerate(zip(chosen_TK.tolist(), weights_TK, strict=True)):
+                for expert, weight in zip(ids, weights, strict=True):
+                    gate, linear = product(hidden_TH[token : token + 1], up[expert]).chunk(2, dim=-1)
+                    inner = (F.silu(gate.float()) * linear.float()).bfloat16()
+                    total_TH[token] += (product(inner, down[expert])[0] * weight).float()
+            return total_TH.bfloat16()
+
+        return forward
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    for name, module in model.named_modules() if quantized else ():
+        if name.endswith(".experts"):
+            module.forward = experts_forward(module)
+        elif isinstance(module, torch.nn.Linear) and name != "lm_head":
+            assert module.bias is None, name
+            module.forward = partial(product, weight=float8(module.weight.detach()))
+    return model

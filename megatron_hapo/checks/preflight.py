@@ -214,9 +214,6 @@ def _layout_faults(config: Config, shape: Shape) -> Iterator[Fault]:
             f"must be true for a model with experts at parallel.tp={parallel.tp}: Megatron requires it",
             ("model.path", "parallel.tp"),
         )
-    if shape.moe is not None and rollout.quantization != "none":
-        message = f"must be none for a model with experts, got {rollout.quantization}: only dense layers are quantized"
-        yield Fault("rollout.quantization", message, ("model.path",))
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         yield Fault(

@@ -126,7 +126,7 @@ class LinearWeights:
 
     elements: int
     largest: int
-    """Elements of the largest matrix as an engine stacks it, e.g. gate and up."""
+    """Elements of the largest matrix as an engine stacks it: gate and up, those of all experts of a layer together."""
     cut_rows: int
     """Rows of matrices that tensor parallelism cuts by rows."""
     whole_rows: int
@@ -135,15 +135,18 @@ class LinearWeights:
 
 @lru_cache(maxsize=64)
 def linear_weights(shape: Shape) -> LinearWeights:
-    """The linear weights of a dense model."""
-    found = [p for layer in range(shape.num_layers) for p in layer_parameters(shape, layer) if p.is_linear]
-    rows = [(sum(size[0] for size in p.tensors.values()), p.cut == "columns") for p in found]
-    return LinearWeights(
-        elements=_num_elements(found),
-        largest=max(p.num_elements for p in found),
-        cut_rows=sum(count for count, by_columns in rows if not by_columns),
-        whole_rows=sum(count for count, by_columns in rows if by_columns),
-    )
+    """The linear weights of attention, feed-forward blocks and experts."""
+    stacks: list[tuple[TableParameter, int]] = []
+    for layer in range(shape.num_layers):
+        stacks += [(parameter, 1) for parameter in layer_parameters(shape, layer) if parameter.is_linear]
+        if (moe := experts(shape, layer)) is not None:
+            one = expert_parameters(shape, layer, expert=0, local_expert=0)
+            stacks += [(parameter, moe.num_experts) for parameter in one]
+    rows = {True: 0, False: 0}
+    for parameter, count in stacks:
+        rows[parameter.cut == "columns"] += count * sum(size[0] for size in parameter.tensors.values())
+    elements = [count * parameter.num_elements for parameter, count in stacks]
+    return LinearWeights(sum(elements), max(elements), cut_rows=rows[False], whole_rows=rows[True])
 
 
 def experts(shape: Shape, layer: int) -> MoeShape | None:

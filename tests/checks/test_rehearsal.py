@@ -35,9 +35,16 @@ def group(correct: list[bool], *, failure: Any = None, reason: Any = "stop") -> 
 
 @pytest.mark.parametrize(
     ("mean", "dtype", "verdict"),
-    [(1e-5, "float32", "ok"), (0.01, "float32", "fault"), (0.01, "bfloat16", "ok"), (0.2, "bfloat16", "fault")],
+    [
+        (1e-5, "float32", "ok"),
+        (0.01, "float32", "fault"),
+        (0.01, "bfloat16", "ok"),
+        (0.15, "bfloat16", "fault"),
+        (0.15, "fp8", "ok"),
+        (0.3, "fp8", "fault"),
+    ],
 )
-def test_log_prob_differences_are_compared_with_the_dtypes_limit(mean: float, dtype: str, verdict: str) -> None:
+def test_log_prob_differences_are_compared_with_the_precisions_limit(mean: float, dtype: str, verdict: str) -> None:
     (finding,) = logprob_findings(mismatch(mean), dtype)
     assert finding.verdict == verdict
     assert f"{mean:.2g} on average" in finding.message

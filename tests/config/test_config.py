@@ -166,6 +166,19 @@ def test_faults_of_a_choice_by_type_name_the_plain_key(tmp_path, train, fault):
             "trainer.quantization: fp8 needs trainer.dtype=bfloat16, got float32",
         ),
         (
+            ["rollout.quantization=fp8", "rollout.dtype=float32"],
+            "rollout.quantization: fp8 needs rollout.dtype=bfloat16, got float32: SGLang's float8 layers take 16-bit",
+        ),
+        (
+            ["rollout.quantization=fp8", "weight_sync.method=gather"],
+            "weight_sync.method: must be direct with rollout.quantization=fp8, got gather: SGLang cannot load whole",
+        ),
+        (
+            ["rollout.quantization=fp8", "trainer.quantization=fp8"],
+            "trainer.quantization: must be none with rollout.quantization=fp8, got fp8: the engines would round its",
+        ),
+        (["rollout.quantization=int8"], "rollout.quantization: must be 'none' or 'fp8', got 'int8'"),
+        (
             ["deterministic=true", "rollout.tp=4", "device=cpu", "rollout.kv_cache_tokens=20000"],
             "rollout.tp: must be 1 or 2 with deterministic=true and device=cpu, got 4: the order in which gloo adds",
         ),

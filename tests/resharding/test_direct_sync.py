@@ -72,13 +72,14 @@ def make_sync(
     path: Path,
     *,
     tp: int = 1,
+    dtype: str = "float32",
     settings: SimpleNamespace | None = None,
 ) -> DirectSync:
     folder.mkdir()
     config: Any = SimpleNamespace(
         device="cpu",
         weight_sync=settings or make_settings(),
-        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype="float32"),
+        rollout=SimpleNamespace(engines=1, tp=tp, ep=1, dtype=dtype),
         model=SimpleNamespace(path=path),
     )
     return DirectSync(config, trainer, pool, folder=folder)  # type: ignore[arg-type]

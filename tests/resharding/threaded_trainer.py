@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hapo.config import ParallelSizes
-from megatron_hapo.model.families import hf_tensor_shapes, read_shape
+from megatron_hapo.model.families import hf_tensor_shapes, linear_tensors, read_shape
 from megatron_hapo.resharding.channel_ends import BucketHook, ChannelId
-from megatron_hapo.resharding.expected import partial_checksums
+from megatron_hapo.resharding.expected import float8_checksums, partial_checksums
 from megatron_hapo.resharding.hosts import this_host
 from megatron_hapo.resharding.layouts import matrix_sizes
 from megatron_hapo.resharding.plan import Parameter, SendingTask
@@ -29,17 +29,30 @@ class ThreadedTrainer:
     """The part of `protocols.Trainer` that a weight sync needs, over the shards of a checkpoint.
 
     Tests may set `on_bucket` to inject faults into the senders, and change `tasks`: ranks without a task do not send.
+
+    Args:
+        quantized: whether the engines serve float8, which their checksums must be of.
     """
 
     on_bucket: BucketHook | None = None
 
     def __init__(
-        self, folder: Path, *, engine_tp: int, tp: int = 1, pp: int = 1, vpp: int = 1, dp: int = 1, ep: int = 1
+        self,
+        folder: Path,
+        *,
+        engine_tp: int,
+        tp: int = 1,
+        pp: int = 1,
+        vpp: int = 1,
+        dp: int = 1,
+        ep: int = 1,
+        quantized: bool = False,
     ):
         self.shape = read_shape(folder)
         self._cut = engine_cut(self.shape, tp=engine_tp, ep=1)
         sizes = matrix_sizes(self.shape)
         state = load_file(folder / "model.safetensors")
+        self._quantized = {name: state[name] for name in sizes} if quantized else None
         whole = {name: state[name].numpy().reshape(size) for name, size in sizes.items()}
         self._parameters: dict[int, tuple[Parameter, ...]] = defaultdict(tuple)
         self.matrices: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -86,6 +99,9 @@ class ThreadedTrainer:
             thread.join()
         if errors:
             raise errors[0]
+        if self._quantized is not None:
+            linear, dtype = linear_tensors(self.shape), getattr(torch, transfer.dtype)
+            return [float8_checksums(self._quantized.items(), linear=linear, cut=self._cut, dtype=dtype)]
         return [
             partial_checksums(
                 task.owned_blocks, self.matrices[rank], shapes=hf_tensor_shapes(self.shape), cut=self._cut,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,21 @@ def test_float32_logits_are_asked_of_sglang(on_gpu: EngineConfig) -> None:
     assert server_arguments(on_gpu, returns_routes=False)["enable_fp32_lm_head"] is False
     wide = replace(on_gpu, float32_logits=True)
     assert server_arguments(wide, returns_routes=False)["enable_fp32_lm_head"] is True
+
+
+def test_float8_is_allocated_as_such_in_an_engine_without_weights(on_gpu: EngineConfig) -> None:
+    """One that reads a folder loads 16 bits and rounds them layer by layer."""
+    assert "quantization" not in server_arguments(on_gpu, returns_routes=False)
+    quantized = replace(on_gpu, quantization="fp8")
+    arguments = server_arguments(quantized, returns_routes=False)
+    assert arguments["quantization"] == "w8a8_fp8"
+    assert "json_model_override_args" not in arguments
+    without = server_arguments(replace(quantized, read_weights=False), returns_routes=False)
+    assert json.loads(without["json_model_override_args"])["quantization_config"]["quant_method"] == "w8a8_fp8"
+    on_cpu = replace(quantized, device="cpu", kv_cache_tokens=4096)
+    check_engine_config(on_cpu)
+    with pytest.raises(RolloutError, match=r"quantization=fp8 needs dtype=bfloat16, got float32; set rollout.dtype"):
+        check_engine_config(replace(on_cpu, dtype="float32"))
 
 
 def test_deterministic_inference_is_asked_of_sglang_on_a_gpu(on_gpu: EngineConfig) -> None:

@@ -129,6 +129,21 @@ def test_on_shared_gpus_every_turn_fits(gpus: int) -> None:
         assert plan.engine.runtime >= alone.runtime
 
 
+def test_engines_in_float8_are_smaller_and_read_less() -> None:
+    """On GPUs of 16 GiB the weights of Qwen3-8B leave no room in 16 bits; in float8 an engine needs one GPU."""
+    choices: dict[str, LayoutPlan] = {}
+    for quantization in ("none", "fp8"):
+        limits = Limits(rollout_quantization=quantization)
+        cluster = Cluster(gpus=64, gpu_bytes=16 * GIB, gpu=GPUS["h100"])
+        plans, rejections = search(QWEN3_8B, WORKLOAD, cluster, limits)
+        choices[quantization] = min(plans, key=lambda plan: plan.rollout_tp)
+        assert ("rollout.tp=1" in {rejection.what for rejection in rejections}) == (quantization == "none")
+    assert choices["none"].rollout_tp > choices["fp8"].rollout_tp == 1
+    sizes = {"tp": 1, "engines": 4, "running": 64}
+    plain = generate_seconds(QWEN3_8B, WORKLOAD, GPUS["h100"], **sizes)
+    assert generate_seconds(QWEN3_8B, WORKLOAD, GPUS["h100"], **sizes, bytes_per_linear_weight=1) < 0.9 * plain
+
+
 def test_a_reference_model_costs_host_memory_and_a_forward_pass_and_nothing_on_the_gpu() -> None:
     cluster = Cluster(gpus=64, gpu_bytes=80 * GIB, gpu=GPUS["h100"])
     plans = {has: search(QWEN3_8B, WORKLOAD, cluster, Limits(has_reference=has))[0] for has in (False, True)}

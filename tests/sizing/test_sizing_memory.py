@@ -10,8 +10,10 @@ import pytest
 
 from megatron_hapo.config import ParallelSizes, parse_bytes
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.resharding.layouts import engine_parameters
 from megatron_hapo.sizing.memory import (
     ENGINE_RESTING_BYTES,
+    ENGINE_STAGED_BYTES,
     GIB,
     GRAPH_BYTES_PER_LAYER,
     _attention_bytes,
@@ -19,10 +21,12 @@ from megatron_hapo.sizing.memory import (
     decode_graph_bytes,
     engine_memory,
     head_bytes,
+    kv_bytes_per_token,
     microbatches_in_flight,
     optimizer_bytes_per_element,
     optimizer_elements,
     trainer_memory,
+    turns_on_shared_gpu,
 )
 from megatron_hapo.sizing.parameters import Layout, Recompute, model_parameters, stage_parameters
 from tests.distributed import run_ranks
@@ -280,6 +284,41 @@ def test_an_engine_that_cannot_hold_the_weights_has_no_room() -> None:
     assert large.total == 80 * GIB
     # 2 (keys and values) x 36 layers x 4 heads x 128 x 2 bytes
     assert large.kv_tokens == large.kv_cache // 73728
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_engine_in_float8_holds_a_byte_a_linear_weight_and_a_float32_a_row(tp: int) -> None:
+    """Against the tensors of an engine rank, which follow from SGLang's rules; and what it saves is cache."""
+    sizes = {"tp": tp, "gpu_bytes": 80 * GIB, "memory_fraction": 0.5, "num_parameters": model_parameters(QWEN3_8B)}
+    plain, quantized = engine_memory(QWEN3_8B, **sizes), engine_memory(QWEN3_8B, **sizes, quantization="fp8")
+    expected = 0
+    for parameter in engine_parameters(QWEN3_8B, tp)[0]:
+        elements = (parameter.rows - parameter.padding_rows) * parameter.columns
+        in_float8 = parameter.name.endswith("_proj.weight")
+        expected += elements + 4 * parameter.rows if in_float8 else 2 * elements
+    # Norms, which every rank holds whole, are counted as if they were cut.
+    assert quantized.weights == pytest.approx(expected, rel=1e-4)
+    assert plain.kv_cache + plain.weights == quantized.kv_cache + quantized.weights
+    assert quantized.kv_tokens == quantized.kv_cache // kv_bytes_per_token(QWEN3_8B, tp=tp)
+    assert (plain.staged, plain.runtime) == (0, quantized.runtime)
+
+
+def test_what_an_engine_stages_counts_in_the_turn_of_the_sync() -> None:
+    """At most the limit and one matrix more, which for Qwen3-8B is gate and up; a small model is staged as a whole."""
+    sizes = {"tp": 2, "gpu_bytes": 80 * GIB, "memory_fraction": 0.4, "num_parameters": model_parameters(QWEN3_8B)}
+    plain, quantized = engine_memory(QWEN3_8B, **sizes), engine_memory(QWEN3_8B, **sizes, quantization="fp8")
+    assert quantized.staged == ENGINE_STAGED_BYTES + 2 * 2 * 12_288 * 4096 // 2
+    trainer = trainer_memory(QWEN3_8B, layout_with(tp=2), gpu_bytes=80 * GIB)
+    turns, float8_turns = turns_on_shared_gpu(trainer, plain), turns_on_shared_gpu(trainer, quantized)
+    saved = plain.weights - quantized.weights
+    assert float8_turns["weight sync"] == turns["weight sync"] + quantized.staged - saved
+    assert float8_turns["training"] == turns["training"]
+    small = replace(QWEN3_8B, num_layers=1)
+    linear = 4096 * (2 * 4096 + 2 * 1024 + 3 * 12_288)
+    one = engine_memory(
+        small, tp=1, gpu_bytes=80 * GIB, memory_fraction=0.4, num_parameters=model_parameters(small), quantization="fp8"
+    )
+    assert one.staged == 2 * linear
 
 
 @pytest.mark.parametrize(
