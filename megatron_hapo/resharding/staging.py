@@ -20,8 +20,8 @@ class StagedMatrices(Mapping[str, Tensor]):
     A quantized parameter has a matrix in the transfer's dtype only from its first piece to its last, which quantizes it
     on its own device. Senders go through the parameters in the plan's order, so that few are staged at once: about one
     for each group of trainer ranks that hold different layers. Within a host a channel that runs ahead has to wait
-    (`admits`), so `limit_bytes`, one bucket and the parameter in which it ends are the most; between hosts the rounds
-    of messages keep channels in step. There is never a copy of the whole model.
+    (`admits`), so `limit_bytes` and the parameters that one bucket touches are the most; between hosts the rounds of
+    messages keep channels in step. There is never a copy of the whole model.
 
     Args:
         parameters: in the plan's order; each is served as it is sent, [rows, columns], or in float8.
