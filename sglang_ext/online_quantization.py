@@ -40,6 +40,8 @@ def requested() -> bool:
 
 def quantize_linear(original: Callable[..., None], method: Any, layer: Any) -> None:
     """Replaces a linear layer's weight by its float8 rows, transposed as SGLang's products take it."""
+    if _is_done(layer):
+        return
     if _holds_float8(method.quantization_config):
         _fill_randomly(Float8Rows(layer.weight.data, layer.weight_scale.data))
         original(method, layer)
@@ -66,6 +68,8 @@ def create_experts(
 
 def quantize_experts(original: Callable[..., None], method: Any, layer: Any) -> None:
     """Replaces the experts by their float8 rows."""
+    if _is_done(layer):
+        return
     for name in _EXPERTS:
         weight, scale = getattr(layer, name), getattr(layer, f"{name}_scale")
         if _holds_float8(method.quant_config):
@@ -75,6 +79,13 @@ def quantize_experts(original: Callable[..., None], method: Any, layer: Any) -> 
         setattr(layer, name, Parameter(rows.weight.view(weight.shape), requires_grad=False))
         scale.data.copy_(rows.scale.view(scale.shape))
     original(method, layer)
+
+
+def _is_done(layer: Any) -> bool:
+    """Whether this has been called with the layer before: SGLang does so at the end of every weight update too."""
+    done = getattr(layer, "hapo_float8", False)
+    layer.hapo_float8 = True
+    return done
 
 
 def _holds_float8(config: Any) -> bool:

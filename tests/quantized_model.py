@@ -99,7 +99,7 @@ def quantized_logits(
 
 
 def float8_row_model(source: Path, *, quantized: bool) -> Any:
-    """The model in bfloat16, and if `quantized` with the arithmetic of engines with `rollout.quantization: fp8`.
+    """The model in bfloat16 with logits in float32; if `quantized`, as engines with `rollout.quantization: fp8` compute.
 
     A second implementation: weights on one scale a row, inputs of linear layers on one scale a token. The experts of a
     layer are those of transformers 5, stacked.
@@ -109,6 +109,7 @@ def float8_row_model(source: Path, *, quantized: bool) -> Any:
 
     def float8(x: Tensor) -> tuple[Tensor, Tensor]:
         scale = x.float().abs().amax(-1, keepdim=True) / 448
+        scale[scale == 0] = 1  # the padding token, whose embedding is zero
         return (x.float() / scale).to(torch.float8_e4m3fn).float(), scale
 
     def product(x: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
@@ -131,6 +132,8 @@ def float8_row_model(source: Path, *, quantized: bool) -> Any:
         return forward
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    head = model.lm_head.weight.detach().float()
+    model.lm_head.forward = lambda x: F.linear(x.float(), head)
     for name, module in model.named_modules() if quantized else ():
         if name.endswith(".experts"):
             module.forward = experts_forward(module)

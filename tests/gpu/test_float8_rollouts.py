@@ -49,7 +49,7 @@ def serve(model: Path, folder: Path, *, read_weights: bool) -> list[Rollout]:
         EngineConfig(
             model_path=model, device="cuda", dtype="bfloat16", quantization="fp8", tp=1, max_running_requests=64,
             memory_fraction=0.3, kv_cache_tokens=None, context_tokens=128, seed=0, read_weights=read_weights,
-            releases_memory=True,
+            releases_memory=True, float32_logits=True,
         )
     )  # fmt: skip
     ids = np.random.default_rng(0).integers(0, 250, (16, 12)).astype(np.int32)

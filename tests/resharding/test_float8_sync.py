@@ -146,6 +146,9 @@ def send_everything(rank: int, model: Path, engine_tp: int, folder: Path) -> Non
 
 # ----- a real engine
 
+SERVED: dict[str, Any] = {"dtype": "bfloat16", "quantization": "fp8", "float32_logits": True}
+"""Logits in float32, so that their rounding does not hide what is compared."""
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -157,15 +160,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def engine(models: list[Path]) -> Iterator[RemoteEngine]:
     """An engine as a run starts it: with random weights."""
-    with running_engine(models[0], dtype="bfloat16", quantization="fp8", read_weights=False) as running:
+    with running_engine(models[0], **SERVED, read_weights=False) as running:
         yield running
 
 
-def sync(engine: RemoteEngine, model: Path, folder: Path, *, version: int, tp: int = 1, **layout: int) -> None:
+def sync(engine: RemoteEngine, model: Path, folder: Path, *, version: int, engine_tp: int = 1, **layout: int) -> None:
     """A verified sync from a trainer with this layout that holds the model's weights."""
-    trainer = ThreadedTrainer(model, engine_tp=tp, quantized=True, **layout)
+    trainer = ThreadedTrainer(model, engine_tp=engine_tp, quantized=True, **layout)
     pool = OneEngine(engine)
-    make_sync(trainer, pool, folder, model, tp=tp, dtype="bfloat16").sync(policy_version=version)
+    make_sync(trainer, pool, folder, model, tp=engine_tp, dtype="bfloat16").sync(policy_version=version)
     assert pool.version == version
 
 
@@ -235,16 +238,22 @@ def test_log_probs_are_those_of_float8_arithmetic(engine: RemoteEngine, models: 
 
 
 def assert_float8_log_probs(engine: RemoteEngine, model: Path) -> None:
-    """The engine's log-probs are closer to those of the same arithmetic in transformers than to bfloat16's."""
+    """The engine's errors are those of the same arithmetic in transformers.
+
+    Not equal to them: both round to bfloat16 in another order, which moves some activations to the other neighbour in
+    float8, by 6%, and with them all that follow in the layers above.
+    """
     sampling = Sampling(samples=2, temperature=1.0, max_response_tokens=24, seed=1)
     rollouts = [rollout for group in engine.generate(make_prompts(8), sampling) for rollout in group]
     found = torch.from_numpy(np.concatenate([rollout.rollout_log_probs for rollout in rollouts]))
     exact, simulated = (
         log_probs_of(float8_row_model(model, quantized=quantized), rollouts) for quantized in (False, True)
     )
-    from_exact, from_simulated = (found - exact).abs().mean(), (found - simulated).abs().mean()
-    print(f"|engine - float8 in transformers| {from_simulated:.2g}, |engine - bfloat16| {from_exact:.2g}")
-    assert from_simulated < from_exact / 4
+    found_error, expected_error = found - exact, simulated - exact
+    measured = torch.corrcoef(torch.stack([found_error, expected_error]))[0, 1]
+    print(f"errors of engine {found_error.std():.2g} and transformers {expected_error.std():.2g}: {measured:.3f}")
+    assert measured > 0.5  # without the scales there would be no correlation
+    assert 0.7 < found_error.std() / expected_error.std() < 1.4
 
 
 def log_probs_of(model: Any, rollouts: list[Rollout]) -> Tensor:
@@ -260,16 +269,19 @@ def log_probs_of(model: Any, rollouts: list[Rollout]) -> Tensor:
 
 
 @pytest.mark.slow
-def test_an_engine_that_reads_a_folder_holds_the_same_bits(models: list[Path]) -> None:
-    with running_engine(models[1], dtype="bfloat16", quantization="fp8", deterministic=True) as engine:
-        verify(engine, checksums_of_export(models[1], tp=1), version=0)
+def test_an_engine_that_reads_a_folder_holds_the_same_bits(tmp_path: Path) -> None:
+    """Also in deterministic mode, which the engine proves when it starts."""
+    model = write_tiny_qwen3(tmp_path, layers=1)
+    with running_engine(model, **SERVED, deterministic=True) as engine:
+        verify(engine, checksums_of_export(model, tp=1), version=0)
+        assert_float8_log_probs(engine, model)
 
 
 @pytest.mark.slow
 def test_two_engine_ranks_have_scales_of_their_own(models: list[Path], tmp_path: Path) -> None:
-    with running_engine(models[0], dtype="bfloat16", quantization="fp8", read_weights=False, tp=2) as engine:
+    with running_engine(models[0], **SERVED, read_weights=False, tp=2) as engine:
         for version, (model, layout) in enumerate(zip(models, ({"tp": 1}, {"tp": 2}, {"pp": 2}), strict=True), 1):
-            sync(engine, model, tmp_path / f"s{version}", version=version, tp=2, **layout)
+            sync(engine, model, tmp_path / f"s{version}", version=version, engine_tp=2, **layout)
             verify(engine, checksums_of_export(model, tp=2), version=version)
 
 
@@ -281,10 +293,10 @@ def test_experts_are_served_in_float8(tmp_path: Path, monkeypatch: pytest.Monkey
     prefix, changes = FAMILIES["qwen3_moe"]
     monkeypatch.setitem(FAMILIES, "qwen3_moe", (prefix, {**changes, "moe_intermediate_size": 64}))
     model = write_family(tmp_path / "model", "qwen3_moe")
-    settings: dict[str, Any] = {"dtype": "bfloat16", "quantization": "fp8", "context_tokens": 256, "tp": tp}
+    settings: dict[str, Any] = {**SERVED, "context_tokens": 256, "tp": tp}
     with running_engine(model, read_weights=False, **settings) as engine:
         for version, layout in enumerate(({}, {"dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "dp": 2, "ep": 4}), 1):
-            sync(engine, model, tmp_path / f"s{version}", version=version, tp=tp, **layout)
+            sync(engine, model, tmp_path / f"s{version}", version=version, engine_tp=tp, **layout)
             verify(engine, checksums_of_export(model, tp=tp), version=version)
         assert_float8_log_probs(engine, model)
     if tp == 1:

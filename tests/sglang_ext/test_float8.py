@@ -9,11 +9,26 @@ import pytest
 import torch
 
 from megatron_hapo.checkpoint.quantize import Quantization, quantize
+from megatron_hapo.resharding.float8_rows import quantize_rows
 from megatron_hapo.types import Sampling
+from sglang_ext.float8 import per_token_quant_fp8, scaled_product
 from tests.quantized_model import quantized_logits, write_prompts
 from tests.sglang_ext.engine_process import running_engine
 from tests.sglang_ext.test_engine import make_prompts
 from tests.tiny_model import write_tiny_qwen3
+
+
+def test_a_product_is_that_of_the_values_that_float8_stands_for() -> None:
+    """Inputs with a scale a token, weights with a scale a row, transposed as SGLang holds them."""
+    x, w, bias = torch.randn(5, 48).bfloat16(), torch.randn(7, 48).bfloat16(), torch.randn(7).bfloat16()
+    x[2] = 0
+    quantized, x_scale = per_token_quant_fp8(x, 48)
+    weight, weight_scale = quantize_rows(w)
+    got = scaled_product(quantized, weight.t(), x_scale, weight_scale, x.shape, [5, 7], bias, torch.bfloat16)
+    values = [(rows.double() * scale.double()) for rows, scale in ((quantized, x_scale), (weight, weight_scale))]
+    expected = values[0] @ values[1].t() + bias.double()
+    torch.testing.assert_close(got, expected.bfloat16(), rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(values[0], x.double(), rtol=2**-4, atol=float(x_scale.max()) * 2**-9)
 
 
 @pytest.mark.slow
