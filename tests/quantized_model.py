@@ -99,7 +99,7 @@ def quantized_logits(
 
 
 def float8_row_model(source: Path, *, quantized: bool) -> Any:
-    """The model in bfloat16 with logits in float32; if `quantized`, as engines with `rollout.quantization: fp8` compute.
+    """The model in bfloat16, logits in float32; if `quantized`, as engines with `rollout.quantization: fp8` compute.
 
     A second implementation: weights on one scale a row, inputs of linear layers on one scale a token. The experts of a
     layer are those of transformers 5, stacked.
