@@ -100,7 +100,7 @@ def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
     faults += [
         f"{name}: is {matrix.dtype}, but weights are sent as {transfer.dtype}"
         for name, matrix in served.items()
-        if isinstance(matrix, Tensor) and matrix.dtype != getattr(torch, transfer.dtype)
+        if not isinstance(matrix, Float8Rows) and matrix.dtype != getattr(torch, transfer.dtype)
     ]
     if faults:
         raise WeightSyncError("; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
@@ -113,4 +113,4 @@ def _prepare(model: nn.Module, transfer: Transfer, path: Path) -> _Prepared:
 
 
 def _weight(matrix: Tensor | Float8Rows) -> Tensor:
-    return matrix if isinstance(matrix, Tensor) else matrix.weight
+    return matrix.weight if isinstance(matrix, Float8Rows) else matrix

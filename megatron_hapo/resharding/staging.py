@@ -32,8 +32,8 @@ class StagedMatrices(Mapping[str, Tensor]):
         self, parameters: Mapping[str, Tensor | Float8Rows], dtype: torch.dtype, *, limit_bytes: int = STAGED_BYTES
     ):
         self._dtype, self._limit_bytes = dtype, limit_bytes
-        self._plain = {name: value for name, value in parameters.items() if isinstance(value, Tensor)}
-        self._quantized = {name: value for name, value in parameters.items() if not isinstance(value, Tensor)}
+        self._plain = {name: value for name, value in parameters.items() if not isinstance(value, Float8Rows)}
+        self._quantized = {name: value for name, value in parameters.items() if isinstance(value, Float8Rows)}
         self._missing = {name: rows.weight.numel() for name, rows in self._quantized.items()}
         """Elements that have not been written yet."""
         self._positions = {name: position for position, name in enumerate(parameters)}
