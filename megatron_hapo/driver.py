@@ -160,8 +160,10 @@ class Driver:
         every = self.config.eval.every
         if not self.eval_sets or not every or (step % every and step != self.config.steps):
             return {}
-        record = None if self.records is None else partial(self.records.add_evaluation, step)
         with clock("eval"):
+            if self.records is None:
+                return evaluate(self.pool, self.rewards, self.eval_sets)
+            record = partial(self.records.add_evaluation, step)
             return evaluate(self.pool, self.rewards, self.eval_sets, record=record)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -62,7 +62,7 @@ def create_experts(
     for name in _EXPERTS:
         float8 = getattr(layer, name)
         wide = Parameter(torch.empty_like(float8, dtype=params_dtype), requires_grad=False)
-        wide.__dict__.update(float8.__dict__)  # how SGLang loads it
+        vars(wide).update(vars(float8))  # how SGLang loads it
         setattr(layer, name, wide)
 
 
