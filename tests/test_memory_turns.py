@@ -196,7 +196,8 @@ def run(config: Config) -> Books:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         prompts = PromptSampler(PROMPTS, seed=0, shuffle=False)
         stream = GroupStream(config, engines, parts["rewards"], prompts, restore_engines=turns.restore_engines)
-        logged = MetricsLogger(config.run_dir, total_steps=config.steps)
+        checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True)
+        logged = MetricsLogger(config.run_dir, total_steps=config.steps, start_step=checkpoints.newest_step())
         with closing(stream) as groups, logged as logger:
             Driver(
                 config=config,
@@ -204,7 +205,7 @@ def run(config: Config) -> Books:
                 groups=groups,
                 eval_sets=evaluation_sets(config, {"": PROMPTS}),
                 logger=logger,
-                checkpoints=Checkpoints(config.run_dir / "checkpoints", keep=1, resume=True),
+                checkpoints=checkpoints,
                 **parts,
             ).run()
     return books

@@ -15,6 +15,7 @@ from tests.tiny_families import write_family
 from tests.trainer.small_batches import make_batch, make_config
 from tests.trainer.test_trainer import make_grid
 
+LR = 0.05
 CASES = [
     # Model, layout, dtype, clip_grad: of a norm of about 0.5, one that clips and one that does not.
     ("dense", {"dp": 2}, "bfloat16", 0.01),
@@ -40,7 +41,7 @@ def updated(
     from megatron_hapo.trainer import trainer_rank
 
     model, layout, dtype, clip_grad = case
-    config = make_config(models / model, layout, lr=0.05, clip_grad=clip_grad)
+    config = make_config(models / model, layout, lr=LR, clip_grad=clip_grad)
     config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"dtype": dtype})})
     own_step = trainer_rank.take_step
     if by_megatron:
@@ -105,11 +106,19 @@ def in_one_pass_or_many(rank: int, folder: Path) -> None:
         optimizer._step_in_one_pass = keep
         one, _ = updated(folder, case)
         resumed, _ = updated(folder, case, load_from=checkpoint)
-        tolerance = {"rtol": 1e-2, "atol": 1e-4} if case[2] == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
         assert any((a != b).any() for a, b in zip(many, one, strict=True)) or case[2] == "bfloat16"
-        for want, *others in zip(many, one, resumed, strict=True):
-            for got in others:
-                np.testing.assert_allclose(got, want, **tolerance)
+        for others in (one, resumed):
+            assert_equal_but_for_rounding(others, many, dtype=case[2])
+
+
+def assert_equal_but_for_rounding(got: list[np.ndarray], want: list[np.ndarray], *, dtype: str) -> None:
+    """Adam divides by the gradient's magnitude. So where a gradient is nearly 0, its rounding counts for more: in
+    float32 for one weight of a thousand up to a hundredth of the step."""
+    rtol, atol = (1e-2, 1e-4) if dtype == "bfloat16" else (1e-4, 1e-5)
+    got_N, want_N = (np.concatenate([weight.ravel() for weight in weights]) for weights in (got, want))
+    is_off_N = ~np.isclose(got_N, want_N, rtol=rtol, atol=atol)
+    assert is_off_N.mean() <= (0 if dtype == "bfloat16" else 1e-3)
+    np.testing.assert_allclose(got_N[is_off_N], want_N[is_off_N], rtol=0, atol=0.01 * LR)
 
 
 def test_a_step_is_megatrons_without_a_second_norm(tmp_path: Path) -> None:
