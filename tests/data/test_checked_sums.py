@@ -6,6 +6,7 @@ import re
 import pytest
 
 from megatron_hapo.config import CheckedSumsData
+from megatron_hapo.data import checked_sums
 from megatron_hapo.data.arithmetic import Problem
 from megatron_hapo.data.checked_sums import MAX_TRIES, NUM_CARRIES, demonstration, problems
 from megatron_hapo.data.demo_model import make_tokenizer
@@ -65,5 +66,9 @@ def test_prompts_need_no_file_and_are_scored_exactly():
 
 def test_seeds_and_sizes_give_the_same_problems():
     assert problems(size=20, seed=4) == problems(size=30, seed=4)[:20]
+
+
+def test_more_problems_than_there_are_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checked_sums, "MAX_NUMBER", 5)  # with the task's own it takes minutes to draw all
     with pytest.raises(ValueError, match="found only"):
-        problems(size=40_000, seed=0)
+        problems(size=1_000, seed=0)
