@@ -18,8 +18,7 @@ from megatron_hapo.model.families import hf_tensor_shapes, linear_tensors, read_
 from megatron_hapo.resharding.checksum import tensor_checksum
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.float8_rows import Float8Rows, empty_rows
-from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
-from megatron_hapo.resharding.plan import SendingTask, make_plan
+from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes
 from megatron_hapo.resharding.staging import StagedMatrices
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Receiver
@@ -29,6 +28,7 @@ from tests.distributed import run_ranks
 from tests.quantized_model import float8_row_model, read_tensors
 from tests.resharding.test_direct_sync import OneEngine, make_sync
 from tests.resharding.test_plan import cut
+from tests.resharding.test_trainer_sends import prepared_channels
 from tests.resharding.threaded_trainer import ThreadedTrainer
 from tests.sglang_ext.engine_process import RemoteEngine, running_engine
 from tests.sglang_ext.test_engine import make_prompts
@@ -96,14 +96,8 @@ def send_everything(rank: int, model: Path, engine_tp: int, folder: Path) -> Non
         served = {"quantization": "fp8", "dtype": "bfloat16", "tp": engine_tp}
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update=served)})
         trainer = TrainerRank(config, make_grid(config))
-        engine = engine_parameters(trainer.shape, engine_tp)
-        own: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(own, trainer.own_parameters())
-        sizes = matrix_sizes(trainer.shape)
-        plan = make_plan(shards_of_ranks(own), engine, sizes, engines=1, itemsize=2, max_copy_bytes=700)
-        channels = list(plan.channels())
-        mine = tuple(channel for channel in channels if channel.source_rank == rank)
-        trainer.prepare_sending(SendingTask(mine, tuple(plan.owned_blocks().get(rank, ()))))
+        engine, sizes = engine_parameters(trainer.shape, engine_tp), matrix_sizes(trainer.shape)
+        channels = prepared_channels(trainer, engine, rank=rank, itemsize=2)
         transfer = Transfer(
             folder=str(folder), number=number, plan="p", dtype="bfloat16", slot_bytes=700, deadline_seconds=120
         )

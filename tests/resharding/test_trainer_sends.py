@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from megatron_hapo.model.families import hf_tensor_shapes
 from megatron_hapo.resharding.expected import merge_checksums
 from megatron_hapo.resharding.layouts import engine_parameters, matrix_sizes, shards_of_ranks
-from megatron_hapo.resharding.plan import SendingTask, make_plan
+from megatron_hapo.resharding.plan import Channel, Parameter, SendingTask, make_plan
 from megatron_hapo.resharding.transfer import Transfer
 from megatron_hapo.resharding.transports import Receiver
 from megatron_hapo.resharding.weight_buckets import engine_cut
@@ -21,6 +22,9 @@ from tests.resharding.test_plan import cut
 from tests.time_limits import patient
 from tests.tiny_families import write_family
 from tests.trainer.test_trainer import make_config, make_grid
+
+if TYPE_CHECKING:
+    from megatron_hapo.trainer.trainer_rank import TrainerRank
 
 LAYOUTS = [
     {"dp": 2, "ep": 2},
@@ -36,6 +40,22 @@ def test_ranks_with_experts(tmp_path: Path) -> None:
     run_ranks(2, send_everything, model, LAYOUTS, tmp_path / "s", timeout_seconds=400)
 
 
+def prepared_channels(
+    trainer: TrainerRank, engine: Sequence[Sequence[Parameter]], *, rank: int, itemsize: int
+) -> list[Channel]:
+    """All channels of a plan from these trainer ranks to one engine; each rank is prepared for its own."""
+    import torch.distributed as dist
+
+    own: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(own, trainer.own_parameters())
+    sizes = matrix_sizes(trainer.shape)
+    plan = make_plan(shards_of_ranks(own), engine, sizes, engines=1, itemsize=itemsize, max_copy_bytes=700)
+    channels = list(plan.channels())
+    mine = tuple(channel for channel in channels if channel.source_rank == rank)
+    trainer.prepare_sending(SendingTask(mine, tuple(plan.owned_blocks().get(rank, ()))))
+    return channels
+
+
 def send_everything(rank: int, model: Path, layouts: list[dict[str, Any]], folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -46,14 +66,8 @@ def send_everything(rank: int, model: Path, layouts: list[dict[str, Any]], folde
     state = load_file(model / "model.safetensors")
     for number, layout in enumerate(layouts):
         trainer = TrainerRank(make_config(model, layout), make_grid(make_config(model, layout)))
-        engine = engine_parameters(trainer.shape, 1)
-        own: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(own, trainer.own_parameters())
-        sizes = matrix_sizes(trainer.shape)
-        plan = make_plan(shards_of_ranks(own), engine, sizes, engines=1, itemsize=4, max_copy_bytes=700)
-        channels = list(plan.channels())
-        mine = tuple(channel for channel in channels if channel.source_rank == rank)
-        trainer.prepare_sending(SendingTask(mine, tuple(plan.owned_blocks().get(rank, ()))))
+        engine, sizes = engine_parameters(trainer.shape, 1), matrix_sizes(trainer.shape)
+        channels = prepared_channels(trainer, engine, rank=rank, itemsize=4)
         held = {p.name: torch.full((p.rows, p.columns), float("nan")) for p in engine[0]}
         transfer = Transfer(
             folder=str(folder), number=number, plan="p", dtype="float32", slot_bytes=700, deadline_seconds=120
