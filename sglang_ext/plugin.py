@@ -23,7 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hapo.private_folder import current_folder, shared_memory_prefix
-from sglang_ext import batch_invariance, cpu_attention, float8, host_memory, online_quantization, temperature
+from sglang_ext import (
+    batch_invariance,
+    cpu_attention,
+    cpu_layers,
+    float8,
+    host_memory,
+    online_quantization,
+    temperature,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -46,6 +54,7 @@ def register() -> None:
 
     srt = "sglang.srt."
     info = srt + "sampling.sampling_batch_info.SamplingBatchInfo."
+    results = srt + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
     for target, hook, hook_type in (
         # `adjusted_*` are SGLang's placeholders for subclasses, called at the end of each operation.
         (info + "adjusted_from_schedule_batch", _after_creation, HookType.AFTER),
@@ -61,12 +70,8 @@ def register() -> None:
             HookType.AROUND,
         ),
         (srt + "managers.schedule_batch.release_req", _before_release, HookType.BEFORE),
-        (
-            srt + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
-            "_maybe_collect_routed_experts",
-            _after_collecting_routes,
-            HookType.AFTER,
-        ),
+        (results + "_maybe_collect_routed_experts", _after_collecting_routes, HookType.AFTER),
+        (results + "_handle_finish_state_updated_req", _before_decoded, HookType.BEFORE),
         (srt + "managers.load_snapshot.shm_path_for", _in_private_folder, HookType.AFTER),
         (
             srt + "distributed.device_communicators.shm_broadcast.make_shm_name",
@@ -82,9 +87,11 @@ def register() -> None:
         for module in (float8, host_memory):
             for target, name in module.TARGETS.items():
                 HookRegistry.register(target, getattr(module, name), HookType.REPLACE)
-        for hook_type, hooks in ((HookType.AFTER, cpu_attention.AFTER), (HookType.AROUND, cpu_attention.AROUND)):
-            for target, name in hooks.items():
-                HookRegistry.register(target, getattr(cpu_attention, name), hook_type)
+        for target, name in cpu_attention.AFTER.items():
+            HookRegistry.register(target, getattr(cpu_attention, name), HookType.AFTER)
+        for module in (cpu_attention, cpu_layers):
+            for target, name in module.AROUND.items():
+                HookRegistry.register(target, getattr(module, name), HookType.AROUND)
         if batch_invariance.requested():
             for target, name in batch_invariance.AROUND.items():
                 HookRegistry.register(target, getattr(batch_invariance, name), HookType.AROUND)
@@ -269,6 +276,18 @@ def _after_collecting_routes(_result: None, _processor: Any, req: Req) -> None:
 
 def _kept_routes(req: Req) -> Tensor | None:
     return getattr(req, "hapo_routes", None)
+
+
+# ----- the prefix cache
+
+
+def _before_decoded(_processor: Any, req: Req, *_args: Any) -> None:
+    """Keeps finished responses out of the prefix cache: nothing continues them, and the next update empties it.
+
+    Prompts are in it from their prefill on. Without this a tenth of a small model's decoding is spent on the tree.
+    """
+    if req.finished() and REQUEST_KEY in (req.sampling_params.custom_params or {}):
+        req.skip_radix_cache_insert = True
 
 
 # ----- what SGLang's processes share

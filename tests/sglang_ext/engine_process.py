@@ -94,11 +94,14 @@ def running_engine(
 def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     # multiprocessing gives a spawned child its parent's sys.path, in which PYTHONPATH has no effect.
     sys.path.insert(0, str(cpu.STAND_INS))
+    from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
     from sglang_ext.engine import Engine
     from sglang_ext.engine_config import EngineConfig
 
     class CountingEngine(Engine):
-        """Notes how many tokens of each prompt were in the prefix cache."""
+        """Notes how many tokens of each prompt were in the prefix cache, and how many requests a message had."""
 
         async def _answer(self, **request: Any) -> Any:
             answer = await super()._answer(**request)
@@ -111,6 +114,20 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
             noted, self.noted = self.noted, []
             return noted
 
+        def sent_requests(self) -> list[int]:
+            """Number of requests in each message to the scheduler since the last call."""
+            counts, sent[:] = list(sent), []
+            return counts
+
+    sent: list[int] = []
+    send = TokenizerManager._dispatch_to_scheduler
+
+    def counting_send(manager: TokenizerManager, message: Any) -> None:
+        if isinstance(message, BatchTokenizedGenerateReqInput):
+            sent.append(len(message))
+        send(manager, message)
+
+    TokenizerManager._dispatch_to_scheduler = counting_send
     try:
         engine = CountingEngine(EngineConfig(**settings))
     except BaseException as error:

@@ -92,6 +92,22 @@ def test_the_prompt_of_a_group_goes_through_the_model_once(engine: RemoteEngine)
     assert sorted(engine.cached_tokens()) == [0, 0, *[39] * 8]
 
 
+def test_requests_that_start_together_are_one_message(engine: RemoteEngine) -> None:
+    engine.sent_requests()
+    engine.generate(make_prompts(3), Sampling(samples=4, temperature=1.0, max_response_tokens=2, seed=0))
+    assert engine.sent_requests() == [3, 12]  # the prompts, then their samples
+
+
+def test_responses_leave_the_prefix_cache_when_they_finish(engine: RemoteEngine) -> None:
+    sampling = Sampling(samples=1, temperature=1.0, max_response_tokens=16, seed=0)
+    (prompt,) = make_prompts(1, length=21)
+    ((rollout,),) = engine.generate([prompt], sampling)
+    engine.cached_tokens()
+    continued = replace(prompt, token_ids=np.concatenate([prompt.token_ids, rollout.response_ids]))
+    engine.generate([continued], sampling)
+    assert engine.cached_tokens() == [21]
+
+
 @pytest.mark.parametrize("sign", ["signed", "reference", "two temperatures"])
 def test_temperatures_are_those_of_the_formula(engine, reference, stats, sign):
     if sign == "two temperatures":
