@@ -33,10 +33,10 @@ def rms_norm(
     plain = (
         x.dtype == layer.weight.dtype == torch.float32
         and (residual is None or residual.dtype == torch.float32)
+        and layer.override_orig_dtype in (None, torch.float32)
         and layer.variance_size_override is None
         and x.shape[-1] == layer.hidden_size
-        and not any(more)
-        and not any(value is not None for value in options.values())
+        and all(value is None for value in (*more, *options.values()))
     )
     if not plain:
         return original(layer, x, residual, *more, **options)

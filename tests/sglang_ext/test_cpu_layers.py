@@ -18,7 +18,10 @@ def not_called(*_: Any, **__: Any) -> Any:
 
 def norm_layer(size: int, dtype: torch.dtype = torch.float32, **other: Any) -> SimpleNamespace:
     weight = torch.linspace(0.5, 2, size).to(dtype)
-    fields = {"weight": weight, "hidden_size": size, "variance_epsilon": 1e-6, "variance_size_override": None}
+    fields = {
+        "weight": weight, "hidden_size": size, "variance_epsilon": 1e-6, "variance_size_override": None,
+        "override_orig_dtype": None,
+    }  # fmt: skip
     return SimpleNamespace(**(fields | other))
 
 
@@ -72,11 +75,17 @@ def test_heads_are_turned_with_the_bits_of_the_formula(num_heads: int, head_size
     [
         pytest.param(norm_layer(8, torch.bfloat16), torch.ones(2, 8, dtype=torch.bfloat16), id="bfloat16"),
         pytest.param(norm_layer(8, variance_size_override=4), torch.ones(2, 8), id="variance of a part"),
+        pytest.param(norm_layer(8, override_orig_dtype=torch.bfloat16), torch.ones(2, 8), id="another output"),
         pytest.param(norm_layer(8), torch.ones(2, 4), id="wrong size"),
     ],
 )
 def test_other_norms_are_left_to_sglang(layer: SimpleNamespace, x: Tensor):
     assert rms_norm(lambda *_: "SGLang's", layer, x) == "SGLang's"
+
+
+def test_a_sum_of_three_is_left_to_sglang():
+    layer, rows = norm_layer(8), torch.ones(2, 8)
+    assert rms_norm(lambda *_: "SGLang's", layer, rows, rows, rows) == "SGLang's"
 
 
 @pytest.mark.parametrize(
