@@ -8,7 +8,7 @@ first two steps of each run do not count. Prints the median seconds of a step, t
 seconds of its processes; the last line is the same as JSON.
 
 135m: 30 layers, 576 wide, random weights, 8 prompts x 8 responses of 40 tokens, two updates a step. `--turns 1
---steps 5` takes 36 minutes on two cores of 33 GFLOPS each.
+--steps 4` takes 15 minutes on two cores of 70 GFLOPS each.
 """
 
 from __future__ import annotations
