@@ -1,5 +1,6 @@
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from megatron_hapo.reward.scorers import NamedScorer, overlong_penalty, resolve_
 from megatron_hapo.reward.worker import Job
 from megatron_hapo.reward.worker_pool import WorkerPool
 from megatron_hapo.types import Prompt, Rollout
+from tests.time_limits import patient
 
 # --- scorers
 
@@ -192,7 +194,10 @@ def test_an_idle_worker_that_was_killed_is_replaced_with_a_warning(unruly, caplo
     pool = worker_pool(unruly, num_workers=1)
     pool.run(jobs("fine"))
     assert caplog.messages == []
-    os.kill(pool._workers[0].pid, 9)
+    (worker,) = pool._workers
+    os.kill(worker.pid, 9)
+    # The process that scores dies after the guard that was killed, and could still answer until then.
+    assert select.select([worker], [], [], patient(30))[0], "the worker's connection was not closed"
     assert [o.failure for o in pool.run(jobs("fine", "fine"))] == [None, None]
     (warning,) = caplog.messages
     assert warning.startswith("a reward worker ended")
