@@ -80,21 +80,22 @@ def register() -> None:
         ),
     ):
         HookRegistry.register(target, hook, hook_type)
+    modules: list[tuple[Any, dict[str, str], HookType]] = []
     if online_quantization.requested():
-        for target, name in online_quantization.AROUND.items():
-            HookRegistry.register(target, getattr(online_quantization, name), HookType.AROUND)
+        modules.append((online_quantization, online_quantization.AROUND, HookType.AROUND))
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        for module in (float8, host_memory):
-            for target, name in module.TARGETS.items():
-                HookRegistry.register(target, getattr(module, name), HookType.REPLACE)
-        for target, name in cpu_attention.AFTER.items():
-            HookRegistry.register(target, getattr(cpu_attention, name), HookType.AFTER)
-        for module in (cpu_attention, cpu_layers):
-            for target, name in module.AROUND.items():
-                HookRegistry.register(target, getattr(module, name), HookType.AROUND)
+        modules += [
+            (float8, float8.TARGETS, HookType.REPLACE),
+            (host_memory, host_memory.TARGETS, HookType.REPLACE),
+            (cpu_attention, cpu_attention.AFTER, HookType.AFTER),
+            (cpu_attention, cpu_attention.AROUND, HookType.AROUND),
+            (cpu_layers, cpu_layers.AROUND, HookType.AROUND),
+        ]
         if batch_invariance.requested():
-            for target, name in batch_invariance.AROUND.items():
-                HookRegistry.register(target, getattr(batch_invariance, name), HookType.AROUND)
+            modules.append((batch_invariance, batch_invariance.AROUND, HookType.AROUND))
+    for module, hooks, hook_type in modules:
+        for target, name in hooks.items():
+            HookRegistry.register(target, getattr(module, name), hook_type)
 
 
 @dataclass

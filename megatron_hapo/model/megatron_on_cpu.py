@@ -2,7 +2,7 @@
 
 Only for CPU trainer processes, since it replaces torch functions process-wide; a GPU process never imports this module.
 Nothing here changes logic: each entry replaces a call that Megatron makes without checking for CUDA, or that NCCL
-supports and gloo does not.
+supports and gloo does not, or that costs a CPU more than it is worth.
 """
 
 from __future__ import annotations

@@ -156,7 +156,6 @@ def test_an_owner_that_stands_still_for_as_long_as_a_healthy_one_does_keeps_its_
         assert owner.returncode == 0
 
 
-@pytest.mark.usefixtures("hurried")
 def keep_writing(lock_file: Path, text: str) -> None:
     """A renewal that has read the file before may write over the first; after a real expiry it no longer renews."""
     for _ in range(30):
@@ -165,6 +164,7 @@ def keep_writing(lock_file: Path, text: str) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.usefixtures("hurried")
 def test_an_owner_whose_lease_was_taken_over_ends(tmp_path: Path) -> None:
     other = {"host": "elsewhere", "kernel": "another", "pid": 7, "since": "now", "token": "x"}
     with owned_run_folder(tmp_path), pytest.raises(KeyboardInterrupt):
