@@ -1,4 +1,4 @@
-"""From a mini-batch to packed micro-batches: which rank takes which responses, and the tensors of one of them. Pure.
+"""The tensors of a packed micro-batch. Pure; `microbatch_plan` says which rank takes which responses.
 
 `B` responses, `T` packed tokens, `N` response tokens. With context parallelism `T` and `N` are those of one rank's
 slice.
@@ -9,65 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hapo.algorithm.microbatch_plan import SharedPrompts, shared_prompts
 from megatron_hapo.types import KeptTokens, TrainBatch, unknown_route
-
-
-def plan_microbatches(
-    lengths_B: np.ndarray, *, dp_size: int, max_tokens: int, multiple: int = 1
-) -> list[list[list[int]]]:
-    """Rows of each micro-batch of each data-parallel rank: balanced tokens, equally many micro-batches per rank.
-
-    Sequences go longest first to the rank with the fewest tokens, then first-fit into micro-batches of at most
-    `max_tokens` (a longer sequence gets one of its own). A rank with fewer micro-batches splits its largest, or, once
-    nothing is left to split, gets empty ones: collectives need equal numbers.
-
-    Args:
-        multiple: the number of micro-batches becomes a multiple of this: the interleaved pipeline takes them in groups.
-    Returns:
-        plan[dp_rank][microbatch] = rows, each row exactly once.
-    """
-    if dp_size < 1 or max_tokens < 1:
-        raise ValueError(f"dp_size and max_tokens must be positive, got {dp_size} and {max_tokens}")
-    assert multiple >= 1, multiple
-    order = np.argsort(-lengths_B, kind="stable")
-    loads, rows_of_rank = np.zeros(dp_size, dtype=np.int64), [[] for _ in range(dp_size)]
-    for row in order:
-        rank = int(loads.argmin())
-        rows_of_rank[rank].append(int(row))
-        loads[rank] += lengths_B[row]
-    plan = [_first_fit(rows, lengths_B, max_tokens) for rows in rows_of_rank]
-    most = max(1, max(len(microbatches) for microbatches in plan))
-    most = -(-most // multiple) * multiple
-    for microbatches in plan:
-        while len(microbatches) < most:
-            largest = max(microbatches, key=len, default=[])
-            # Every other row of a list sorted by length gives two halves of nearly equal size.
-            half = largest[1::2]
-            microbatches.append(half)
-            if half:
-                largest[:] = largest[::2]
-    return plan
-
-
-def _first_fit(rows: Sequence[int], lengths_B: np.ndarray, max_tokens: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for row in rows:
-        length = int(lengths_B[row])
-        for index, free in enumerate(room):
-            if length <= free:
-                bins[index].append(row)
-                room[index] -= length
-                break
-        else:
-            bins.append([row])
-            room.append(max_tokens - length)
-    return bins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +30,16 @@ class MicroBatch:
     rows: list[int]
     """Rows of the batch that it was cut from, in the order of the sequences; equal on all context-parallel ranks."""
     sequence_lengths: list[int]
-    """Lengths of the whole sequences, including padding; the last sequence may be padding alone."""
+    """Lengths of the packed sequences before context parallelism, including padding; the last may be padding alone."""
+    prefixes: list[int] | None = None
+    """For each packed sequence the one that it continues, or -1: a prompt that several responses share is packed once,
+    without its last token, which predicts the first of each response. None: all are -1."""
     num_response_tokens: int
     """Response tokens of the whole sequences."""
     input_ids: Tensor
     """[1, T] int64."""
     position_ids: Tensor
-    """[1, T] int64, from 0 in each sequence."""
+    """[1, T] int64, from 0 in each sequence, or from its prefix's length."""
     predicting_positions: Tensor
     """[N] int64: position in the slice whose output predicts the response token."""
     response_index: Tensor
@@ -123,27 +75,42 @@ class MicroBatch:
 
 
 def pack(
-    batch: TrainBatch, rows: list[int], *, device: torch.device, multiple: int = 1, cp_size: int = 1, cp_rank: int = 0
+    batch: TrainBatch,
+    rows: list[int],
+    *,
+    device: torch.device,
+    share_prompts: bool = False,
+    multiple: int = 1,
+    cp_size: int = 1,
+    cp_rank: int = 0,
 ) -> MicroBatch:
     """The micro-batch of these rows: one context-parallel rank's slice of it.
 
     Args:
+        share_prompts: whether a prompt that several rows share is packed once; not with context parallelism.
         multiple: the slice of every rank is padded at its end to a multiple of this (sequence parallelism), and to at
             least one multiple.
         cp_size: if greater than 1, each sequence is padded at its end to a multiple of 2 cp_size, so that `zigzag` can
             cut it. Padding follows the sequence's tokens, where the causal mask hides it from them.
     """
+    assert not share_prompts or cp_size == 1, "context parallelism cuts whole sequences"
     part = batch.select(rows)
-    sequence_lengths = padded_lengths(part.sequence_lengths, multiple=multiple, cp_size=cp_size)
+    sequences = _sequences(part, shared_prompts(part) if share_prompts else None)
+    sequence_lengths = padded_lengths(sequences.lengths, multiple=multiple, cp_size=cp_size)
     total = sum(sequence_lengths)
-    lengths = np.asarray(sequence_lengths[: len(part)], dtype=np.int64)
+    padded = np.asarray(sequence_lengths[: len(sequences.lengths)], dtype=np.int64)
 
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(padded) - padded
     token_ids = np.zeros(total, dtype=part.token_ids.dtype)
-    own_tokens = spans(starts, part.sequence_lengths)
-    predicting = spans(starts + part.sequence_lengths - part.response_lengths - 1, part.response_lengths)
+    own_tokens, sources = spans(starts, sequences.lengths), spans(sequences.sources, sequences.lengths)
+    of_rows = slice(len(padded) - len(part), None)
+    ends = (starts + sequences.lengths)[of_rows]
+    predicting = spans(ends - part.response_lengths - 1, part.response_lengths)
 
-    token_ids[own_tokens] = part.token_ids
+    token_ids[own_tokens] = part.token_ids[sources]
+    prefix_lengths = np.where(sequences.prefixes >= 0, padded[sequences.prefixes], 0) if len(padded) else padded
+    padding = len(sequence_lengths) - len(padded)
+    positions = spans(np.pad(prefix_lengths, (0, padding)), sequence_lengths)
     here = zigzag(sequence_lengths, cp_size=cp_size, cp_rank=cp_rank)
     place = np.full(total, -1)
     place[here] = np.arange(len(here))
@@ -153,9 +120,10 @@ def pack(
     return MicroBatch(
         rows=list(rows),
         sequence_lengths=sequence_lengths,
+        prefixes=[*sequences.prefixes.tolist(), *[-1] * padding] if (sequences.prefixes >= 0).any() else None,
         num_response_tokens=part.num_response_tokens,
         input_ids=to_device(token_ids[here], device)[None],
-        position_ids=to_device(spans(np.zeros(len(sequence_lengths), int), sequence_lengths)[here], device)[None],
+        position_ids=to_device(positions[here], device)[None],
         predicting_positions=to_device(place[predicting[kept]], device),
         response_index=to_device(kept, device),
         response_rows=to_device(row_of_token[kept], device),
@@ -167,7 +135,36 @@ def pack(
         kept=None if part.kept is None else part.kept[kept],
         routes=None
         if part.routes is None
-        else to_device(_routes(part.routes, own_tokens, total)[here], device, torch.int16),
+        else to_device(_routes(part.routes[sources], own_tokens, total)[here], device, torch.int16),
+    )
+
+
+class _Sequences(NamedTuple):
+    """What a micro-batch packs: shared prompts, without their last tokens, and then a sequence for each row."""
+
+    lengths: np.ndarray
+    """[sequences] int64, without padding."""
+    sources: np.ndarray
+    """[sequences] int64, place of the first token in the batch."""
+    prefixes: np.ndarray
+    """[sequences] int64, the sequence that each continues, or -1."""
+
+
+def _sequences(part: TrainBatch, prompts: SharedPrompts | None) -> _Sequences:
+    lengths = part.sequence_lengths
+    sources = np.cumsum(lengths) - lengths
+    if prompts is None:
+        return _Sequences(lengths, sources, np.full(len(part), -1))
+    _, first, of_row, rows = np.unique(prompts.ids, return_index=True, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero((rows > 1) & (prompts.lengths[first] > 0))
+    place = np.full(len(first), -1)
+    place[shared] = np.arange(len(shared))
+    prefixes = place[of_row]
+    cut = np.where(prefixes >= 0, prompts.lengths, 0)
+    return _Sequences(
+        np.concatenate([prompts.lengths[first[shared]], lengths - cut]),
+        np.concatenate([sources[first[shared]], sources + cut]),
+        np.concatenate([np.full(len(shared), -1), prefixes]),
     )
 
 

@@ -47,7 +47,7 @@ from megatron_hapo.rollout.first_samples import FirstSamples
 from megatron_hapo.rollout.group_stream import GroupStream
 from megatron_hapo.rollout.no_engines import NoEngines, NoRewards, NoWeightSync
 from megatron_hapo.rollout.replay import RecordedGroups
-from megatron_hapo.sizing.from_config import peak_flops
+from megatron_hapo.sizing.from_config import peak_flops, spec_here
 from megatron_hapo.sizing.utilization import Utilization
 from megatron_hapo.trainer.rank_process import resolve_device
 from megatron_hapo.weight_sync import open_weight_sync
@@ -203,11 +203,13 @@ def _train(
             stream = GroupStream(config, parts.pool, parts.rewards, source, restore_engines=parts.turns.restore_engines)
             stack.callback(stream.close)
             groups = FirstSamples(stream, decoder(tokenizer), metrics.show_between)
+        device = resolve_device(config)
         driver = Driver(
             records=records,
             config=config, groups=groups, eval_sets=eval_sets, logger=metrics, checkpoints=checkpoints,
             utilization=Utilization(
-                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(resolve_device(config))
+                config=config, shape=read_shape(config.model.path), peak_flops=peak_flops(device),
+                transformer_engine=device != "cpu" and spec_here(config) == "te",
             ),
             profiler=StepProfiler(
                 config.profile.steps, config.run_dir.absolute() / "profile",

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_hapo.algorithm.microbatches import spans, to_device, zigzag
+from megatron_hapo.model.token_copies import Copies, collect
 
 PackedFormat = Literal["thd", "varlen", "rectangles"]
 """How a model's attention takes a packed batch. `thd`: as Transformer Engine's sequences, with its own masks and
@@ -99,7 +100,7 @@ class PackedAttention(torch.nn.Module):
     def _gather(self, x: Tensor, params: PackedBatchParams) -> Tensor:
         """The slices of all ranks in sequence order; the backward pass sums and scatters the gradients."""
         gathered = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
-        return _Collect.apply(gathered, params.gathered_order)
+        return collect(gathered, params.gathered_order)
 
 
 class PackedBatchParams(PackedSeqParams):
@@ -120,14 +121,22 @@ def packed_params(
     device: torch.device,
     *,
     packed_format: PackedFormat,
+    prefixes: Sequence[int] | None = None,
     cp_size: int = 1,
     cp_rank: int = 0,
     routes: Tensor | None = None,
 ) -> PackedBatchParams:
-    """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them."""
+    """Boundaries of sequences packed end to end; the lengths are those of whole sequences, before cp slices them.
+
+    Args:
+        prefixes: for each sequence the one that it continues, or -1 (`MicroBatch.prefixes`). Not with context
+            parallelism, and not for Transformer Engine, whose rotation starts every sequence at 0.
+    """
     lengths = np.asarray(sequence_lengths, dtype=np.int64)
+    packing = _Packing(lengths, None if prefixes is None else np.asarray(prefixes), cp_size, cp_rank)
+    assert prefixes is None or (cp_size == 1 and packed_format != "thd"), "shared prefixes are not supported here"
     cu_seqlens = _boundaries(lengths, device)
-    longest = int(lengths.max())
+    longest = int(packing.whole_lengths.max())
     params = PackedBatchParams(
         qkv_format="thd" if packed_format == "thd" else "sbhd",
         cu_seqlens_q=cu_seqlens,
@@ -138,26 +147,65 @@ def packed_params(
     params.routes = routes
     if packed_format == "thd":
         return params
-    slices = [zigzag(sequence_lengths, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
-    positions = spans(np.zeros_like(lengths), lengths)
-    params.positions = to_device(positions[slices[cp_rank]], device)
+    slices = [packing.slice_of(rank) for rank in range(cp_size)]
+    params.positions = to_device(spans(packing.prefix_lengths, lengths)[slices[cp_rank]], device)
     params.gathered_order = to_device(np.argsort(np.concatenate(slices)), device)
-    kind = VarlenSequences if packed_format == "varlen" else RectangleSequences
-    params.sequences = kind.of(lengths, device, cp_size=cp_size, cp_rank=cp_rank)
+    if packed_format == "varlen":
+        params.sequences = VarlenSequences.of(packing, device)
+    else:
+        params.sequences = RectangleSequences.of(packing, params.positions)
     return params
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How a micro-batch is packed."""
+
+    lengths: np.ndarray
+    """[sequences] int64, tokens of each sequence in the packed batch; with cp_size > 1 multiples of 2 cp_size."""
+    prefixes: np.ndarray | None
+    """[sequences], the sequence that each continues, or -1; None: all are -1. A prefix has none itself."""
+    cp_size: int
+    cp_rank: int
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Place of each sequence's first token in the packed batch. [sequences]"""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def prefix_lengths(self) -> np.ndarray:
+        """Tokens of the sequence that each continues. [sequences]"""
+        if self.prefixes is None:
+            return np.zeros_like(self.lengths)
+        return np.where(self.prefixes >= 0, self.lengths[self.prefixes], 0)
+
+    @property
+    def whole_lengths(self) -> np.ndarray:
+        """Lengths including the prefixes. [sequences]"""
+        return self.prefix_lengths + self.lengths
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Places in the packed batch of each sequence's tokens after those of its prefix, end to end."""
+        if self.prefixes is None:
+            return np.arange(int(self.lengths.sum()))
+        starts, lengths = self.starts, self.lengths
+        return spans(
+            np.stack([starts[self.prefixes], starts], 1).ravel(), np.stack([self.prefix_lengths, lengths], 1).ravel()
+        )
+
+    def slice_of(self, cp_rank: int) -> np.ndarray:
+        """Places in the packed batch of the tokens that a context-parallel rank holds."""
+        return zigzag(self.lengths.tolist(), cp_size=self.cp_size, cp_rank=cp_rank)
 
 
 class PackedSequences(ABC):
     """The sequences of a packed micro-batch as one kind of attention takes them."""
 
-    @classmethod
-    @abstractmethod
-    def of(cls, lengths: np.ndarray, device: torch.device, *, cp_size: int, cp_rank: int) -> PackedSequences:
-        """From the lengths of whole sequences, [sequences] int64; with cp_size > 1 multiples of 2 cp_size."""
-
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
-        """Causal attention within each sequence, [t, heads, d].
+        """Causal attention within each sequence and to its prefix, [t, heads, d].
 
         Args:
             query: [t, heads, d], this rank's slice.
@@ -186,17 +234,24 @@ class VarlenSequences(PackedSequences):
     """[t] int64, place in this rank's slice of each query of the pieces; None if the pieces are the sequences."""
     query_place: Tensor | None
     """[t] int64, the inverse of `query_order`."""
-    key_places: tuple[Tensor, ...]
-    """For the front and for the back pieces, places of their keys in the packed batch, int64. No place occurs twice in
-    one of them, so that gradients need no atomic additions. Empty if the pieces are the sequences."""
+    keys: Copies | None
+    """The keys of the pieces among those of the packed batch; None if they are the same."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: torch.device, *, cp_size: int, cp_rank: int) -> VarlenSequences:
-        """See `PackedSequences.of`."""
+    def of(cls, packing: _Packing, device: torch.device) -> VarlenSequences:
+        """Of this context-parallel rank."""
+        lengths, cp_size, cp_rank = packing.lengths, packing.cp_size, packing.cp_rank
         if cp_size == 1:
-            boundaries, longest = _boundaries(lengths, device), int(lengths.max())
-            return cls(boundaries, boundaries, longest, longest, None, None, ())
-        starts = np.cumsum(lengths) - lengths
+            whole = packing.whole_lengths
+            return cls(
+                query_boundaries=_boundaries(lengths, device),
+                key_boundaries=_boundaries(whole, device),
+                longest_query=int(lengths.max()),
+                longest_key=int(whole.max()),
+                query_order=None,
+                query_place=None,
+                keys=None if packing.prefixes is None else Copies.of(packing.keys, device),
+            )
         chunk = lengths // (2 * cp_size)
         key_lengths = [(cp_rank + 1) * chunk, (2 * cp_size - cp_rank) * chunk]
         first = 2 * (np.cumsum(chunk) - chunk)  # a rank's slice has both pieces of a sequence side by side
@@ -208,14 +263,15 @@ class VarlenSequences(PackedSequences):
             longest_key=int(key_lengths[1].max()),
             query_order=to_device(order, device),
             query_place=to_device(np.argsort(order), device),
-            key_places=tuple(to_device(spans(starts, part), device) for part in key_lengths),
+            keys=Copies.of(np.concatenate([spans(packing.starts, part) for part in key_lengths]), device),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
         """See `PackedSequences.attend`."""
         if self.query_order is not None:
-            query = _Collect.apply(query, self.query_order)
-            key, value = (torch.cat([_Collect.apply(x, places) for places in self.key_places]) for x in (key, value))
+            query = collect(query, self.query_order)
+        if self.keys is not None:
+            key, value = self.keys.take(key), self.keys.take(value)
         attended = varlen_attention(
             query,
             key,
@@ -226,7 +282,7 @@ class VarlenSequences(PackedSequences):
             longest_key=self.longest_key,
             scale=scale,
         )
-        return attended if self.query_place is None else _Collect.apply(attended, self.query_place)
+        return attended if self.query_place is None else collect(attended, self.query_place)
 
 
 def varlen_attention(
@@ -282,121 +338,95 @@ def varlen_attention(
 class RectangleSequences(PackedSequences):
     """A few padded rectangles, each of sequences of similar lengths, with one SDPA call per rectangle."""
 
-    query_layout: PaddedLayout
+    queries: PaddedRows
     """Of this rank's tokens."""
-    key_layout: PaddedLayout
-    """Of the tokens of all context-parallel ranks."""
+    keys: PaddedRows
+    """Of whole sequences, with their prefixes."""
     masks: list[Tensor | None]
     """For each rectangle which keys a query attends to, [sequences, 1, longest, longest key] bool. None is the plain
     causal mask, which suffices where padding comes after each sequence: no real token attends to it."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: torch.device, *, cp_size: int, cp_rank: int) -> RectangleSequences:
-        """See `PackedSequences.of`."""
-        groups = _similar(lengths)
-        if cp_size == 1:
-            layout = _padded_layout(lengths, groups, device)
-            return cls(layout, layout, [None] * len(groups))
-        own_lengths = lengths // cp_size
-        own_places = to_device(zigzag(lengths.tolist(), cp_size=cp_size, cp_rank=cp_rank), device)
+    def of(cls, packing: _Packing, positions: Tensor) -> RectangleSequences:
+        """Of this context-parallel rank, whose tokens have these positions in their sequences. [t] int64"""
+        device, own, whole = positions.device, packing.lengths // packing.cp_size, packing.whole_lengths
+        rectangles = _similar(own, whole)
+        plain = [bool(own[rows[0]] == whole[rows[0]]) for rows in rectangles]
         return cls(
-            _padded_layout(own_lengths, groups, device),
-            _padded_layout(lengths, groups, device),
-            [_mask(lengths, own_lengths, rows, own_places) for rows in groups],
+            PaddedRows.of(np.arange(int(own.sum())), own, rectangles, device),
+            PaddedRows.of(packing.keys, whole, rectangles, device),
+            [
+                None if causal else _mask(positions, own, rows, longest_key=int(whole[rows].max()))
+                for rows, causal in zip(rectangles, plain, strict=True)
+            ],
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
         """See `PackedSequences.attend`."""
-        queries = self.query_layout.spread(query)
-        keys, values = (self.key_layout.spread(x) for x in (key, value))
+        queries, keys, values = self.queries.spread(query), self.keys.spread(key), self.keys.spread(value)
         attended = [
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
             for q, k, v, mask in zip(queries, keys, values, self.masks, strict=True)
         ]
-        return self.query_layout.collect(attended)
+        return self.queries.collect(attended)
 
 
 @dataclass(frozen=True)
-class PaddedLayout:
-    """Packed tokens as a few padded rectangles, each of sequences of similar lengths."""
+class PaddedRows:
+    """Tokens of sequences as the rows of a few padded rectangles, each of sequences of similar lengths."""
 
     shapes: list[tuple[int, int]]
     """(sequences, longest) of each rectangle."""
     place: Tensor
-    """[t] int64, place of each packed token among the elements of all rectangles, laid end to end."""
+    """[tokens] int64, place of each sequence's tokens, end to end, among the elements of all rectangles."""
+    copies: Copies
+    """The elements of all rectangles among the packed tokens."""
+
+    @classmethod
+    def of(
+        cls, tokens: np.ndarray, lengths: np.ndarray, rectangles: list[np.ndarray], device: torch.device
+    ) -> PaddedRows:
+        """The rectangles of these sequences, of these lengths, whose tokens lie at these places of the batch."""
+        shapes = [(len(rows), int(lengths[rows].max())) for rows in rectangles]
+        before, first = 0, np.empty_like(lengths)
+        for rows, (sequences, longest) in zip(rectangles, shapes, strict=True):
+            first[rows] = before + np.arange(sequences) * longest
+            before += sequences * longest
+        place, source = spans(first, lengths), np.full(before, -1)
+        source[place] = tokens
+        return cls(shapes, to_device(place, device), Copies.of(source, device))
 
     def spread(self, x_thd: Tensor) -> list[Tensor]:
-        """The rectangles of packed x, zero on padding. [sequences, heads, longest, d] each"""
-        flat = _Spread.apply(x_thd, self.place, sum(rows * columns for rows, columns in self.shapes))
-        parts = flat.split([rows * columns for rows, columns in self.shapes])
+        """The rectangles of packed x, with any values on padding. [sequences, heads, longest, d] each"""
+        parts = self.copies.take(x_thd).split([rows * columns for rows, columns in self.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def collect(self, rectangles: list[Tensor]) -> Tensor:
-        """The inverse of `spread`: what lies on padding is dropped. [t, heads, d]"""
+        """The tokens of the rectangles, end to end: what lies on padding is dropped. [t, heads, d]"""
         flat = [rectangle.transpose(1, 2).flatten(0, 1) for rectangle in rectangles]
-        return _Collect.apply(flat[0] if len(flat) == 1 else torch.cat(flat), self.place)
+        return collect(flat[0] if len(flat) == 1 else torch.cat(flat), self.place)
 
 
-class _Spread(torch.autograd.Function):
-    """x to the places `place` of a tensor of zeros. As no two tokens share a place, the gradient is a plain gather."""
+def _similar(own_lengths: np.ndarray, whole_lengths: np.ndarray) -> list[np.ndarray]:
+    """Groups of rows by the powers of two above both lengths: padding at most doubles a group, and groups are few.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, place, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad.index_select(0, *ctx.saved_tensors), None, None
+    Rows of which all tokens are own stand apart, since they need no mask.
+    """
+    classes = np.ceil(np.log2(np.maximum(np.stack([own_lengths, whole_lengths]), 1)))
+    keys = np.stack([*classes, own_lengths < whole_lengths])
+    _, group = np.unique(keys, axis=1, return_inverse=True)
+    return [np.flatnonzero(group == index) for index in range(group.max() + 1)]
 
 
-class _Collect(torch.autograd.Function):
-    """The values at the places `place`. Torch's own gradient would add row by row, for places that occur twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.size = len(x)
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
-
-
-def _similar(lengths: np.ndarray) -> list[np.ndarray]:
-    """Groups of rows by the power of two above the length: padding at most doubles a group, and groups are few."""
-    size_class = np.ceil(np.log2(np.maximum(lengths, 1)))
-    return [np.flatnonzero(size_class == size) for size in np.unique(size_class)]
-
-
-def _padded_layout(lengths: np.ndarray, groups: list[np.ndarray], device: torch.device) -> PaddedLayout:
-    """The rectangles of groups of rows, for packed sequences of these lengths."""
-    shapes = [(len(rows), int(lengths[rows].max())) for rows in groups]
-    before, first = 0, np.empty_like(lengths)
-    for rows, (sequences, longest) in zip(groups, shapes, strict=True):
-        first[rows] = before + np.arange(sequences) * longest
-        before += sequences * longest
-    return PaddedLayout(shapes, to_device(spans(first, lengths), device))
-
-
-def _mask(lengths: np.ndarray, own_lengths: np.ndarray, rows: np.ndarray, own_places: Tensor) -> Tensor:
-    """Which keys of whole sequences the queries of this rank's slice attend to, computed on the device."""
-    queries, _ = _rectangle(own_lengths, rows, own_places.device)
-    keys, valid = _rectangle(lengths, rows, own_places.device)
-    sees = own_places[queries][:, :, None] >= keys[:, None, :]
-    return (sees & valid[:, None, :])[:, None]
-
-
-def _rectangle(lengths: np.ndarray, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions in the packed batch of the sequences `rows`, and which are not padding (that points at their start)."""
-    starts = to_device((np.cumsum(lengths) - lengths)[rows], device)[:, None]
-    offset = torch.arange(int(lengths[rows].max()), device=device)[None]
-    valid = offset < to_device(lengths[rows], device)[:, None]
-    return (starts + offset).where(valid, starts), valid
+def _mask(positions: Tensor, own_lengths: np.ndarray, rows: np.ndarray, *, longest_key: int) -> Tensor:
+    """Which keys of whole sequences the queries of this rank attend to, computed on the device. Padding attends as the
+    first token of its row does."""
+    starts = to_device((np.cumsum(own_lengths) - own_lengths)[rows], positions.device)[:, None]
+    offset = torch.arange(int(own_lengths[rows].max()), device=positions.device)[None]
+    queries = (starts + offset).where(offset < to_device(own_lengths[rows], positions.device)[:, None], starts)
+    return (positions[queries][:, :, None] >= torch.arange(longest_key, device=positions.device))[:, None]
 
 
 def _boundaries(lengths: np.ndarray, device: torch.device) -> Tensor:

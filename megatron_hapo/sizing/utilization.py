@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hapo.algorithm.microbatches import padded_lengths, plan_microbatches
+from megatron_hapo.algorithm.microbatch_plan import (
+    Plan,
+    SharedPrompts,
+    can_share_prompts,
+    computed_tokens,
+    plan_microbatches,
+    saved_prompts,
+    shared_prompts,
+)
+from megatron_hapo.algorithm.microbatches import padded_lengths
 from megatron_hapo.config import Config
 from megatron_hapo.model.families import Shape
 from megatron_hapo.sizing.throughput import model_flops
@@ -25,37 +34,49 @@ class Utilization:
     shape: Shape
     peak_flops: float | None
     """Peak operations per second of one trainer GPU. None if unknown, as on a CPU; MFU is then omitted."""
+    transformer_engine: bool
+    """Whether the trainer's layers are Transformer Engine's, which compute a prompt again for each of its responses."""
 
     def of_batches(self, parts: Sequence[TrainBatch]) -> dict[str, float]:
         """Metrics of scoring these mini-batches and updating on them.
 
-        `padding_share`: share of padding among the tokens that the ranks compute. `dp_imbalance`: tokens of the busiest
-        data-parallel rank over the mean. `bubble_share`: share of an update in which a pipeline stage waits for its
-        first micro-batch or after its last, if all stages take equally long. `model_tflops`: 10^12 operations of the
-        model in scoring and updates, without recomputation.
+        `padding_share`: share of padding among the tokens that the ranks compute. `shared_prompt_share`: share of the
+        batches' tokens that need not be computed, since other responses to the same prompt share them.
+        `dp_imbalance`: tokens of the busiest data-parallel rank over the mean. `bubble_share`: share of an update in
+        which a pipeline stage waits for its first micro-batch or after its last, if all stages take equally long.
+        `model_tflops`: 10^12 operations of the model in scoring and updates, without recomputation.
         """
         parallel = self.config.parallel
-        real = padded = slowest = 0
-        bubbles = []
+        share = can_share_prompts(cp_size=parallel.cp, transformer_engine=self.transformer_engine)
+        given = computed = padded = slowest = 0
+        operations, bubbles = 0.0, []
         for part in parts:
+            lengths, prompts = part.sequence_lengths, shared_prompts(part) if share else SharedPrompts.none(len(part))
             plan = plan_microbatches(
-                part.sequence_lengths,
+                lengths,
                 dp_size=parallel.dp,
                 max_tokens=self.config.trainer.max_tokens_per_microbatch,
                 multiple=parallel.pp if parallel.vpp > 1 else 1,
+                prompts=prompts,
             )
-            tokens = [[self._computed(part.sequence_lengths[rows]) for rows in rank] for rank in plan]
-            of_rank = [sum(rank) for rank in tokens]
-            real += int(part.sequence_lengths.sum())
+            tokens = [[computed_tokens(rows, lengths, prompts) for rows in rank] for rank in plan]
+            of_rank = [
+                sum(self._padded(number, lengths[rows]) for number, rows in zip(*of, strict=True))
+                for of in zip(tokens, plan, strict=True)
+            ]
+            given += int(lengths.sum())
+            computed += sum(map(sum, tokens))
             padded += sum(of_rank)
             slowest += max(of_rank) * parallel.dp
             fill = (parallel.pp - 1) / parallel.vpp
             bubbles.append(fill / (len(plan[0]) + fill))
+            operations += self._operations(part, prompts, plan)
         return {
-            "utilization/padding_share": 1 - real / padded,
+            "utilization/padding_share": 1 - computed / padded,
+            "utilization/shared_prompt_share": 1 - computed / given,
             "utilization/dp_imbalance": slowest / padded,
             "utilization/bubble_share": float(np.mean(bubbles)),
-            "utilization/model_tflops": self._operations(parts) / 1e12,
+            "utilization/model_tflops": operations / 1e12,
         }
 
     def of_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -79,17 +100,22 @@ class Utilization:
             result["utilization/mfu"] = 1e12 * metrics["utilization/model_tflops"] / available
         return result
 
-    def _computed(self, lengths_B: np.ndarray) -> int:
-        """Tokens of a micro-batch with these sequence lengths, including padding."""
+    def _padded(self, computed: int, lengths_B: np.ndarray) -> int:
+        """Tokens of a micro-batch that computes so many of sequences of these lengths, including padding."""
         parallel = self.config.parallel
         multiple = parallel.tp if parallel.sequence_parallel else 1
-        return int(sum(padded_lengths(lengths_B, multiple=multiple, cp_size=parallel.cp)))
+        # Context parallelism pads each sequence, and shares no prompts.
+        lengths = lengths_B if parallel.cp > 1 else np.array([computed])
+        return int(sum(padded_lengths(lengths, multiple=multiple, cp_size=parallel.cp)))
 
-    def _operations(self, parts: Sequence[TrainBatch]) -> float:
+    def _operations(self, part: TrainBatch, prompts: SharedPrompts, plan: Plan) -> float:
         """Model operations: a forward pass to score, and one of a reference model; a forward and a backward pass (twice
         a forward) to update."""
-        lengths = np.concatenate([part.sequence_lengths for part in parts]).astype(float)
-        tokens, responses = lengths.sum(), sum(part.num_response_tokens for part in parts)
-        mean_of_token = float((lengths**2).sum() / tokens)
+        # A token attends to those before it: half the square of the length.
+        tokens, squares = float(part.sequence_lengths.sum()), float((part.sequence_lengths.astype(float) ** 2).sum())
+        for rows in (rows for rank in plan for rows in rank):
+            saved = saved_prompts(rows, prompts).astype(float)
+            tokens, squares = tokens - saved.sum(), squares - (saved**2).sum()
         passes = 5 if self.config.algorithm.kl.enabled else 4
-        return passes * model_flops(self.shape, tokens=tokens, length=mean_of_token, response_share=responses / tokens)
+        share = part.num_response_tokens / tokens
+        return passes * model_flops(self.shape, tokens=tokens, length=squares / tokens, response_share=share)

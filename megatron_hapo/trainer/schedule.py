@@ -9,7 +9,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hapo.algorithm.microbatches import MicroBatch, pack, plan_microbatches
+from megatron_hapo.algorithm.microbatch_plan import can_share_prompts, plan_microbatches, shared_prompts
+from megatron_hapo.algorithm.microbatches import MicroBatch, pack
 from megatron_hapo.logprobs.output_head import OutputHead, ScoredTokens
 from megatron_hapo.model.packed_attention import PackedFormat, packed_params
 from megatron_hapo.model.parallel_layout import ParallelLayout
@@ -18,26 +19,30 @@ from megatron_hapo.types import TrainBatch
 
 
 def split_into_microbatches(
-    batch: TrainBatch, layout: ParallelLayout, *, max_tokens: int, sequence_parallel: bool
+    batch: TrainBatch, layout: ParallelLayout, *, max_tokens: int, sequence_parallel: bool, packed_format: PackedFormat
 ) -> list[MicroBatch]:
     """The micro-batches of this rank's data-parallel slice, on its device, in the order in which they run.
 
     Args:
         max_tokens: of a micro-batch, before context parallelism cuts it; a longer sequence gets its own.
         sequence_parallel: whether the number of tokens must be a multiple of tp.
+        packed_format: see `model.build.packed_format`.
     """
+    share_prompts = can_share_prompts(cp_size=layout.sizes.cp, transformer_engine=packed_format == "thd")
     plan = plan_microbatches(
         batch.sequence_lengths,
         dp_size=layout.sizes.dp,
         max_tokens=max_tokens,
         # The interleaved schedule takes micro-batches in groups of as many as there are stages.
         multiple=layout.sizes.pp if layout.sizes.vpp > 1 else 1,
+        prompts=shared_prompts(batch) if share_prompts else None,
     )
     return [
         pack(
             batch,
             rows,
             device=layout.device,
+            share_prompts=share_prompts,
             multiple=layout.sizes.tp if sequence_parallel else 1,
             cp_size=layout.sizes.cp,
             cp_rank=layout.cp_rank,
@@ -79,6 +84,7 @@ def run_microbatches(
                 microbatch.sequence_lengths,
                 layout.device,
                 packed_format=packed_format,
+                prefixes=microbatch.prefixes,
                 cp_size=layout.sizes.cp,
                 cp_rank=layout.cp_rank,
                 routes=microbatch.routes,

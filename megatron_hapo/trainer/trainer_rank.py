@@ -387,6 +387,7 @@ class TrainerRank:
             self.layout,
             max_tokens=self.config.trainer.max_tokens_per_microbatch,
             sequence_parallel=self.model[0].config.sequence_parallel,
+            packed_format=packed_format(self.model),
         )
 
     def _run(

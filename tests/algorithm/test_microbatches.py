@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hapo.algorithm.microbatches import pack, plan_microbatches, zigzag
+from megatron_hapo.algorithm.microbatch_plan import SharedPrompts, computed_tokens, plan_microbatches, shared_prompts
+from megatron_hapo.algorithm.microbatches import pack, zigzag
 from megatron_hapo.types import KeptTokens, TokenScores, TrainBatch, merge_scores, unknown_route
 
 
@@ -134,6 +135,84 @@ def test_every_array_of_a_batch_declares_its_axis() -> None:
     assert all("axis" in field.metadata for field in arrays)
 
 
+def shared_batch() -> TrainBatch:
+    """Prompts of 3 tokens: 1 2 3 with three responses, of which rows 0 and 3 have two tokens, and 5 2 3 with one."""
+    return TrainBatch(
+        token_ids=np.array([1, 2, 3, 11, 12, 5, 2, 3, 21, 1, 2, 3, 31, 1, 2, 3, 41, 42], dtype=np.int32),
+        sequence_lengths=np.array([5, 4, 4, 5]),
+        response_lengths=np.array([2, 1, 1, 2]),
+        temperatures=np.arange(6, dtype=np.float32),
+        rollout_log_probs=-np.arange(6, dtype=np.float32),
+    )
+
+
+def test_a_shared_prompt_is_packed_once_without_its_last_token() -> None:
+    microbatch = pack(shared_batch(), [3, 1, 0], device=torch.device("cpu"), share_prompts=True, multiple=4)
+    assert microbatch.input_ids.tolist() == [[1, 2, 3, 41, 42, 5, 2, 3, 21, 3, 11, 12]]
+    assert microbatch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]]
+    assert microbatch.sequence_lengths == [2, 3, 4, 3]
+    assert microbatch.prefixes == [-1, 0, -1, 0]
+    assert microbatch.rows == [3, 1, 0]
+    assert microbatch.predicting_positions.tolist() == [2, 3, 7, 9, 10]
+    assert microbatch.targets.tolist() == [41, 42, 21, 11, 12]
+    assert microbatch["temperatures"].tolist() == [4, 5, 2, 0, 1]
+    assert microbatch.response_rows.tolist() == [0, 0, 1, 2, 2]
+
+
+def test_nothing_is_shared_where_prompts_differ_or_have_one_token() -> None:
+    apart = pack(shared_batch(), [0, 1], device=torch.device("cpu"), share_prompts=True)
+    assert apart.sequence_lengths == [5, 4]
+    assert apart.prefixes is None
+    short = replace(shared_batch(), response_lengths=np.array([4, 3, 3, 4]), temperatures=np.zeros(14, np.float32))
+    short = replace(short, rollout_log_probs=np.zeros(14, np.float32))
+    assert pack(short, [0, 2], device=torch.device("cpu"), share_prompts=True).prefixes is None
+
+
+def test_responses_with_other_experts_at_their_prompt_do_not_share_it() -> None:
+    """Row 2's second token had another expert than that of rows 0 and 3, as on another engine."""
+    routes = np.ones((18, 1, 1), dtype=np.uint8)
+    routes[10] = 2
+    batch = replace(shared_batch(), routes=routes)
+    assert shared_prompts(batch).ids.tolist() == [0, 1, 2, 0]
+    microbatch = pack(batch, [0, 2, 3], device=torch.device("cpu"), share_prompts=True)
+    assert microbatch.sequence_lengths == [2, 3, 4, 3]
+    assert microbatch.routes is not None
+    assert microbatch.routes.flatten().tolist() == [1] * 6 + [2] + [1] * 5
+
+
+def test_groups_stay_together_where_that_balances_the_ranks() -> None:
+    """Eight responses to each of 16 prompts: a micro-batch holds whole groups, and each prompt is computed once."""
+    lengths, prompts = np.full(128, 60), SharedPrompts(np.repeat(np.arange(16), 8), np.full(128, 50))
+    plan = plan_microbatches(lengths, dp_size=2, max_tokens=2000, prompts=prompts)
+    assert sum(computed_tokens(rows, lengths, prompts) for rank in plan for rows in rank) == 16 * 50 + 128 * 10
+    assert all(lengths[rows].sum() <= 2000 for rank in plan for rows in rank)
+    assert sorted(row for rank in plan for rows in rank for row in rows) == list(range(128))
+
+
+def test_a_group_is_divided_where_a_rank_would_have_nothing_to_do() -> None:
+    lengths, prompts = np.full(8, 60), SharedPrompts(np.zeros(8, np.int64), np.full(8, 10))
+    plan = plan_microbatches(lengths, dp_size=4, max_tokens=1000, prompts=prompts)
+    assert [len(rows) for rank in plan for rows in rank] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("prompt", [0, 200, 4000])
+@pytest.mark.parametrize(("prompts_per_minibatch", "dp_size"), [(8, 2), (32, 64), (512, 64)])
+def test_sharing_never_makes_a_step_longer(prompt: int, prompts_per_minibatch: int, dp_size: int) -> None:
+    """Against the plan that knows of no prompts, in the tokens of the slowest rank of each turn."""
+    generator = np.random.default_rng(prompt)
+    responses = np.minimum(generator.lognormal(6, 1, 16 * prompts_per_minibatch).astype(int) + 1, 8192)
+    lengths = responses + prompt + 1
+    prompts = SharedPrompts(np.repeat(np.arange(prompts_per_minibatch), 16), np.full(len(lengths), prompt))
+
+    def slowest(plan: list[list[list[int]]]) -> int:
+        return sum(max(computed_tokens(rows, lengths, prompts) for rows in turn) for turn in zip(*plan, strict=True))
+
+    sharing = plan_microbatches(lengths, dp_size=dp_size, max_tokens=16384, prompts=prompts)
+    assert slowest(sharing) <= slowest(plan_microbatches(lengths, dp_size=dp_size, max_tokens=16384))
+    assert sorted(row for rank in sharing for rows in rank for row in rows) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or lengths[rows].sum() <= 16384 for rank in sharing for rows in rank)
+
+
 def test_padding_is_a_sequence_of_its_own_without_response() -> None:
     microbatch = pack(make_batch(), [0, 1], device=torch.device("cpu"), multiple=4)
     assert microbatch.sequence_lengths == [4, 3, 1]
@@ -216,10 +295,11 @@ def long_tailed_lengths(number: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("budget", [13312, 16384, 32768])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_large_step_is_balanced_full_and_planned_in_time(seed: int, budget: int) -> None:
-    """8,192 responses on 64 ranks: imbalance at most 1.02, filler below 1 %, planned in less than a second."""
+    """8,192 responses, 16 to a prompt, on 64 ranks: imbalance at most 1.02, filler below 1 %, planned in a second."""
     lengths, ranks = long_tailed_lengths(8192, seed), 64
+    prompts = SharedPrompts(np.repeat(np.arange(512), 16), np.full(8192, 59))
     started = time.process_time()
-    plan = plan_microbatches(lengths, dp_size=ranks, max_tokens=budget)
+    plan = plan_microbatches(lengths, dp_size=ranks, max_tokens=budget, prompts=prompts)
     assert time.process_time() - started < 1
     tokens = np.array([[lengths[rows].sum() for rows in microbatches] for microbatches in plan])
     loads = tokens.sum(1)

@@ -55,6 +55,41 @@ def test_every_slice_attends_as_whole_sequences_do(packed_format: PackedFormat, 
         torch.testing.assert_close(x.grad, gradient)
 
 
+SHARED_LENGTHS = [9, 40, 5, 17, 3, 1, 21, 33, 2]
+SHARED_PREFIXES = [-1, -1, 0, 1, 0, 0, 1, -1, -1]
+
+
+@pytest.mark.parametrize("packed_format", LOCAL_FORMATS)
+def test_sequences_that_share_a_prefix_attend_to_it_as_whole_ones_do(packed_format: PackedFormat) -> None:
+    """Outputs and gradients: each prefix has the sum of what its whole copies have."""
+    starts = np.cumsum(SHARED_LENGTHS) - SHARED_LENGTHS
+    whole = [
+        [*range(starts[prefix], starts[prefix] + SHARED_LENGTHS[prefix])] * (prefix >= 0)
+        + [*range(start, start + length)]
+        for start, length, prefix in zip(starts, SHARED_LENGTHS, SHARED_PREFIXES, strict=True)
+    ]
+    places = torch.tensor([place for sequence in whole for place in sequence])
+    ends = np.cumsum([len(sequence) for sequence in whole])
+    own = torch.tensor(
+        [place for end, length in zip(ends, SHARED_LENGTHS, strict=True) for place in range(end - length, end)]
+    )
+    generator = torch.Generator().manual_seed(7)
+    query, key, value, weight = (
+        torch.randn(sum(SHARED_LENGTHS), heads, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2, 4)
+    )
+    expected = plain_attention(query[places], key[places], value[places], [len(sequence) for sequence in whole])[own]
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), (query, key, value))
+    params = packed_params(SHARED_LENGTHS, CPU, packed_format=packed_format, prefixes=SHARED_PREFIXES)
+    attended = params.sequences.attend(query, key, value, scale=None)
+    torch.testing.assert_close(attended, expected)
+    gradients = torch.autograd.grad((attended * weight).sum(), (query, key, value))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
+    positions = [np.arange(len(sequence))[-length:] for sequence, length in zip(whole, SHARED_LENGTHS, strict=True)]
+    assert params.positions.tolist() == np.concatenate(positions).tolist()
+
+
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_tokens_have_their_positions_and_places(cp_size: int) -> None:
     lengths = lengths_for(cp_size)
@@ -82,6 +117,7 @@ def test_preparing_a_micro_batch_never_waits_for_the_device(packed_format: Packe
     with HostSyncs() as syncs:
         for rank in range(2):
             packed_params(lengths_for(2), CPU, packed_format=packed_format, cp_size=2, cp_rank=rank)
+        packed_params(SHARED_LENGTHS, CPU, packed_format=packed_format, prefixes=SHARED_PREFIXES)
     assert not syncs.counts
 
 
@@ -106,7 +142,7 @@ def test_varlen_pieces_hold_each_query_once_and_the_keys_before_it() -> None:
     pieces = params.sequences
     assert pieces.query_boundaries.tolist() == [0, 2, 4]  # type: ignore[attr-defined]
     assert pieces.key_boundaries.tolist() == [0, 2, 10]  # type: ignore[attr-defined]
-    assert [p.tolist() for p in pieces.key_places] == [[0, 1], list(range(8))]  # type: ignore[attr-defined]
+    assert pieces.keys.source.tolist() == [0, 1, *range(8)]  # type: ignore[attr-defined]
 
 
 def test_counting_finds_what_waits() -> None:

@@ -16,7 +16,12 @@ from tests.shapes import TINY
 
 
 def utilization(
-    *, peak_flops: float | None = None, max_tokens: int = 10, kl: bool = False, **parallel: Any
+    *,
+    peak_flops: float | None = None,
+    max_tokens: int = 10,
+    kl: bool = False,
+    transformer_engine: bool = False,
+    **parallel: Any,
 ) -> Utilization:
     config = Config.model_validate(
         {
@@ -30,13 +35,14 @@ def utilization(
             "data": {"train": {"type": "arithmetic", "size": 1}},
         }
     )
-    return Utilization(config=config, shape=TINY, peak_flops=peak_flops)
+    return Utilization(config=config, shape=TINY, peak_flops=peak_flops, transformer_engine=transformer_engine)
 
 
-def batch(lengths: list[int], responses: int = 1) -> TrainBatch:
+def batch(lengths: list[int], responses: int = 1, *, prompts: list[int] | None = None) -> TrainBatch:
+    """Every sequence consists of one token id: that of its prompt, or one of its own."""
     tokens = len(lengths) * responses
     return TrainBatch(
-        token_ids=np.zeros(sum(lengths), np.int32),
+        token_ids=np.repeat(prompts or range(len(lengths)), lengths).astype(np.int32),
         sequence_lengths=np.array(lengths),
         response_lengths=np.full(len(lengths), responses),
         temperatures=np.ones(tokens, np.float32),
@@ -60,6 +66,22 @@ def test_sequence_parallelism_pads_to_a_multiple_of_tp() -> None:
 def test_imbalance_is_the_busiest_rank_over_the_mean() -> None:
     found = utilization(dp=2).of_batches([batch([9, 3])])
     assert found["utilization/dp_imbalance"] == pytest.approx(9 / 6)
+
+
+def test_what_responses_share_counts_once_but_not_under_transformer_engine_or_context_parallelism() -> None:
+    """Three of 9, 8 and 9 tokens; the first and the last share 5 of their 6 prompt tokens."""
+    shared = batch([9, 8, 9], responses=3, prompts=[4, 5, 4])
+    found = utilization(max_tokens=30, tp=4).of_batches([shared])
+    assert found["utilization/shared_prompt_share"] == pytest.approx(5 / 26)
+    assert found["utilization/padding_share"] == pytest.approx(1 - 21 / 24)
+    operations = 4 * model_flops(TINY, tokens=21, length=(81 + 64 + 81 - 25) / 21, response_share=9 / 21)
+    assert found["utilization/model_tflops"] == pytest.approx(operations / 1e12)
+    apart = [
+        utilization(max_tokens=10).of_batches([shared]),
+        utilization(max_tokens=30, cp=2).of_batches([shared]),
+        utilization(max_tokens=30, transformer_engine=True).of_batches([shared]),
+    ]
+    assert [metrics["utilization/shared_prompt_share"] for metrics in apart] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("sizes", "share"), [({"pp": 2}, 1 / 3), ({"pp": 2, "vpp": 2}, 0.5 / 2.5)])
