@@ -42,8 +42,8 @@ class ModelConfig(Section):
     path: FilePath
     """Hugging Face model folder: config.json, safetensors files, tokenizer."""
     spec: Annotated[Literal["auto", "te", "local"], not_with("device", "cpu")] = "auto"
-    """Implementation of the layers on a GPU. `te`: Transformer Engine. `local`: torch SDPA, as on a CPU. `auto`:
-    Transformer Engine if the package is installed."""
+    """Implementation of the layers on a GPU. `te`: Transformer Engine. `local`: torch's attention, as on a CPU, which
+    computes a prompt once for all of its responses. `auto`: Transformer Engine if the package is installed."""
 
 
 class ParallelConfig(ParallelSizes):
@@ -68,7 +68,8 @@ class TrainerConfig(Section):
     """Data type of parameters and activations. `float32`: for CPUs and tests. `bfloat16`: the optimizer keeps float32
     master weights."""
     max_tokens_per_microbatch: PositiveInt = 16384
-    """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it."""
+    """Token budget of one packed micro-batch on one data parallel rank; its context parallel ranks share it. Counts the
+    prompt with each of its responses, even where they share it."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the dp ranks (ZeRO-1)."""
     overlap_communication: Annotated[bool, any_of(not_with("parallel.dp", 1), not_with("parallel.cp", 1))] = False
