@@ -26,6 +26,7 @@ def environment(tp: int) -> dict[str, str]:
         # Without AMX kernels SGLang binds no threads, and each rank would use every core. For models small enough for a
         # CPU one thread is the fastest: starting others costs more than a product of small matrices.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
+        "THP_MEM_ALLOC_ENABLE": "1",  # large pages for the weights: 5 % of the rollout of 135M parameters
         "GOMP_SPINCOUNT": "10000",  # with more threads: do not spin long on cores that others need
         "GLOO_SOCKET_IFNAME": "lo",  # the ranks of an engine share a node
         "HF_HUB_OFFLINE": "1",

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_hapo.model import cpu_kernels
 from megatron_hapo.model.families import Shape
 from megatron_hapo.model.packed_attention import PackedAttention
 
@@ -69,4 +70,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised and scaled input, same shape and dtype."""
+        if x.is_cpu and x.dtype == torch.float32:
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -35,6 +35,7 @@ def install() -> None:
     _optimizer_type_names()
     _megatron_generators()
     _uneven_collectives()
+    _rotation()
 
 
 def _no_flash_mla() -> None:
@@ -205,3 +206,28 @@ def _uneven_collectives() -> None:
         return total.split(input_split_sizes)[group.rank()].clone()
 
     module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather, scatter
+
+
+def _rotation() -> None:
+    """The rotary embedding of plain heads, which costs a small model as much as its attention."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_hapo.model.cpu_kernels import rotate
+
+    module: Any = rope_utils
+    composed = module._apply_rotary_pos_emb_bshd
+
+    def apply(
+        t: torch.Tensor,
+        freqs: torch.Tensor,
+        rotary_interleaved: bool = False,
+        mla_rotary_interleaved: bool = False,
+        mscale: float = 1.0,
+        **others: Any,
+    ) -> torch.Tensor:
+        plain = not (rotary_interleaved or mla_rotary_interleaved or others) and mscale == 1
+        if plain and t.dtype == torch.float32 and t.shape[-1] == freqs.shape[-1]:
+            return rotate(t, freqs)
+        return composed(t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, **others)
+
+    module._apply_rotary_pos_emb_bshd = apply
