@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 Spec = Literal["te", "local", "local_cpu"]
 """`te`: Transformer Engine layers. `local`: torch layers on a GPU, whose attention in 16 bits takes sequences of any
-length without padding. `local_cpu`: torch layers on a CPU, where RMSNorm is not a fused operator."""
+length without padding. `local_cpu`: torch layers on a CPU, where RMSNorm is a fused operator in float32 only."""
 
 FIXED_RESERVE_BYTES = 3 * GIB
 """CUDA context, NCCL buffers, cuBLAS workspace."""
@@ -245,9 +245,10 @@ def layer_activation_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Sp
     hidden = (2 * _norm(h, w, spec) + 2 * w * h) / layout.sequence_shards
     attended = _attention_bytes(shape, layout, spec=spec)
     attention = w * (q + 2 * k)
-    if shape.qk_norm:
-        attention += 8 * (q + k) if spec == "local_cpu" else w * (0 if fused else q + k)
-    attention += attended + (0 if fused else w * 4 * shape.head_dim)  # cosines and sines
+    if shape.qk_norm and not fused:
+        attention += _norm(q + k, w, spec)
+    halves = 1 if _has_cpu_kernels(w, spec) else 2
+    attention += attended + (0 if fused else w * 2 * halves * shape.head_dim)  # cosines and sines
     moe = experts(shape, layer)
     # The local spec saves silu(gate), up + 0 and their product; the fused operator saves only the product.
     units = 3 if fused else 5
@@ -314,9 +315,14 @@ def layer_temporary_bytes(shape: Shape, layout: Layout, layer: int, *, spec: Spe
     return layout.bytes_per_parameter * (2 * units / layout.sizes.tp + shape.hidden_size)
 
 
-def _norm(h: int, w: int, spec: Spec) -> int:
+def _norm(h: float, w: int, spec: Spec) -> float:
     """Bytes that RMSNorm saves besides its output: its input, or a float32 input and quotient if unfused."""
-    return 8 * h if spec == "local_cpu" else w * h
+    return 8 * h if spec == "local_cpu" and not _has_cpu_kernels(w, spec) else w * h
+
+
+def _has_cpu_kernels(w: int, spec: Spec) -> bool:
+    """See `model.cpu_kernels`."""
+    return spec == "local_cpu" and w == 4
 
 
 @dataclass(frozen=True, kw_only=True)

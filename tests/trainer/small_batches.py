@@ -40,13 +40,17 @@ def make_config(model: Path, layout: dict[str, Any], **optimizer: Any) -> Config
     )
 
 
-def make_batch() -> TrainBatch:
-    """Uneven sequences, two with a single response token, two pairs with one prompt; advantages of both signs."""
+def make_batch(*, shared_prompts: bool = False) -> TrainBatch:
+    """Uneven sequences, two with a single response token; advantages of both signs.
+
+    Args:
+        shared_prompts: whether two pairs of them have one prompt.
+    """
     generator = np.random.default_rng(0)
     lengths = np.array([20, 13, 33, 9, 25, 40, 2, 17, 5, 12, 31, 8, 22, 3, 14, 11])
     responses = np.array([10, 5, 20, 8, 1, 30, 1, 9, 2, 11, 16, 4, 21, 1, 7, 6])
     token_ids, starts = generator.integers(0, 259, lengths.sum()).astype(np.int32), np.cumsum(lengths) - lengths
-    for first, second in ((0, 5), (1, 7)):
+    for first, second in ((0, 5), (1, 7)) if shared_prompts else ():
         prompt = slice(starts[first], starts[first] + lengths[first] - responses[first])
         token_ids[starts[second] :][: lengths[second] - responses[second]] = token_ids[prompt]
     return TrainBatch(

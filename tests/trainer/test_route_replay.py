@@ -88,7 +88,7 @@ def train_once(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
     config = make_config(model, layout, eps=ADAM_EPS)
     trainer = TrainerRank(config, make_grid(config))
-    batch = make_batch()
+    batch = make_batch(shared_prompts=True)
     assert trainer.shape.routes is not None
     replayed = replace(batch, routes=make_routes(batch, trainer.shape.routes))
 
@@ -164,7 +164,7 @@ def transformers_log_probs(folder: Path, batch: TrainBatch, routes: np.ndarray) 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_are_those_of_transformers_with_the_same_experts(trained: dict[str, Any], model: str) -> None:
-    batch, single = make_batch(), trained["results"][1][0][model][0]
+    batch, single = make_batch(shared_prompts=True), trained["results"][1][0][model][0]
     routes = read_shape(trained["folder"] / model).routes
     assert routes is not None
     expected = transformers_log_probs(trained["folder"] / model, batch, make_routes(batch, routes))
@@ -189,7 +189,7 @@ def test_every_layout_replays_the_same(trained: dict[str, Any], model: str) -> N
 
 @pytest.mark.parametrize("model", MODELS)
 def test_agreement_counts_every_known_expert_once(trained: dict[str, Any], model: str) -> None:
-    batch, routes = make_batch(), read_shape(trained["folder"] / model).routes
+    batch, routes = make_batch(shared_prompts=True), read_shape(trained["folder"] / model).routes
     assert routes is not None
     known = (len(batch.token_ids) - len(batch)) * len(routes.expert_layers) * routes.top_k
     agreeing, total = trained["results"][1][0][model][0]["agreement"]

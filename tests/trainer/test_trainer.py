@@ -234,7 +234,7 @@ def train_once(rank: int, model: Path, layout: dict[str, Any], checkpoint: Path 
     if isinstance(trainer._output_head, FusedHead):  # several chunks in most micro-batches
         trainer._output_head = replace(trainer._output_head, chunk_bytes=8000)
     assert_layers_are_as_planned(trainer)
-    batch = make_batch()
+    batch = make_batch(shared_prompts=True)
     cut_batch = replace(batch, kept=make_kept(batch))
     before = trainer.log_probs(batch), trainer.log_probs(cut_batch)
     scores: list[Any] = [None] * dist.get_world_size()
@@ -299,7 +299,7 @@ def resume_and_update(rank: int, folder: Path, cases: dict[str, list[tuple[Any, 
             trainer = TrainerRank(config, make_grid(config))
             trainer.load_checkpoint(folder / f"{model}_{number}")
             weights = weights_of(trainer)
-            third = trainer.update(with_everything(make_batch(), scores), step=3)
+            third = trainer.update(with_everything(make_batch(shared_prompts=True), scores), step=3)
             view = {"weights": weights, "third": third, "later_weights": weights_of(trainer)}
             seen.setdefault(model, []).append(view)
             parallel_state.destroy_model_parallel()
@@ -367,7 +367,7 @@ def test_scores_equal_transformers(trained: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(trained["model"], dtype=torch.float32)
-    batch, scores = make_batch(), trained["results"][1][0][0]["scores"]
+    batch, scores = make_batch(shared_prompts=True), trained["results"][1][0][0]["scores"]
     starts = np.cumsum(batch.sequence_lengths) - batch.sequence_lengths
     logits = []
     for start, length, response in zip(starts, batch.sequence_lengths, batch.response_lengths, strict=True):
