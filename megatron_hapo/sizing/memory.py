@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hapo.model.families import MoeShape, Shape, padded_vocab_size
-from megatron_hapo.sizing.parameters import Layout, experts, linear_weights, stage_layers, stage_parameters
+from megatron_hapo.sizing.parameters import (
+    Layout,
+    experts,
+    layer_kinds,
+    linear_weights,
+    stage_layers,
+    stage_parameters,
+)
 
 GIB = 1 << 30
 
@@ -217,19 +224,22 @@ def activation_bytes(shape: Shape, layout: Layout, stage: int, *, in_flight: flo
         in_flight: number of micro-batches between their forward and their backward pass.
     """
     tokens = layout.tokens_per_rank
-    layers = stage_layers(shape, layout, stage)
+    kinds = layer_kinds(shape, stage_layers(shape, layout, stage))
+    layers, numbers = [layer for layer, _ in kinds], [number for _, number in kinds]
     saved = [layer_activation_bytes(shape, layout, layer, spec=spec) for layer in layers]
+    total_saved = sum(number * size for number, size in zip(numbers, saved, strict=True))
     temporary = max(layer_temporary_bytes(shape, layout, layer, spec=spec) for layer in layers)
     w, h = layout.bytes_per_parameter, shape.hidden_size
     residual = w * h / layout.sequence_shards
     ends = residual * (stage == 0) + _norm(h, w, spec) / layout.sequence_shards * (stage == layout.sizes.pp - 1)
     if layout.recompute == "full":
-        kept, working = residual * len(layers) + ends, max(saved) + temporary
+        kept, working = residual * sum(numbers) + ends, max(saved) + temporary
     elif layout.recompute == "selective":
         again = [recomputed_bytes(shape, layout, layer, spec=spec) for layer in layers]
-        kept, working = sum(saved) - sum(again) + ends, max(again) + temporary
+        total_again = sum(number * size for number, size in zip(numbers, again, strict=True))
+        kept, working = total_saved - total_again + ends, max(again) + temporary
     else:
-        kept, working = sum(saved) + ends, temporary
+        kept, working = total_saved + ends, temporary
     return round(tokens * (in_flight * kept + working))
 
 

@@ -154,6 +154,16 @@ def experts(shape: Shape, layer: int) -> MoeShape | None:
     return None if shape.moe is None or layer in shape.moe.dense_layers else shape.moe
 
 
+def layer_kinds(shape: Shape, layers: Sequence[int]) -> list[tuple[int, int]]:
+    """A layer of each kind among these, with experts or a dense block, and how many of its kind there are."""
+    if shape.moe is None or not shape.moe.dense_layers:
+        return [(layers[0], len(layers))]
+    kinds: dict[bool, list[int]] = {}
+    for layer in layers:
+        kinds.setdefault(layer in shape.moe.dense_layers, []).append(layer)
+    return [(alike[0], len(alike)) for alike in kinds.values()]
+
+
 @lru_cache(maxsize=1024)
 def active_parameters(shape: Shape, layer: int) -> int:
     """Parameters of one layer that one token meets in a matrix multiplication."""

@@ -17,6 +17,7 @@ from megatron_hapo.sizing.parameters import (
     active_parameters,
     experts,
     feed_forward_parameters,
+    layer_kinds,
     stage_layers,
     stage_parameters,
 )
@@ -142,8 +143,8 @@ def model_flops(shape: Shape, *, tokens: float, length: float, response_share: f
         response_share: share of response tokens; only these reach the output head.
     """
     layers = sum(
-        2 * active_parameters(shape, layer) + 2 * length * shape.num_heads * shape.head_dim
-        for layer in range(shape.num_layers)
+        number * (2 * active_parameters(shape, layer) + 2 * length * shape.num_heads * shape.head_dim)
+        for layer, number in layer_kinds(shape, range(shape.num_layers))
     )
     return tokens * (layers + 2 * response_share * shape.hidden_size * shape.vocab_size)
 
@@ -177,9 +178,9 @@ def _recomputed_share(shape: Shape, layout: Layout) -> float:
     """Share of a forward pass that the backward pass repeats; with selective recomputation, the feed-forward blocks."""
     if layout.recompute != "selective":
         return 1.0 if layout.recompute == "full" else 0.0
-    layers = range(shape.num_layers)
-    blocks = sum(feed_forward_parameters(shape, layer) for layer in layers)
-    return blocks / sum(active_parameters(shape, layer) for layer in layers)
+    kinds = layer_kinds(shape, range(shape.num_layers))
+    blocks = sum(number * feed_forward_parameters(shape, layer) for layer, number in kinds)
+    return blocks / sum(number * active_parameters(shape, layer) for layer, number in kinds)
 
 
 def _stage_forward_seconds(
@@ -194,11 +195,11 @@ def _stage_forward_seconds(
     tp_link = _link(gpu, sizes.tp, nvlink_size)
     cp_link = _link(gpu, shards, nvlink_size)
     ep_link = _link(gpu, sizes.etp * sizes.ep, nvlink_size)
-    seconds = 0.0
-    for layer in stage_layers(shape, layout, stage):
+    total = 0.0
+    for layer, number in layer_kinds(shape, stage_layers(shape, layout, stage)):
         moe = experts(shape, layer)
         efficiency = MATMUL_EFFICIENCY if moe is None else GROUPED_MATMUL_EFFICIENCY
-        seconds += 2 * active_parameters(shape, layer) * tokens / shards / (efficiency * gpu.flops)
+        seconds = 2 * active_parameters(shape, layer) * tokens / shards / (efficiency * gpu.flops)
         attention = 2 * length * shape.num_heads * shape.head_dim * tokens / shards
         seconds += attention / (ATTENTION_EFFICIENCY * gpu.flops)
         # An all-gather and a reduce-scatter of the hidden states for attention, and for a dense feed-forward block.
@@ -210,13 +211,13 @@ def _stage_forward_seconds(
             # Tokens go to their experts and back; for a sharded expert, also to all of its ranks, and back as sums.
             routed = 2 * local * moe.top_k * h * w / layout.sequence_shards
             seconds += routed * (sizes.ep - 1) / sizes.ep / ep_link + routed * (sizes.etp - 1) / tp_link
-        seconds += KERNELS_PER_LAYER_SECONDS
+        total += number * (seconds + KERNELS_PER_LAYER_SECONDS)
     if stage == sizes.pp - 1:
         rows = tokens * workload.mean_response_tokens / workload.mean_tokens
-        seconds += 2 * rows * h * shape.vocab_size / shards / (MATMUL_EFFICIENCY * gpu.flops)
+        total += 2 * rows * h * shape.vocab_size / shards / (MATMUL_EFFICIENCY * gpu.flops)
     if sizes.pp > 1:
-        seconds += sizes.vpp * local * h * w / layout.sequence_shards / _link(gpu, sizes.world_size, nvlink_size)
-    return seconds
+        total += sizes.vpp * local * h * w / layout.sequence_shards / _link(gpu, sizes.world_size, nvlink_size)
+    return total
 
 
 def _gradient_seconds(shape: Shape, layout: Layout, gpu: Gpu, nvlink_size: int) -> float:
