@@ -21,6 +21,7 @@ import torch
 
 from megatron_hapo.errors import RolloutError, WeightSyncError
 from megatron_hapo.model.families import read_shape
+from megatron_hapo.model.rank_environment import importing
 from megatron_hapo.observe.spans import SpanRecorder, Timeline, recorded
 from megatron_hapo.private_folder import PrivateFolder
 from megatron_hapo.protocols import Finished
@@ -50,7 +51,8 @@ class Engine:
             RolloutError: the config cannot work, or the self-test failed; no process is left behind.
         """
         check_engine_config(config)
-        from sglang_ext.token_engine import TokenEngine  # imports SGLang, which needs its process's environment
+        with importing():
+            from sglang_ext.token_engine import TokenEngine  # imports SGLang, which needs its process's environment
 
         # Weights reach the engine's ranks in shared memory. torch's default passes file descriptors, whose other end
         # can be gone before the last rank has opened it.

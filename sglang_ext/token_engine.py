@@ -11,6 +11,8 @@ from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
 from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from sglang_ext.scheduler_process import run_scheduler
+
 
 class RequestManager(TokenizerManager):
     """Sends the requests that are made in one turn of the event loop to the scheduler in one message.
@@ -56,6 +58,7 @@ class TokenEngine(Engine):
     init_tokenizer_manager_func = staticmethod(
         partial(init_tokenizer_manager, TokenizerManagerClass=RequestManager)  # type: ignore[arg-type]  # a class
     )
+    run_scheduler_process_func = staticmethod(run_scheduler)
 
     @classmethod
     def _launch_detokenizer_subprocesses(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from megatron_hapo.model.rank_environment import importing
 from megatron_hapo.types import GroupRequest, Prompt, Rollout, Sampling
 from sglang_ext import cpu
 from tests.time_limits import patient
@@ -94,11 +95,12 @@ def running_engine(
 def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     # multiprocessing gives a spawned child its parent's sys.path, in which PYTHONPATH has no effect.
     sys.path.insert(0, str(cpu.STAND_INS))
-    from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    with importing():
+        from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput
+        from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-    from sglang_ext.engine import Engine
-    from sglang_ext.engine_config import EngineConfig
+        from sglang_ext.engine import Engine
+        from sglang_ext.engine_config import EngineConfig
 
     class CountingEngine(Engine):
         """Notes how many tokens of each prompt were in the prefix cache, and how many requests a message had."""

@@ -12,6 +12,7 @@ from megatron_hapo.config import Config
 from megatron_hapo.errors import WeightSyncError
 from megatron_hapo.launch.places import GpuPlacement
 from megatron_hapo.model.nccl_environment import nccl_environment, without_expandable_segments
+from megatron_hapo.model.rank_environment import importing
 from megatron_hapo.private_folder import current_folder, run_time_folder
 from megatron_hapo.protocols import RolloutEngine, declared_verbs
 
@@ -26,8 +27,9 @@ class EngineActor:
     """Holds an sglang_ext Engine."""
 
     def __init__(self, config: Config, device: str, index: int, *, read_weights: bool):
-        from sglang_ext.engine import Engine
-        from sglang_ext.engine_config import EngineConfig
+        with importing():
+            from sglang_ext.engine import Engine
+            from sglang_ext.engine_config import EngineConfig
 
         rollout = config.rollout
         self._index, self._stack = index, contextlib.ExitStack()
