@@ -186,7 +186,9 @@ def finished_run(config: Config, pool: RayRolloutPool, *, rewards: Any = None) -
             eval_sets=evaluation_sets(config, eval_prompts),
             logger=stack.enter_context(logger),
             checkpoints=checkpoints,
-            utilization=Utilization(config=config, shape=read_shape(config.model.path), peak_flops=None),
+            utilization=Utilization(
+                config=config, shape=read_shape(config.model.path), peak_flops=None, transformer_engine=False
+            ),
             profiler=StepProfiler(
                 config.profile.steps, config.run_dir / "profile", trainer=trainer, pool=recorder, rewards=rewards
             ),
