@@ -51,7 +51,7 @@ def test_fifty_engines_on_two_cores_are_refused_in_one_line(shape) -> None:
 
 def test_memory_counts_every_process_with_its_share_of_the_model(shape) -> None:
     """Of a tiny model mostly the programs count: 400 + 2 * 450 + 3 * (600 + 650) + 40 = 5090 MiB."""
-    overrides = ("rollout.engines=3", "parallel.dp=2", "reward.workers=1")
+    overrides = ("rollout.engines=3", "parallel.dp=2", "reward.workers=1", "trainer.distributed_optimizer=true")
     config = load_config(DEMO, overrides)
     processes = {kind.name: kind for kind in processes_of(config, shape, device="cpu")}
     assert {name: kind.count for name, kind in processes.items()} == {
