@@ -26,6 +26,11 @@ class SharedPrompts(NamedTuple):
         """Of so many responses that share nothing."""
         return cls(np.arange(number), np.zeros(number, dtype=np.int64))
 
+    def select(self, rows: Sequence[int]) -> SharedPrompts:
+        """Those of these responses, in this order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return SharedPrompts(self.ids[index], self.lengths[index])
+
 
 def can_share_prompts(*, cp_size: int, transformer_engine: bool) -> bool:
     """Whether the trainer's attention takes sequences that continue a shared prompt.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hapo.algorithm.microbatch_plan import SharedPrompts, shared_prompts
+from megatron_hapo.algorithm.microbatch_plan import SharedPrompts
 from megatron_hapo.types import KeptTokens, TrainBatch, unknown_route
 
 
@@ -79,7 +79,7 @@ def pack(
     rows: list[int],
     *,
     device: torch.device,
-    share_prompts: bool = False,
+    prompts: SharedPrompts | None = None,
     multiple: int = 1,
     cp_size: int = 1,
     cp_rank: int = 0,
@@ -87,15 +87,15 @@ def pack(
     """The micro-batch of these rows: one context-parallel rank's slice of it.
 
     Args:
-        share_prompts: whether a prompt that several rows share is packed once; not with context parallelism.
+        prompts: of the batch; one that several rows share is packed once. None: nothing is; for context parallelism.
         multiple: the slice of every rank is padded at its end to a multiple of this (sequence parallelism), and to at
             least one multiple.
         cp_size: if greater than 1, each sequence is padded at its end to a multiple of 2 cp_size, so that `zigzag` can
             cut it. Padding follows the sequence's tokens, where the causal mask hides it from them.
     """
-    assert not share_prompts or cp_size == 1, "context parallelism cuts whole sequences"
+    assert prompts is None or cp_size == 1, "context parallelism cuts whole sequences"
     part = batch.select(rows)
-    sequences = _sequences(part, shared_prompts(part) if share_prompts else None)
+    sequences = _sequences(part, None if prompts is None else prompts.select(rows))
     sequence_lengths = padded_lengths(sequences.lengths, multiple=multiple, cp_size=cp_size)
     total = sum(sequence_lengths)
     padded = np.asarray(sequence_lengths[: len(sequences.lengths)], dtype=np.int64)

@@ -28,21 +28,22 @@ def split_into_microbatches(
         sequence_parallel: whether the number of tokens must be a multiple of tp.
         packed_format: see `model.build.packed_format`.
     """
-    share_prompts = can_share_prompts(cp_size=layout.sizes.cp, transformer_engine=packed_format == "thd")
+    share = can_share_prompts(cp_size=layout.sizes.cp, transformer_engine=packed_format == "thd")
+    prompts = shared_prompts(batch) if share else None
     plan = plan_microbatches(
         batch.sequence_lengths,
         dp_size=layout.sizes.dp,
         max_tokens=max_tokens,
         # The interleaved schedule takes micro-batches in groups of as many as there are stages.
         multiple=layout.sizes.pp if layout.sizes.vpp > 1 else 1,
-        prompts=shared_prompts(batch) if share_prompts else None,
+        prompts=prompts,
     )
     return [
         pack(
             batch,
             rows,
             device=layout.device,
-            share_prompts=share_prompts,
+            prompts=prompts,
             multiple=layout.sizes.tp if sequence_parallel else 1,
             cp_size=layout.sizes.cp,
             cp_rank=layout.cp_rank,

@@ -147,7 +147,8 @@ def shared_batch() -> TrainBatch:
 
 
 def test_a_shared_prompt_is_packed_once_without_its_last_token() -> None:
-    microbatch = pack(shared_batch(), [3, 1, 0], device=torch.device("cpu"), share_prompts=True, multiple=4)
+    batch = shared_batch()
+    microbatch = pack(batch, [3, 1, 0], device=torch.device("cpu"), prompts=shared_prompts(batch), multiple=4)
     assert microbatch.input_ids.tolist() == [[1, 2, 3, 41, 42, 5, 2, 3, 21, 3, 11, 12]]
     assert microbatch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]]
     assert microbatch.sequence_lengths == [2, 3, 4, 3]
@@ -160,12 +161,13 @@ def test_a_shared_prompt_is_packed_once_without_its_last_token() -> None:
 
 
 def test_nothing_is_shared_where_prompts_differ_or_have_one_token() -> None:
-    apart = pack(shared_batch(), [0, 1], device=torch.device("cpu"), share_prompts=True)
+    batch = shared_batch()
+    apart = pack(batch, [0, 1], device=torch.device("cpu"), prompts=shared_prompts(batch))
     assert apart.sequence_lengths == [5, 4]
     assert apart.prefixes is None
     short = replace(shared_batch(), response_lengths=np.array([4, 3, 3, 4]), temperatures=np.zeros(14, np.float32))
     short = replace(short, rollout_log_probs=np.zeros(14, np.float32))
-    assert pack(short, [0, 2], device=torch.device("cpu"), share_prompts=True).prefixes is None
+    assert pack(short, [0, 2], device=torch.device("cpu"), prompts=shared_prompts(short)).prefixes is None
 
 
 def test_responses_with_other_experts_at_their_prompt_do_not_share_it() -> None:
@@ -174,7 +176,7 @@ def test_responses_with_other_experts_at_their_prompt_do_not_share_it() -> None:
     routes[10] = 2
     batch = replace(shared_batch(), routes=routes)
     assert shared_prompts(batch).ids.tolist() == [0, 1, 2, 0]
-    microbatch = pack(batch, [0, 2, 3], device=torch.device("cpu"), share_prompts=True)
+    microbatch = pack(batch, [0, 2, 3], device=torch.device("cpu"), prompts=shared_prompts(batch))
     assert microbatch.sequence_lengths == [2, 3, 4, 3]
     assert microbatch.routes is not None
     assert microbatch.routes.flatten().tolist() == [1] * 6 + [2] + [1] * 5
